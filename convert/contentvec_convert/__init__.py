@@ -1,0 +1,1 @@
+"""Checkpoint in, safetensors out, every tensor accounted for."""

@@ -1,0 +1,32 @@
+"""ContentVec and HuBERT in MLX: 16 kHz mono audio in, content features out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .errors import ContentvecError
+    from .model import ContentvecModel
+
+__all__ = ["ContentvecError", "ContentvecModel", "ModelConfig", "__version__"]
+
+#: public name -> module, imported on first use so that converting never imports mlx
+_HOMES = {
+    "ContentvecError": ".errors",
+    "ContentvecModel": ".model",
+    "ModelConfig": ".config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,58 @@
+"""The one command, ``mlx-contentvec``: a table of subcommands that load when they are used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import ContentvecError
+
+#: subcommand -> (module:object, one line for --help). The modules live in
+#: three packages; naming them as text keeps ``--help`` from importing any.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "convert": ("contentvec_convert.commands:convert", "Convert a checkpoint to MLX safetensors."),
+    "inspect": ("contentvec_convert.commands:inspect", "Say what a file is, without converting."),
+    "parity": ("contentvec_parity.commands:parity", "Compare the MLX model with the original."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a subcommand's module when it is invoked."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ContentvecError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+        except BrokenPipeError:
+            # the reader of stdout has gone (`| head`): nothing left to say
+            sys.stderr.close()
+            ctx.exit(1)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlx-contentvec")
+def main() -> None:
+    """Convert ContentVec and HuBERT checkpoints to MLX, prove the result, and run it."""

@@ -1,0 +1,114 @@
+"""Every error this project raises on purpose, drawn in one place.
+
+    ContentvecError
+    |-- CheckpointError          a source file cannot be read
+    |   |-- CorruptCheckpoint    it is damaged, truncated or contradicts itself
+    |   `-- UnsupportedCheckpoint  it is sound, but not something that can be converted
+    |-- IdentityError            a file is not the one it should be
+    |-- ConfigError              a configuration is impossible, or does not fit the tensors
+    |-- MappingError             tensors are unmapped, missing or of the wrong shape
+    |-- OutputError              a result cannot be written where it was asked for
+    |-- WeightsError             weights do not fit the model they are loaded into
+    |-- AudioError               audio cannot be decoded or is not usable input
+    |-- BackendError             MLX or one of its backends is missing
+    |-- MissingDependency        an optional package is needed for what was asked
+    |-- ParityError              a comparison cannot be made (a failed one is a result, not an error)
+    `-- HubError                 a repository cannot be read, verified or published
+
+Libraries raise these; only the command line prints them and exits with 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class ContentvecError(Exception):
+    """What went wrong, what was found, what was expected, and what to do.
+
+    ``str()`` renders all four the way the command line prints them.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        found: str | None = None,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.found = found
+        self.expected = expected
+        self.hint = hint
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        lines = [self.problem]
+        if self.found is not None:
+            lines.append(f"  found     {self.found}")
+        if self.expected is not None:
+            lines.append(f"  expected  {self.expected}")
+        if self.hint is not None:
+            lines.append("")
+            lines.append("hint: " + self.hint.replace("\n", "\n      "))
+        return "\n".join(lines)
+
+
+class CheckpointError(ContentvecError):
+    """A source file cannot be read."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """A source file is damaged, truncated or contradicts itself."""
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """A source file is sound, but not something that can be converted."""
+
+
+class IdentityError(ContentvecError):
+    """A file is not the one it should be."""
+
+
+class ConfigError(ContentvecError):
+    """A configuration is impossible, or does not fit the tensors."""
+
+
+class MappingError(ContentvecError):
+    """Tensors are unmapped, missing or of the wrong shape."""
+
+
+class OutputError(ContentvecError):
+    """A result cannot be written where it was asked for."""
+
+
+class WeightsError(ContentvecError):
+    """Weights do not fit the model they are loaded into."""
+
+
+class AudioError(ContentvecError):
+    """Audio cannot be decoded, or is not usable input."""
+
+
+class BackendError(ContentvecError):
+    """MLX or one of its backends is missing."""
+
+
+class MissingDependency(ContentvecError):
+    """An optional package is needed for what was asked."""
+
+
+class ParityError(ContentvecError):
+    """A comparison cannot be made. (One that fails is a result, not an error.)"""
+
+
+class HubError(ContentvecError):
+    """A model repository cannot be read, verified or published."""
+
+
+def name_list(names: Iterable[str], limit: int = 10) -> str:
+    """``names`` joined by commas, cut after ``limit``: ``a, b and 14 more``."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
