@@ -1,0 +1,266 @@
+"""The modules a HuBERT model is built from, channels last throughout.
+
+Parameters start as placeholders that are never computed; the model refuses to
+run while one of them is left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import kernels
+from .backend import mx, nn
+from .config import ModelConfig
+
+Array = Any
+
+
+def placeholder(*shape: int) -> Array:
+    """A lazy array that only holds a parameter's shape until weights are loaded."""
+    return mx.zeros(shape)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` without the random initialisation."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        nn.Module.__init__(self)
+        self.weight = placeholder(outputs, inputs)
+        if bias:
+            self.bias = placeholder(outputs)
+
+
+class Norm(nn.Module):
+    """The weight and bias of a normalisation over ``width`` channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = placeholder(width)
+        self.bias = placeholder(width)
+
+    def __call__(self, x: Array) -> Array:
+        """Layer norm over the last axis of (..., width)."""
+        return kernels.layer_norm(x, self.weight, self.bias)
+
+
+class BatchNorm(Norm):
+    """Batch norm by its running statistics, as in evaluation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.running_mean = placeholder(width)
+        self.running_var = placeholder(width)
+
+    def __call__(self, x: Array) -> Array:
+        """(batch, frames, width) in and out."""
+        scale = self.weight * mx.rsqrt(self.running_var + kernels.EPS)
+        return (x - self.running_mean) * scale + self.bias
+
+
+class ConditionalNorm(nn.Module):
+    """A layer norm whose weight and bias are read off a speaker embedding.
+
+    It normalises over batch and channels jointly: the result for one clip
+    depends on the others in its batch. That is what the original computes.
+    Source: contentvec/modules/cond_layer_norm.py, ``CondLayerNorm``, which is
+    given (frames, batch, channels) and normalises over ``size()[1:]``.
+    """
+
+    def __init__(self, width: int, speaker_dim: int) -> None:
+        super().__init__()
+        self.weight_ln = Linear(speaker_dim, width, bias=False)
+        self.bias_ln = Linear(speaker_dim, width, bias=False)
+
+    def __call__(self, x: Array, speaker: Array) -> Array:
+        """x: (batch, frames, width)    speaker: (batch, speaker_dim)."""
+        exact = x.astype(mx.float32)
+        centred = exact - exact.mean(axis=(0, 2), keepdims=True)
+        variance = (centred * centred).mean(axis=(0, 2), keepdims=True)
+        normalised = (centred * mx.rsqrt(variance + kernels.EPS)).astype(x.dtype)
+        return normalised * self.weight_ln(speaker)[:, None] + self.bias_ln(speaker)[:, None]
+
+
+class Conv(nn.Module):
+    """The kernel, and perhaps the bias, of a convolution."""
+
+    def __init__(self, channels_in: int, channels: int, kernel: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = placeholder(channels, kernel, channels_in)
+        if bias:
+            self.bias = placeholder(channels)
+
+
+class ConvBlock(nn.Module):
+    """One block of the feature extractor: convolution, norm where there is one, GELU.
+
+    Source: fairseq/models/wav2vec/wav2vec2.py, ``ConvFeatureExtractionModel``.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        channels, self.kernel, self.stride = config.conv_layers[index]
+        channels_in = config.conv_layers[index - 1][0] if index else 1
+        self.conv = Conv(channels_in, channels, self.kernel, config.conv_bias)
+        self.over_time = config.extractor_norm == "group" and index == 0
+        if self.over_time or config.extractor_norm == "layer":
+            self.norm = Norm(channels)
+
+    def __call__(self, x: Array, lengths: Array | None = None) -> Array:
+        """(batch, time, channels in) to (batch, time / stride, channels).
+
+        ``lengths``, (batch,) in samples, bounds what the first block's group
+        norm counts; elsewhere it changes nothing.
+        """
+        if self.over_time:
+            return kernels.gelu(self._normalised_over_time(x, lengths))
+        y = kernels.conv1d(x, self.conv.weight, self.conv.get("bias"), self.stride)
+        return kernels.gelu(self.norm(y) if "norm" in self else y)
+
+    def _normalised_over_time(self, waveform: Array, lengths: Array | None) -> Array:
+        """The first convolution and its group norm as one affine map of the waveform.
+
+        ``GroupNorm(channels, channels)`` normalises each channel over time; its
+        statistics come from the waveform (``kernels.window_moments``).
+        """
+        offset, mean, covariance = kernels.window_moments(
+            waveform[..., 0], lengths, self.kernel, self.stride
+        )
+        dtype = self.conv.weight.dtype
+        with mx.stream(mx.cpu):
+            weight = self.conv.weight.astype(mx.float64)[..., 0]
+            # a bias shifts a channel's mean and nothing else, so it cancels
+            channel_mean = mean @ weight.T
+            variance = ((weight[None] @ covariance) * weight[None]).sum(axis=-1)
+            scale = self.norm.weight.astype(mx.float64) / mx.sqrt(
+                mx.maximum(variance, 0.0) + kernels.EPS
+            )
+            folded = (weight[None] * scale[..., None]).swapaxes(1, 2).astype(mx.float32)
+            shift = self.norm.bias.astype(mx.float64) - channel_mean * scale
+            shift = shift.astype(mx.float32)[:, None]
+        rows = kernels.windows(waveform - offset[..., None], self.kernel, self.stride)
+        return (rows @ folded + shift).astype(dtype)
+
+
+class FeatureExtractor(nn.Module):
+    """The stack of convolution blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.conv_layers = [ConvBlock(config, i) for i in range(len(config.conv_layers))]
+
+
+class PositionalConv(nn.Module):
+    """The grouped convolution that gives the encoder its sense of position.
+
+    The kernel is plain: the converter folds the weight norm into it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.encoder_embed_dim
+        self.weight = placeholder(width, config.conv_pos, width // config.conv_pos_groups)
+        self.bias = placeholder(width)
+
+    def __call__(self, x: Array) -> Array:
+        """(batch, frames, width) in and out."""
+        return kernels.gelu(kernels.grouped_conv1d(x, self.weight, self.bias))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention.
+
+    Source: fairseq/modules/multihead_attention.py, ``MultiheadAttention``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.encoder_embed_dim
+        self.heads = config.encoder_attention_heads
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
+
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        """x: (batch, frames, width)    mask: (batch, 1, 1, frames), true where valid."""
+        batch, frames, width = x.shape
+
+        def split(y: Array) -> Array:
+            return y.reshape(batch, frames, self.heads, -1).transpose(0, 2, 1, 3)
+
+        attended = kernels.attention(
+            split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x)), mask
+        )
+        return self.out_proj(attended.transpose(0, 2, 1, 3).reshape(batch, frames, width))
+
+
+class EncoderLayer(nn.Module):
+    """One transformer layer, norms after (base) or before (large) each half.
+
+    Source: fairseq/models/wav2vec/wav2vec2.py, ``TransformerSentenceEncoderLayer``;
+    conditioned: contentvec/models/wav2vec/wav2vec2_1.py, ``TransformerSentenceEncoderLayer_1``.
+    """
+
+    def __init__(self, config: ModelConfig, conditioned: bool) -> None:
+        super().__init__()
+        width = config.encoder_embed_dim
+        self.norm_first = config.layer_norm_first
+        self.conditioned = conditioned
+        self.self_attn = SelfAttention(config)
+        self.self_attn_layer_norm = self._norm(config)
+        self.fc1 = Linear(width, config.encoder_ffn_embed_dim)
+        self.fc2 = Linear(config.encoder_ffn_embed_dim, width)
+        self.final_layer_norm = self._norm(config)
+
+    def _norm(self, config: ModelConfig) -> nn.Module:
+        if self.conditioned:
+            return ConditionalNorm(config.encoder_embed_dim, config.speaker_dim)
+        return Norm(config.encoder_embed_dim)
+
+    def _normalise(self, norm: nn.Module, x: Array, speaker: Array | None) -> Array:
+        return norm(x, speaker) if self.conditioned else norm(x)
+
+    def feed_forward(self, x: Array) -> Array:
+        """(..., width) in and out."""
+        return self.fc2(kernels.gelu(self.fc1(x)))
+
+    def __call__(self, x: Array, mask: Array | None, speaker: Array | None = None) -> Array:
+        """x: (batch, frames, width)    speaker: (batch, speaker_dim), conditioned layers only."""
+        if self.norm_first:
+            y = self._normalise(self.self_attn_layer_norm, x, speaker)
+            x = x + self.self_attn(y, mask)
+            return x + self.feed_forward(self._normalise(self.final_layer_norm, x, speaker))
+        x = self._normalise(self.self_attn_layer_norm, x + self.self_attn(x, mask), speaker)
+        return self._normalise(self.final_layer_norm, x + self.feed_forward(x), speaker)
+
+
+class Encoder(nn.Module):
+    """Positional convolution and transformer layers.
+
+    Source: fairseq/models/wav2vec/wav2vec2.py, ``TransformerEncoder``. fairseq
+    pads the frames to a multiple of two; padded keys are masked, so nothing changes.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_first = config.layer_norm_first
+        if config.conv_pos_batch_norm:
+            self.pos_conv_norm = BatchNorm(config.encoder_embed_dim)
+        self.pos_conv = PositionalConv(config)
+        self.layer_norm = Norm(config.encoder_embed_dim)
+        self.layers = [
+            EncoderLayer(config, conditioned=i >= config.encoder_layers)
+            for i in range(config.encoder_layers + config.encoder_layers_1)
+        ]
+        if config.encoder_layers_1:
+            self.cond_layer_norm = ConditionalNorm(config.encoder_embed_dim, config.speaker_dim)
+
+    def positional(self, x: Array, padding_mask: Array | None) -> Array:
+        """What the first layer is given: frames with position, normalised in base models.
+
+        x: (batch, frames, width)    padding_mask: (batch, frames), true where padded
+        """
+        if padding_mask is not None:
+            x = mx.where(padding_mask[..., None], mx.zeros_like(x), x)
+        x = x + self.pos_conv(self.pos_conv_norm(x) if "pos_conv_norm" in self else x)
+        return x if self.norm_first else self.layer_norm(x)
