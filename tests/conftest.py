@@ -1,0 +1,170 @@
+"""What the tests share: stand-ins, their conversions, the command line, the originals."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+PACKAGE_ROOTS = (PROJECT, PROJECT / "convert", PROJECT / "parity")
+
+# Before any BLAS is loaded: parallel test processes share the cores instead of
+# each claiming all of them, which on two cores costs several times the work.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_THREADS = str(max(1, (os.cpu_count() or 1) // _WORKERS))
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, _THREADS)
+
+#: set by scripts/test: an optional package that is missing is a failure, not a skip
+REQUIRE_ALL = os.environ.get("MLX_CONTENTVEC_REQUIRE_ALL") == "1"
+
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def optional(module: str, how_to_get_it: str) -> ModuleType:
+    """Import what only some tests need: skip, or fail under REQUIRE_ALL, saying how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        reason = f"needs {module} ({error}): {how_to_get_it}"
+    if REQUIRE_ALL:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[[str, str], ModuleType]:
+    """``need("soundfile", "pip install ...")``: the module, or a skip that says how to get it."""
+    return optional
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    """The torch module."""
+    return optional("torch", "scripts/test installs it")
+
+
+@pytest.fixture(scope="session")
+def fairseq(torch: Any) -> ModuleType:
+    """The fairseq module, allowed to load its own checkpoints under torch >= 2.6."""
+    module = optional("fairseq", "scripts/test installs fairseq-fixed")
+    dictionary = importlib.import_module("fairseq.data.dictionary")
+    importlib.import_module("fairseq.checkpoint_utils")
+    torch.serialization.add_safe_globals([dictionary.Dictionary])
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_standin(torch: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make_standin("tiny", dtype="float32", ...)``: a fresh checkpoint, see write_standin."""
+    from contentvec_parity.standin import write_standin
+
+    folder = tmp_path_factory.mktemp("standins")
+    made = 0
+
+    def make(preset: str = "tiny", **options: Any) -> Path:
+        nonlocal made
+        made += 1
+        return write_standin(folder / f"{preset}-{made}.pt", preset, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_standin: Callable[..., Path]) -> Path:
+    """A stand-in of 3 layers, 96 wide, with hubert_base.pt's conventions (0.8 MB)."""
+    return make_standin("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_large_checkpoint(make_standin: Callable[..., Path]) -> Path:
+    """As small, with HuBERT large's conventions: layer norms, pre-norm, normalised input."""
+    return make_standin("tiny-large")
+
+
+@pytest.fixture(scope="session")
+def standin(torch: Any) -> Path:
+    """The full-size stand-in (189.5 MB), made once and kept for later sessions."""
+    from contentvec_parity.standin import DEFAULT_SEED, GENERATOR_VERSION, write_standin
+
+    cache = Path(os.environ.get("MLX_CONTENTVEC_CACHE") or PROJECT / ".cache")
+    path = cache / f"standin-{GENERATOR_VERSION}-{DEFAULT_SEED}.pt"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # two processes may both get here: each writes the same bytes and renames
+        write_standin(path, force=True)
+    return path
+
+
+def _converted(checkpoint: Path, folder: Path) -> Path:
+    from contentvec_convert.conversion import convert
+
+    output = folder / f"{checkpoint.stem}.safetensors"
+    convert(checkpoint, output, allow_unknown=True)
+    return output
+
+
+@pytest.fixture(scope="session")
+def converted_tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_checkpoint`` as MLX safetensors, its ledger beside it."""
+    return _converted(tiny_checkpoint, tmp_path_factory.mktemp("converted-tiny"))
+
+
+@pytest.fixture(scope="session")
+def converted_tiny_large(
+    tiny_large_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """``tiny_large_checkpoint`` as MLX safetensors."""
+    return _converted(tiny_large_checkpoint, tmp_path_factory.mktemp("converted-tiny-large"))
+
+
+@pytest.fixture(scope="session")
+def converted_standin(standin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """``standin`` as MLX safetensors (379 MB, deleted when the session ends)."""
+    output = _converted(standin, tmp_path_factory.mktemp("converted-standin"))
+    yield output
+    output.unlink()
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> RunCli:
+    """``run_cli("convert", path, ...)``: the command line in a process of its own, output as text.
+
+    Keywords: cwd, env (additions), input, timeout in seconds (120).
+    """
+
+    def run(
+        *arguments: str | Path,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        input: str | None = None,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, PACKAGE_ROOTS)),
+            "COLUMNS": "100",
+            **(env or {}),
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "mlx_contentvec", *map(str, arguments)],
+            cwd=cwd,
+            env=environment,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
