@@ -36,8 +36,11 @@ QUALITY = "VHQ"
 RESAMPLER = f"soxr {QUALITY}"
 #: what a folder is searched for; a file named outright is tried whatever its suffix
 AUDIO_SUFFIXES = frozenset(
-    ".wav .wave .flac .mp3 .ogg .oga .opus .aif .aiff .aifc .au .caf .w64 .rf64 "
-    ".m4a .m4b .mp4 .aac .wma .webm .mka .amr .ac3".split()
+    {
+        *(".wav", ".wave", ".w64", ".rf64", ".flac", ".mp3", ".ogg", ".oga", ".opus"),
+        *(".aif", ".aiff", ".aifc", ".au", ".caf", ".m4a", ".m4b", ".mp4", ".aac"),
+        *(".wma", ".webm", ".mka", ".amr", ".ac3"),
+    }
 )
 #: frames per decoded block: 64 Ki frames, about a second and a half at 44.1 kHz
 BLOCK = 1 << 16
@@ -149,22 +152,10 @@ def as_waveform(
     mono = _checked_mono([frames], "the waveform")
     if source_rate != sample_rate:
         mono = _resampled(mono, source_rate, sample_rate)
-    waveform = np.concatenate(list(mono))
+    waveform: Waveform = np.concatenate(list(mono))
     if len(waveform) < min_samples:
         raise _too_short("the waveform", len(waveform), min_samples, sample_rate)
     return waveform
-
-
-def normalized(waveform: Waveform) -> Waveform:
-    """Zero mean and unit variance, for models whose config says ``normalize``.
-
-    Sums are taken in float64, 1e-5 is added to the variance.
-    Source: ``F.layer_norm(feats, feats.shape)`` in RVC's extract_feature_print.py
-    and in fairseq/data/audio/hubert_dataset.py, ``postprocess``.
-    """
-    mean = waveform.mean(dtype=np.float64)
-    variance = np.square(waveform - mean, dtype=np.float64).mean()
-    return ((waveform - mean) / np.sqrt(variance + 1e-5)).astype(np.float32)
 
 
 def guess_seconds(path: str | Path) -> float:
@@ -206,15 +197,17 @@ def _open_stream(path: Path) -> Generator[_Stream]:
     """Open a file with libsndfile, or with ffmpeg when libsndfile does not know its format."""
     soundfile = _load("soundfile")
     try:
-        if not path.stat().st_size:
-            raise AudioError(f"{path} is empty", found="0 bytes")
-        if not path.is_file():
+        if path.exists() and not path.is_file():
             raise AudioError(f"{path} is not a file")
+        with path.open("rb") as raw:
+            beginning = raw.read(16)
+        if not beginning:
+            raise AudioError(f"{path} is empty", found="0 bytes")
         file = soundfile.SoundFile(str(path))
     except OSError as error:
         raise AudioError(f"{path} cannot be read: {error.strerror or error}") from error
     except soundfile.SoundFileError as error:
-        with _open_ffmpeg(path, str(error)) as stream:
+        with _open_ffmpeg(path, beginning, str(error)) as stream:
             yield stream
         return
     with file:
@@ -250,10 +243,10 @@ def _file_blocks(file: Any, path: Path) -> Iterator[npt.NDArray[np.float32]]:
 
 
 @contextlib.contextmanager
-def _open_ffmpeg(path: Path, refusal: str) -> Generator[_Stream]:
+def _open_ffmpeg(path: Path, beginning: bytes, refusal: str) -> Generator[_Stream]:
     """Decode through ``ffmpeg``, which writes a float32 .au stream: a header, then frames."""
     ffmpeg = shutil.which("ffmpeg")
-    begins = f"begins with {path.open('rb').read(16)!r}"
+    begins = f"begins with {beginning!r}"
     if ffmpeg is None:
         raise AudioError(
             f"{path} is not audio that libsndfile can decode",
@@ -282,7 +275,7 @@ def _open_ffmpeg(path: Path, refusal: str) -> Generator[_Stream]:
             return AudioError(
                 f"{path} is not audio that can be decoded",
                 found=begins,
-                hint=f"libsndfile: {refusal.split(': ', 1)[-1]}\nffmpeg: {reason}",
+                hint=f"libsndfile says: {refusal.split(': ', 1)[-1]}\nffmpeg says: {reason}",
             )
 
         try:
