@@ -17,6 +17,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("contentvec_convert.commands:convert", "Convert a checkpoint to MLX safetensors."),
     "inspect": ("contentvec_convert.commands:inspect", "Say what a file is, without converting."),
     "parity": ("contentvec_parity.commands:parity", "Compare the MLX model with the original."),
+    "standin": (
+        "contentvec_parity.standin_command:standin",
+        "Make a checkpoint with synthetic weights.",
+    ),
 }
 
 

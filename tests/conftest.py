@@ -63,6 +63,14 @@ def fairseq(torch: Any) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def speech() -> Callable[..., Any]:
+    """``speech(samples, seed=7)``: a speech-like waveform at 16 kHz, (samples,), float32."""
+    from contentvec_parity.inputs import speech_like
+
+    return lambda samples, seed=7: speech_like(samples, seed)
+
+
+@pytest.fixture(scope="session")
 def make_standin(torch: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``make_standin("tiny", dtype="float32", ...)``: a fresh checkpoint, see write_standin."""
     from contentvec_parity.standin import write_standin

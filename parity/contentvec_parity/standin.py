@@ -372,8 +372,13 @@ def logged_metrics() -> OrderedDict[str, list[tuple[int, str, str, dict[str, Any
         train_wall,
         speed(2000.0),
     ]
-    one = [*rows(1), (500, "lr", "AverageMeter", average(0.0005, 0, 0, None)), train_wall, speed(0)]
-    return OrderedDict(default=everything, train=one, train_inner=one, valid=one)
+    step = [
+        *rows(1),
+        (500, "lr", "AverageMeter", average(0.0005, 0, 0, None)),
+        train_wall,
+        speed(0),
+    ]
+    return OrderedDict(default=everything, train=step, train_inner=step, valid=step)
 
 
 class LabelDictionary:
@@ -432,7 +437,7 @@ def adam_state(model: Mapping[str, Any]) -> dict[str, Any]:
         for i, tensor in enumerate(model.values())
     }
     group = {
-        "lr": 0.0005,
+        "lr": 0.0,  # the schedule has run out
         "betas": [0.9, 0.98],
         "eps": 1e-06,
         "weight_decay": 0.01,
