@@ -1,0 +1,395 @@
+"""Weights by name: a file, a folder, or a repository on the Hugging Face Hub.
+
+    resolve("model.safetensors")            a file
+    resolve("packages/contentvec")          a folder made by `mlx-contentvec package`
+    resolve("someone/contentvec-mlx")       a repository, downloaded once into the Hub's cache
+
+Whatever states a SHA-256 for the weights is held to it: the ``SHA256SUMS`` that
+a package ships, and, for a download, the hash the Hub names its blob by. A file
+is hashed once; a note of its size, inode and modification time in the cache
+saves the second time.
+
+Where files come from and go to (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``,
+``HF_HUB_CACHE``), and which token is used, is huggingface_hub's own business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import HubError, name_list
+
+CHECKSUMS = "SHA256SUMS"
+CONFIG = "config.json"
+#: the weights of a repository: the name of today, then the one that earlier
+#: releases used and that their users still ask for
+WEIGHTS = ("model.safetensors", "contentvec_base.safetensors")
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TOKEN = re.compile(r"hf_\w+")
+#: top-level modules whose exceptions mean that the network did not deliver
+_NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "ssl", "socket"}
+
+#: finds (or downloads) a file of a package by its name; None if there is none
+Opener = Callable[[str], "Path | None"]
+
+
+def resolve(name: str | Path, revision: str | None = None, dtype: str | None = None) -> Path:
+    """A local, verified weights file for ``name``.
+
+    name:     a safetensors file, a folder that holds one, or ``owner/name`` on the Hub
+    revision: branch, tag or commit of the repository (the Hub only)
+    dtype:    prefer the variant of this name (``float16``, ``8bit``, ...) that the
+              package's config.json lists; a float type it does not list is left to
+              the caller, who gets the main file
+
+    Raises HubError when there is nothing of that name, when the Hub cannot give
+    it, or when the file is not the one whose hash is stated.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _verified_file(path)
+    if path.is_dir():
+        return _choose(lambda file: path / file if (path / file).is_file() else None, path, dtype)
+    if isinstance(name, Path) or not _REPO_ID.fullmatch(name):
+        raise HubError(
+            f"there are no weights at {name}",
+            expected="a .safetensors file, a folder with one, or a repository like owner/name",
+            hint="a local path is taken from the current folder: " + str(Path.cwd()),
+        )
+    return _from_hub(name, revision, dtype)
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """File name -> SHA-256 (hex), from a ``SHA256SUMS`` as sha256sum writes it.
+
+    Raises HubError on a line that is not one.
+    """
+    sums: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        digest, separator, name = line.partition("  ")
+        if not separator or not _SHA256.fullmatch(digest) or not name:
+            raise HubError(
+                f"{path} is not a list of checksums",
+                found=f"the line {line[:80]!r}",
+                expected="lines of a SHA-256, two spaces and a file name",
+            )
+        sums[name] = digest
+    return sums
+
+
+def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """SHA-256 (hex) of a file, read in pieces; ``advance`` hears of bytes done."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        piece = memoryview(bytearray(1 << 20))
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+            if advance is not None:
+                advance(count)
+    return digest.hexdigest()
+
+
+# a folder, local or in the cache --------------------------------------------
+
+
+def _choose(opened: Opener, where: str | Path, dtype: str | None) -> Path:
+    """The weights file of a package whose files ``opened`` finds."""
+    stated = opened(CHECKSUMS)
+    sums = None if stated is None else read_checksums(stated)
+    names = WEIGHTS if dtype is None else _variant(opened, sums, dtype)
+    for name in names:
+        path = opened(name)
+        if path is not None:
+            return _verified(path, name, sums)
+    raise HubError(
+        f"{where} holds no MLX weights",
+        expected=" or ".join(names),
+        hint="convert a checkpoint first\nmlx-contentvec convert SOURCE FILE.safetensors",
+    )
+
+
+def _variant(opened: Opener, sums: dict[str, str] | None, dtype: str) -> tuple[str, ...]:
+    """The file of the variant called ``dtype``, or the names of the main one if that will do."""
+    path = opened(CONFIG)
+    config: dict[str, Any] = {}
+    if path is not None:
+        config = json.loads(_verified(path, CONFIG, sums).read_text(encoding="utf-8"))
+    variants = config.get("variants", {})
+    if dtype in variants:
+        return (variants[dtype]["file"],)
+    if dtype in ("float32", "float16", "bfloat16") or dtype == config.get("dtype"):
+        return WEIGHTS
+    raise HubError(
+        f"there are no {dtype} weights here",
+        found=name_list([config.get("dtype", "float32"), *variants]),
+        hint="make them with\nmlx-contentvec convert SOURCE FILE.safetensors --dtype " + dtype,
+    )
+
+
+def _verified_file(path: Path) -> Path:
+    """``path``, held to the SHA256SUMS beside it if that lists it."""
+    sums = path.parent / CHECKSUMS
+    if sums.is_file():
+        stated = read_checksums(sums)
+        if path.name in stated:
+            return _verified(path, path.name, stated)
+    return path
+
+
+def _verified(path: Path, name: str, sums: dict[str, str] | None) -> Path:
+    if sums is None:
+        return path
+    if name not in sums:
+        raise HubError(
+            f"{path.parent / CHECKSUMS} states no hash for {name}",
+            found=name_list(sums),
+            hint="the folder is not as it was made: make or download it again",
+        )
+    if not _is_known_good(path, sums[name]):
+        digest = sha256_of(path)
+        if digest != sums[name]:
+            raise HubError(
+                f"{path} is not the file that {CHECKSUMS} describes",
+                found=f"sha256 {digest} ({path.stat().st_size:,} bytes)",
+                expected=f"sha256 {sums[name]}",
+                hint="it was changed or damaged after it was made: make or download it again",
+            )
+        _note_good(path, digest)
+    return path
+
+
+# the Hub ---------------------------------------------------------------------
+
+
+def _from_hub(repo_id: str, revision: str | None, dtype: str | None) -> Path:
+    repository = _Repository(repo_id, revision)
+    with plain_words(repo_id, "download"):
+        try:
+            return _choose(repository.open, repo_id, dtype)
+        except HubError:
+            if repository.unreachable is not None:
+                # nothing of use in the cache: why the Hub was not reached says more
+                raise repository.unreachable
+            raise
+
+
+class _Repository:
+    """A repository's files at one commit, in the Hub's cache."""
+
+    def __init__(self, repo_id: str, revision: str | None) -> None:
+        self.repo_id = repo_id
+        self.revision = revision
+        #: why the Hub did not answer; from then on only the cache is looked at
+        self.unreachable: Exception | None = None
+
+    def open(self, name: str) -> Path | None:
+        """``name`` in the cache, downloaded if need be; None if the repository lacks it."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            path = Path(
+                hf_hub_download(
+                    self.repo_id,
+                    name,
+                    revision=self.revision,
+                    local_files_only=self.unreachable is not None,
+                )
+            )
+        except LocalEntryNotFoundError as unreachable:
+            self.unreachable = self.unreachable or unreachable
+            return None
+        except EntryNotFoundError:
+            return None
+        # the other files must come from the same commit, whatever happens to the branch
+        self.revision = path.parent.name
+        return _as_named(path)
+
+
+def _as_named(path: Path) -> Path:
+    """A file of the Hub's cache, held to the hash its blob is named by.
+
+    The blob of a large file is named by its SHA-256 and of a small one by its
+    git object id. The client checks sizes only.
+    """
+    blob = path.resolve()
+    if not _SHA256.fullmatch(blob.name) or _is_known_good(blob, blob.name):
+        return path
+    digest = sha256_of(blob)
+    if digest != blob.name:
+        size = blob.stat().st_size
+        # out of the cache: left there it would be found again, and refused again
+        blob.unlink()
+        path.unlink(missing_ok=True)
+        raise HubError(
+            f"the download of {path.name} is damaged, and was thrown away",
+            found=f"sha256 {digest} ({size:,} bytes)",
+            expected=f"sha256 {blob.name}",
+            hint="run the same again; if it fails again, something between here and the Hub\n"
+            "changes what it passes on",
+        )
+    _note_good(blob, digest)
+    return path
+
+
+# what was hashed before --------------------------------------------------------
+
+
+def _note_for(path: Path, digest: str) -> Path:
+    from huggingface_hub import cached_assets_path
+
+    real = path.resolve()
+    stat = real.stat()
+    about = f"{real}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{digest}"
+    notes = cached_assets_path("mlx-contentvec", namespace="verified", subfolder="sha256")
+    return notes / hashlib.sha256(about.encode()).hexdigest()
+
+
+def _is_known_good(path: Path, digest: str) -> bool:
+    try:
+        return _note_for(path, digest).is_file()
+    except OSError:
+        return False
+
+
+def _note_good(path: Path, digest: str) -> None:
+    try:
+        _note_for(path, digest).touch()
+    except OSError:
+        return  # a cache that cannot be written costs time, nothing else
+
+
+# the client's errors, in plain words ------------------------------------------
+
+
+@contextmanager
+def plain_words(repo_id: str, doing: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises while ``doing`` something into a HubError."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:
+        explained = explain(error, repo_id, doing)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
+    """The HubError that says what ``error`` means; None if it is not of the Hub's making."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub_errors
+
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+
+    def first(kind: type[BaseException]) -> BaseException | None:
+        return next((e for e in chain if isinstance(e, kind)), None)
+
+    answer = first(hub_errors.HfHubHTTPError)
+    if answer is not None:
+        return _explain_answer(answer, repo_id, doing)
+    if first(hub_errors.OfflineModeIsEnabled) or (
+        constants.HF_HUB_OFFLINE and first(hub_errors.LocalEntryNotFoundError)
+    ):
+        return HubError(
+            f"cannot {doing} {repo_id}: HF_HUB_OFFLINE is set, and it is not in the cache",
+            found=f"the cache {constants.HF_HUB_CACHE}",
+            hint="run once without HF_HUB_OFFLINE, or point HF_HOME to the cache that has it",
+        )
+    if first(hub_errors.HFValidationError):
+        return HubError(f"{repo_id!r} is no repository name", expected="owner/name")
+    lost = next((e for e in chain if type(e).__module__.split(".")[0] in _NETWORK), None)
+    if lost is not None or first(ConnectionError) or first(TimeoutError):
+        reason = _scrub(str(lost or error)) or type(lost or error).__name__
+        return HubError(
+            f"cannot {doing} {repo_id}: the connection to {constants.ENDPOINT} failed",
+            found=reason.splitlines()[0],
+            hint="check the network (or HF_ENDPOINT) and run the same again: what has arrived\n"
+            "is kept",
+        )
+    if first(hub_errors.LocalEntryNotFoundError):
+        return HubError(
+            f"cannot {doing} {repo_id}: the Hub does not answer, and it is not in the cache",
+            hint="check the network and run the same again",
+        )
+    if any("Consistency check failed" in str(e) for e in chain if isinstance(e, OSError)):
+        return HubError(
+            f"cannot {doing} {repo_id}: the connection closed before all had arrived",
+            hint="run the same again",
+        )
+    return None
+
+
+def _explain_answer(answer: Any, repo_id: str, doing: str) -> HubError:
+    from huggingface_hub import constants, get_token
+    from huggingface_hub import errors as hub_errors
+
+    status = answer.response.status_code
+    said = _scrub(str(getattr(answer, "server_message", None) or "")).strip()
+    found = f"HTTP {status}" + (f": {said.splitlines()[0]}" if said else "")
+    has_token = get_token() is not None
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+
+    def error(problem: str, hint: str) -> HubError:
+        return HubError(f"cannot {doing} {repo_id}: {problem}", found=found, hint=hint)
+
+    if isinstance(answer, hub_errors.GatedRepoError):
+        return error(
+            "its owner gives access on request",
+            f"ask for it at {constants.ENDPOINT}/{repo_id}, then {log_in}",
+        )
+    if isinstance(answer, hub_errors.RevisionNotFoundError):
+        return error("it has no such revision", "name a branch, a tag or a full commit id")
+    if isinstance(answer, hub_errors.EntryNotFoundError):
+        return error(
+            "it does not hold the file that was asked for",
+            "is it a repository of MLX ContentVec weights? Others are converted first:\n"
+            "mlx-contentvec convert SOURCE FILE.safetensors",
+        )
+    if isinstance(answer, hub_errors.RepositoryNotFoundError):
+        return error(
+            "there is no such repository, or it is private and this token may not see it"
+            if has_token
+            else "there is no such repository, or it is private and no token was found",
+            "check the name" + ("" if has_token else f"; for a private one, {log_in}"),
+        )
+    if status == 401:
+        return error(
+            "the Hub does not accept the token" if has_token else "the Hub asks for a token",
+            f"make a token at {constants.ENDPOINT}/settings/tokens, then {log_in}",
+        )
+    if status == 403:
+        return error(
+            "the token may not do that",
+            "use a token with write access to that user or organisation:\n"
+            f"{constants.ENDPOINT}/settings/tokens",
+        )
+    if status in (409, 412):
+        return error(
+            "somebody else changed it at the same time", "look at it, then run the same again"
+        )
+    if status == 429:
+        return error("too many requests", "wait a few minutes and run the same again")
+    if status >= 500:
+        return error(
+            "the Hub has a fault of its own",
+            "wait a little and run the same again: what has arrived is kept\n"
+            "(https://status.huggingface.co)",
+        )
+    return error("the Hub refuses", "see what it says above")
+
+
+def _scrub(text: str) -> str:
+    """``text`` without anything that looks like a token."""
+    return _TOKEN.sub("hf_...", text)
