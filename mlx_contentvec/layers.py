@@ -105,26 +105,34 @@ class ConvBlock(nn.Module):
         if self.over_time or config.extractor_norm == "layer":
             self.norm = Norm(channels)
 
-    def __call__(self, x: Array, lengths: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        lengths: Array | None = None,
+        moments: tuple[Array, Array, Array] | None = None,
+    ) -> Array:
         """(batch, time, channels in) to (batch, time / stride, channels).
 
         ``lengths``, (batch,) in samples, bounds what the first block's group
-        norm counts; elsewhere it changes nothing.
+        norm counts; ``moments``, as ``kernels.window_moments`` gives them, are
+        those of a longer waveform of which ``x`` is a piece. Elsewhere neither
+        changes anything.
         """
         if self.over_time:
-            return kernels.gelu(self._normalised_over_time(x, lengths))
+            if moments is None:
+                moments = kernels.window_moments(x[..., 0], lengths, self.kernel, self.stride)
+            return kernels.gelu(self._normalised_over_time(x, *moments))
         y = kernels.conv1d(x, self.conv.weight, self.conv.get("bias"), self.stride)
         return kernels.gelu(self.norm(y) if "norm" in self else y)
 
-    def _normalised_over_time(self, waveform: Array, lengths: Array | None) -> Array:
+    def _normalised_over_time(
+        self, waveform: Array, offset: Array, mean: Array, covariance: Array
+    ) -> Array:
         """The first convolution and its group norm as one affine map of the waveform.
 
         ``GroupNorm(channels, channels)`` normalises each channel over time; its
         statistics come from the waveform (``kernels.window_moments``).
         """
-        offset, mean, covariance = kernels.window_moments(
-            waveform[..., 0], lengths, self.kernel, self.stride
-        )
         dtype = self.conv.weight.dtype
         with mx.stream(mx.cpu):
             weight = self.conv.weight.astype(mx.float64)[..., 0]
