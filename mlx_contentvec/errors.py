@@ -12,7 +12,7 @@
     |-- AudioError               audio cannot be decoded or is not usable input
     |-- BackendError             MLX or one of its backends is missing
     |-- MissingDependency        an optional package is needed for what was asked
-    |-- ParityError              a comparison cannot be made (a failed one is a result, not an error)
+    |-- ParityError              a comparison cannot be made (one that fails is a result)
     `-- HubError                 a repository cannot be read, verified or published
 
 Libraries raise these; only the command line prints them and exits with 1.

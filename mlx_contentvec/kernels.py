@@ -129,9 +129,8 @@ def window_moments(
               mean (batch, kernel) and covariance (batch, kernel, kernel), float64,
               of the windows of ``waveform - offset``
     """
-    cpu = mx.cpu
-    with mx.stream(cpu):
-        batch, samples = waveform.shape
+    with mx.stream(mx.cpu):
+        samples = waveform.shape[1]
         count = (samples - kernel) // stride + 1
         exact = waveform.astype(mx.float64)
         if lengths is None:

@@ -81,7 +81,7 @@ class ContentvecModel(nn.Module):
                 f"{Path(path).name} does not say what model it holds",
                 found="safetensors without a 'config' in its metadata",
                 expected="a file written by mlx-contentvec convert",
-                hint="build the model yourself and call load_weights, or convert the original again",
+                hint="build the model yourself and call load_weights, or convert again",
             )
         model = cls(_stored_config(path, metadata))
         model._take(arrays, metadata, Path(path).name)
