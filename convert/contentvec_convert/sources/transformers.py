@@ -1,0 +1,288 @@
+"""Checkpoints with the tensor names of Hugging Face transformers.
+
+Source of names and defaults: transformers/models/hubert/modeling_hubert.py and
+configuration_hubert.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.errors import ConfigError, CorruptCheckpoint, UnsupportedCheckpoint
+
+from ..checkpoint import Checkpoint
+from ..rules import Drop, Plan, Rule
+from .shapes import PROBE, config_from_shapes, told
+
+NAMING = "transformers"
+
+#: HubertModel has none, the models with a head on top carry the second
+PREFIXES = ("", "hubert.")
+
+#: what holds the kernel of the positional convolution, with the transform it
+#: takes: the two names of a weight norm (torch >= 2.1, and before), and the
+#: plain kernel of a batch norm model or of one whose weight norm was removed
+POSITIONAL_KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
+    "parametrizations": (
+        ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+        "fold_weight_norm",
+    ),
+    "weight_g": (("weight_g", "weight_v"), "fold_weight_norm"),
+    "weight": (("weight",), "conv_kernel"),
+}
+
+#: tensors that no feature depends on
+NOT_FEATURES = (
+    Drop("masked_spec_embed", "stands in for masked frames in training"),
+    Drop("label_embs_concat", "scores the clusters of pre-training"),
+    Drop("lm_head.weight", "head for speech recognition"),
+    Drop("lm_head.bias", "head for speech recognition"),
+    Drop("projector.weight", "head for classification"),
+    Drop("projector.bias", "head for classification"),
+    Drop("classifier.weight", "head for classification"),
+    Drop("classifier.bias", "head for classification"),
+    Drop("layer_weights", "head for classification"),
+    Drop(
+        "encoder.pos_conv_embed.batch_norm.num_batches_tracked",
+        "counts training steps; the running statistics are used as they are",
+    ),
+)
+
+#: ModelConfig field <- key of config.json that every HubertConfig writes
+FIELDS = {
+    "conv_bias": "conv_bias",
+    "extractor_norm": "feat_extract_norm",
+    "encoder_embed_dim": "hidden_size",
+    "encoder_ffn_embed_dim": "intermediate_size",
+    "encoder_layers": "num_hidden_layers",
+    "layer_norm_first": "do_stable_layer_norm",
+    "conv_pos": "num_conv_pos_embeddings",
+    "conv_pos_groups": "num_conv_pos_embedding_groups",
+}
+
+#: what the model computes with, where config.json could ask for something else;
+#: a key that is absent means this value, in every version of HubertConfig
+FIXED: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "layer_norm_eps": 1e-5,
+    "feat_proj_layer_norm": True,
+    "adapter_attn_dim": None,
+}
+
+HEADS = "num_attention_heads"
+
+
+def rules(
+    config: ModelConfig, *, prefix: str = "", final_proj: str = "final_proj", kernel: str
+) -> Iterator[Rule]:
+    """One rule per parameter of the model.
+
+    prefix: of every name but the head's; final_proj: the head's name;
+    kernel: a key of POSITIONAL_KERNELS.
+    """
+
+    def affine(target: str, source: str) -> Iterator[Rule]:
+        yield Rule(f"{target}.weight", (f"{prefix}{source}.weight",), "move")
+        yield Rule(f"{target}.bias", (f"{prefix}{source}.bias",), "move")
+
+    for i in range(len(config.conv_layers)):
+        block = f"feature_extractor.conv_layers.{i}"
+        yield Rule(f"{block}.conv.weight", (f"{prefix}{block}.conv.weight",), "conv_kernel")
+        if config.conv_bias:
+            yield Rule(f"{block}.conv.bias", (f"{prefix}{block}.conv.bias",), "move")
+        if config.extractor_norm == "layer" or i == 0:
+            yield from affine(f"{block}.norm", f"{block}.layer_norm")
+    yield from affine("layer_norm", "feature_projection.layer_norm")
+    yield from affine("post_extract_proj", "feature_projection.projection")
+    positional = "encoder.pos_conv_embed"
+    if config.conv_pos_batch_norm:
+        yield from affine("encoder.pos_conv_norm", f"{positional}.batch_norm")
+        for statistic in ("running_mean", "running_var"):
+            yield Rule(
+                f"encoder.pos_conv_norm.{statistic}",
+                (f"{prefix}{positional}.batch_norm.{statistic}",),
+                "move",
+            )
+    names, transform = POSITIONAL_KERNELS[kernel]
+    yield Rule(
+        "encoder.pos_conv.weight",
+        tuple(f"{prefix}{positional}.conv.{name}" for name in names),
+        transform,
+    )
+    yield Rule("encoder.pos_conv.bias", (f"{prefix}{positional}.conv.bias",), "move")
+    yield from affine("encoder.layer_norm", "encoder.layer_norm")
+    for i in range(config.encoder_layers):
+        layer = f"encoder.layers.{i}"
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from affine(f"{layer}.self_attn.{projection}", f"{layer}.attention.{projection}")
+        yield from affine(f"{layer}.self_attn_layer_norm", f"{layer}.layer_norm")
+        yield from affine(f"{layer}.fc1", f"{layer}.feed_forward.intermediate_dense")
+        yield from affine(f"{layer}.fc2", f"{layer}.feed_forward.output_dense")
+        yield from affine(f"{layer}.final_layer_norm", f"{layer}.final_layer_norm")
+    if config.final_dim is not None:
+        yield Rule("final_proj.weight", (f"{final_proj}.weight",), "move")
+        yield Rule("final_proj.bias", (f"{final_proj}.bias",), "move")
+
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors have these names, whatever model they belong to."""
+    return _prefix(checkpoint.tensors) is not None
+
+
+def plan(
+    checkpoint: Checkpoint, *, heads: int | None = None, normalize: bool | None = None
+) -> Plan:
+    """The configuration and the rules for a checkpoint that :func:`matches`.
+
+    heads, normalize: what the caller knows, for a file without config.json or
+    preprocessor_config.json; where the file says it too, the two must agree.
+
+    Raises UnsupportedCheckpoint for another model under the same names;
+    ConfigError for a configuration that is missing, incomplete, contradicts
+    the caller or the tensors.
+    """
+    tensors = checkpoint.tensors
+    prefix = _prefix(tensors)
+    if prefix is None:
+        raise UnsupportedCheckpoint(f"{checkpoint.path.name} has no HuBERT of transformers in it")
+    head = next((p for p in ("final_proj", f"{prefix}final_proj") if f"{p}.weight" in tensors), "")
+    kernel = _kernel(tensors, prefix)
+    normalize = told("normalize", normalize, _stored_normalization(checkpoint))
+    if checkpoint.config is None:
+        config = config_from_shapes(
+            tensors,
+            rules(PROBE, prefix=prefix, final_proj=head or "final_proj", kernel=kernel),
+            missing="config.json",
+            heads=heads,
+            normalize=normalize,
+        )
+    else:
+        final_dim = tensors[f"{head}.weight"].shape[0] if head else None
+        config = _read_config(checkpoint.config, heads, normalize, final_dim)
+        _require_layers(config, tensors, prefix)
+    return Plan(
+        naming=NAMING,
+        config=config,
+        rules=tuple(rules(config, prefix=prefix, final_proj=head, kernel=kernel)),
+        drops=tuple(
+            Drop(name, drop.reason)
+            for drop in NOT_FEATURES
+            for name in dict.fromkeys((drop.source, f"{prefix}{drop.source}"))
+            if name in tensors
+        ),
+    )
+
+
+def _prefix(names: Container[str]) -> str | None:
+    for prefix in PREFIXES:
+        if f"{prefix}feature_projection.projection.weight" in names:
+            return prefix
+    return None
+
+
+def _kernel(names: Container[str], prefix: str) -> str:
+    for kernel, (parts, _) in POSITIONAL_KERNELS.items():
+        if all(f"{prefix}encoder.pos_conv_embed.conv.{part}" in names for part in parts):
+            return kernel
+    raise CorruptCheckpoint(
+        "the positional convolution has no kernel",
+        expected=f"{prefix}encoder.pos_conv_embed.conv.weight_g and weight_v, "
+        "parametrizations.weight.original0 and original1, or weight",
+        hint="a folder saved without its weight norm loads with random values elsewhere too: "
+        "download it again",
+    )
+
+
+def _stored_normalization(checkpoint: Checkpoint) -> bool | None:
+    """``do_normalize`` of the feature extractor saved beside the weights; None if there is none.
+
+    Source: transformers/models/wav2vec2/feature_extraction_wav2vec2.py.
+    """
+    folder = checkpoint.files[0].parent
+    for name, section in (
+        ("preprocessor_config.json", None),
+        ("processor_config.json", "feature_extractor"),
+    ):
+        path: Path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = fields if section is None else fields.get(section, {})
+            stored = fields.get("do_normalize")
+        except (ValueError, AttributeError) as error:
+            raise CorruptCheckpoint(f"{name} cannot be read", found=str(error)) from error
+        if stored is not None:
+            return bool(stored)
+    return None
+
+
+def _read_config(
+    stored: dict[str, Any], heads: int | None, normalize: bool, final_dim: int | None
+) -> ModelConfig:
+    model_type = stored.get("model_type")
+    if model_type != "hubert":
+        raise UnsupportedCheckpoint(
+            f"this is a {MODEL_TYPES.get(model_type, model_type)} model, not HuBERT or ContentVec",
+            found=f'config.json with "model_type": {json.dumps(model_type)}',
+            expected='"model_type": "hubert"',
+            hint="its encoder has the same tensor names, but its features are not those that "
+            "RVC voices were trained on",
+        )
+    required = [*FIELDS.values(), "conv_dim", "conv_kernel", "conv_stride"]
+    if missing := [key for key in required if key not in stored]:
+        raise ConfigError(
+            "config.json is incomplete",
+            found=f"no {', '.join(missing)}",
+            hint="download config.json again from where the weights came from",
+        )
+    for key, value in FIXED.items():
+        if stored.get(key, value) != value:
+            raise UnsupportedCheckpoint(
+                "this HuBERT computes something that mlx-contentvec does not",
+                found=f'config.json with "{key}": {json.dumps(stored[key])}',
+                expected=f"{json.dumps(value)}, as every published HuBERT has it",
+            )
+    conv = [stored[key] for key in ("conv_dim", "conv_kernel", "conv_stride")]
+    if len({len(numbers) for numbers in conv}) != 1:
+        raise ConfigError(
+            "config.json contradicts itself",
+            found="conv_dim, conv_kernel and conv_stride of different lengths",
+        )
+    return ModelConfig(
+        conv_layers=tuple(zip(*conv, strict=True)),
+        encoder_attention_heads=told("heads", heads, stored.get(HEADS)),
+        conv_pos_batch_norm=bool(stored.get("conv_pos_batch_norm", False)),
+        final_dim=final_dim,
+        normalize=normalize,
+        **{field: stored[key] for field, key in FIELDS.items()},
+    )
+
+
+#: "model_type" of relatives whose encoders carry the same names
+MODEL_TYPES: dict[Any, str] = {
+    "wav2vec2": "wav2vec 2.0",
+    "wavlm": "WavLM",
+    "data2vec-audio": "data2vec",
+    "unispeech": "UniSpeech",
+    "unispeech-sat": "UniSpeech-SAT",
+}
+
+
+def _require_layers(config: ModelConfig, names: Container[str], prefix: str) -> None:
+    def held(layer: int) -> bool:
+        return f"{prefix}encoder.layers.{layer}.final_layer_norm.weight" in names
+
+    if held(config.encoder_layers) or not held(config.encoder_layers - 1):
+        count = next(i for i in range(10_000) if not held(i))
+        raise ConfigError(
+            "config.json contradicts the tensors",
+            found=f"{count} encoder layers in the weights",
+            expected=f'"num_hidden_layers": {config.encoder_layers}',
+            hint="config.json and the weights belong to different models",
+        )
