@@ -14,6 +14,7 @@ from .errors import ContentvecError
 #: subcommand -> (module:object, one line for --help). The modules live in
 #: three packages; naming them as text keeps ``--help`` from importing any.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "fetch": ("contentvec_convert.fetch_command:fetch", "Download a known source checkpoint."),
     "convert": ("contentvec_convert.commands:convert", "Convert a checkpoint to MLX safetensors."),
     "inspect": ("contentvec_convert.commands:inspect", "Say what a file is, without converting."),
     "parity": ("contentvec_parity.commands:parity", "Compare the MLX model with the original."),

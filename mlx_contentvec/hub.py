@@ -177,7 +177,7 @@ def _from_hub(repo_id: str, revision: str | None, dtype: str | None) -> Path:
         except HubError:
             if repository.unreachable is not None:
                 # nothing of use in the cache: why the Hub was not reached says more
-                raise repository.unreachable
+                raise repository.unreachable from repository.unreachable.__cause__
             raise
 
 

@@ -1,0 +1,196 @@
+"""Download a known source checkpoint from where its publisher keeps it.
+
+The bytes go to ``NAME.part``. An interrupted download goes on from there, and
+only a file with the size and the checksums of its row in the table of known
+files gets its final name: what is called ``hubert_base.pt`` is that file.
+
+The address, the token and the cache are huggingface_hub's: ``HF_ENDPOINT``,
+``HF_HUB_OFFLINE``, ``HF_HUB_CACHE`` and the login hold here as well. A file that
+is in the cache already is copied from there. (The client's own downloader keeps
+no partial file between two runs, which is why the ``.part`` is kept here.)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from mlx_contentvec import hub
+from mlx_contentvec.errors import HubError, IdentityError, OutputError, name_list
+
+from .identity import Identification, Identity, accept
+from .known_files import KNOWN_FILES, KnownFile
+
+#: called with the bytes checked so far and the bytes there are
+Checked = Callable[[int, int], None]
+
+_HUB = "https://huggingface.co/"
+
+
+def known_file(key: str) -> KnownFile:
+    """The downloadable file with this key.
+
+    Raises HubError when there is no such row, or none that can be downloaded and proven.
+    """
+    row = next((row for row in KNOWN_FILES if row.key == key), None)
+    fetchable = [row.key for row in KNOWN_FILES if row.hub_path]
+    if row is None:
+        raise HubError(f"no known file is called {key}", expected=name_list(fetchable))
+    if row.hub_path is None:
+        raise HubError(
+            f"{key} cannot be fetched: no checksum of it is known here",
+            expected=name_list(fetchable),
+            hint=f"download it by hand from {row.home}, then convert it with --allow-unknown",
+        )
+    return row
+
+
+def fetch(
+    key: str,
+    output: str | Path | None = None,
+    *,
+    force: bool = False,
+    progress: Checked | None = None,
+) -> tuple[Path, Identity]:
+    """Download the known file ``key``; its path and its proven identity.
+
+    output:   file to write, by default the file's own name in the current folder;
+              of a Hugging Face model, the folder to write
+    force:    replace another file that is there
+    progress: hears of the check, not of the download, which draws its own bar
+
+    Raises HubError when the download fails, IdentityError when what arrived is
+    not the file, OutputError when it cannot be written.
+    """
+    row = known_file(key)
+    path = _target(row, output)
+    if path.exists():
+        there = _identity(path, progress)
+        if there.known is not row and not force:
+            raise OutputError(
+                f"{path} exists, and is not {row.key}",
+                found=f"sha256 {there.sha256} ({there.size:,} bytes)",
+                expected=f"sha256 {row.sha256}",
+                hint="give another --output, or --force to replace it",
+            )
+        if there.known is row:
+            _fetch_beside(row, path.parent)
+            return path.parent if row.beside else path, there
+    part = path.with_name(path.name + ".part")
+    resumed = part.exists() and part.stat().st_size > 0
+    try:
+        identity = _obtain(row, part, progress)
+    except IdentityError:
+        if not resumed:
+            raise
+        # the part may have been the beginning of something else
+        identity = _obtain(row, part, progress)
+    _fetch_beside(row, path.parent)
+    part.replace(path)
+    return path.parent if row.beside else path, identity
+
+
+def _target(row: KnownFile, output: str | Path | None) -> Path:
+    """Where the weights of ``row`` go; a row of several files goes into a folder of its own."""
+    if row.beside:
+        folder = Path(output) if output is not None else Path(row.key)
+        path = folder / row.names[0]
+        folder = folder.parent
+    else:
+        path = Path(output) if output is not None else Path(row.names[0])
+        path = path / row.names[0] if path.is_dir() else path
+        folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"there is no folder {folder}", hint="make it first")
+    path.parent.mkdir(exist_ok=True)
+    return path
+
+
+def _fetch_beside(row: KnownFile, folder: Path) -> None:
+    """The small files that belong to the weights; the client keeps them in its cache."""
+    from huggingface_hub import hf_hub_download
+
+    inside = PurePosixPath(row.hub_path or "").parent
+    for name in row.beside:
+        with hub.plain_words(_repository(row), f"download {inside / name} from"):
+            found = hf_hub_download(_repository(row), str(inside / name))
+        shutil.copyfile(found, folder / name)
+
+
+def _obtain(row: KnownFile, part: Path, progress: Checked | None) -> Identity:
+    """Complete ``part`` and prove it; a file that is not the one is not kept."""
+    cached = _in_cache(row)
+    try:
+        if cached is not None:
+            shutil.copyfile(cached, part)
+        else:
+            _download(row, part)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise OutputError(f"cannot write {part}: {error.strerror}") from error
+    identity = _identity(part, progress)
+    if identity.known is row:
+        return identity
+    try:
+        accept(part, identity, expect_sha256=row.sha256)
+    except IdentityError as error:
+        part.unlink()
+        raise IdentityError(
+            f"what {_repository(row)} served is not {row.key}, and was thrown away",
+            found=error.found,
+            expected=f"sha256 {row.sha256} ({row.size or 0:,} bytes)",
+            hint="run the same again; if it fails again, the file has changed at its home, or\n"
+            "something between here and there changes what it passes on",
+        ) from None
+    return identity
+
+
+def _download(row: KnownFile, part: Path) -> None:
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    repo_id = _repository(row)
+    done = part.stat().st_size if part.exists() else 0
+    if row.size is not None and done > row.size:
+        part.unlink()
+        done = 0
+    if done and done == row.size:
+        return
+    with part.open("ab") as file, hub.plain_words(repo_id, f"download {row.hub_path} from"):
+        if constants.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled
+        file.seek(0, os.SEEK_END)
+        http_get(
+            hf_hub_url(repo_id, row.hub_path or ""),
+            file,
+            resume_size=done,
+            headers=build_hf_headers(library_name="mlx-contentvec"),
+            displayed_filename=part.stem,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _in_cache(row: KnownFile) -> Path | None:
+    """The file in the Hub's cache, where other programs may have put it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(_repository(row), row.hub_path or "")
+    if not isinstance(found, str):
+        return None
+    path = Path(found)
+    return path if row.size in (None, path.stat().st_size) else None
+
+
+def _repository(row: KnownFile) -> str:
+    return row.home.removeprefix(_HUB)
+
+
+def _identity(path: Path, progress: Checked | None) -> Identity:
+    with Identification(path, progress=progress) as identification:
+        return identification.result()
