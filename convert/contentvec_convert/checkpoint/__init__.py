@@ -1,0 +1,14 @@
+"""Reading checkpoints without torch, fairseq or trust.
+
+The file's tensors come as views on it, the objects of other programs as inert
+records. Nothing a file says is imported, called or written. Needs numpy and
+the standard library.
+"""
+
+from __future__ import annotations
+
+from .opening import Checkpoint, open_checkpoint
+from .records import InertRecord
+from .tensors import StoredTensor
+
+__all__ = ["Checkpoint", "InertRecord", "StoredTensor", "open_checkpoint"]

@@ -1,0 +1,38 @@
+"""How much of a file's claims is believed before it is refused.
+
+Each limit lies far above what a real checkpoint reaches and keeps a hostile
+one cheap: opening any file ends within seconds and some hundred megabytes.
+"""
+
+from __future__ import annotations
+
+MIB = 1024 * 1024
+
+#: a pickle: 62 KB in RVC's file; a few MB with a large dictionary inside
+PICKLE_BYTES = 64 * MIB
+#: instructions of one pickle: 12 thousand in RVC's file, 100 thousand with Adam state
+PICKLE_OPERATIONS = 4_000_000
+#: lists, dicts, sets and records that one pickle makes (an empty set alone takes 216 bytes)
+PICKLE_CONTAINERS = 1_000_000
+#: bytes of one integer: torch's magic number has 10
+INTEGER_BYTES = 32
+#: dict keys and set members that are tuples: their hashes can be made to collide on purpose
+TUPLE_KEYS = 2_000
+#: values inside one tuple that is a dict key
+KEY_PARTS = 64
+#: tensors of one file: 214 in RVC's, 642 with Adam state, some thousands in the largest
+TENSORS = 100_000
+#: dimensions of a tensor (numpy's own limit was 32 for long)
+DIMENSIONS = 32
+#: values nested inside each other, at the end of reading
+NESTING = 64
+#: values of the finished structure, counted as often as they are reachable
+VALUES = 4_000_000
+#: entries of a zip archive
+ZIP_ENTRIES = 200_000
+#: header of a safetensors file, config.json, the index of a sharded model
+JSON_BYTES = 16 * MIB
+#: characters of a tensor's name
+NAME_CHARACTERS = 512
+#: weight files of a sharded model
+SHARDS = 1_000

@@ -1,0 +1,132 @@
+"""One regular file, read at offsets or mapped, that knows how to say what is wrong with it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from pathlib import Path
+
+from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
+
+_CHUNK = 1024 * 1024
+
+DOWNLOAD_AGAIN = (
+    "download the file again, and compare its size and checksum with those its publisher gives"
+)
+
+
+class SourceFile:
+    """A file opened for reading, with a descriptor of its own.
+
+    Raises CheckpointError if there is no such file, it is not a regular file
+    (a pipe or a device could block or never end) or it may not be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise CheckpointError(
+                    f"{path} is not a file",
+                    expected="a regular file, or a folder in the Hugging Face layout",
+                )
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise CheckpointError(f"cannot open {path}: {reason}") from error
+        self._map: mmap.mmap | None = None
+        self._open = True
+        self.size = os.fstat(self._descriptor).st_size
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder, for messages."""
+        return self.path.name
+
+    def corrupt(
+        self,
+        what: str,
+        *,
+        found: str | None = None,
+        expected: str | None = None,
+        hint: str = DOWNLOAD_AGAIN,
+    ) -> CorruptCheckpoint:
+        """The error that says this file is damaged, to be raised by the caller."""
+        return CorruptCheckpoint(
+            f"{self.name} is damaged: {what}", found=found, expected=expected, hint=hint
+        )
+
+    def unsupported(
+        self,
+        what: str,
+        *,
+        found: str | None = None,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> UnsupportedCheckpoint:
+        """The error that says this file is not one that can be read, to be raised by the caller."""
+        return UnsupportedCheckpoint(
+            f"{self.name}: {what}", found=found, expected=expected, hint=hint
+        )
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` (bytes) with what the file holds from ``offset`` on.
+
+        Raises CorruptCheckpoint if the file ends before that.
+        """
+        self._require_open()
+        done = 0
+        while done < len(target):
+            try:
+                piece = os.pread(self._descriptor, min(_CHUNK, len(target) - done), offset + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+            if not piece:
+                raise self.corrupt(
+                    "it ends in the middle of its data",
+                    found=f"{offset + done:,} bytes",
+                    expected=f"at least {offset + len(target):,} bytes",
+                )
+            target[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on; CorruptCheckpoint if the file ends before that."""
+        if offset + length > self.size:
+            raise self.corrupt(
+                "it ends in the middle of its data",
+                found=f"{self.size:,} bytes",
+                expected=f"at least {offset + length:,} bytes",
+            )
+        buffer = bytearray(length)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def head(self, length: int) -> bytes:
+        """The first ``length`` bytes, or fewer if the file is shorter."""
+        return self.read(0, min(length, self.size))
+
+    def mapped(self) -> mmap.mmap:
+        """The whole file mapped read-only; made on first use. The file must not be empty."""
+        self._require_open()
+        if self._map is None:
+            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        return self._map
+
+    def close(self) -> None:
+        """Give the descriptor back. Arrays that view the mapping stay valid."""
+        if not self._open:
+            return
+        self._open = False
+        os.close(self._descriptor)
+        if self._map is not None:
+            try:
+                self._map.close()
+            except BufferError:
+                # arrays still view it: it goes when the last of them goes
+                self._map = None
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise CheckpointError(f"{self.path} has been closed")
