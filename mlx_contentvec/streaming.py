@@ -1,0 +1,251 @@
+"""Clips of any length in bounded memory, and the same features as in one go.
+
+A HuBERT sees its whole clip: the first group norm runs over time and every
+frame attends to every other. Cutting a clip therefore changes the features.
+Here nothing is cut. Each stage walks over the clip in pieces and is given
+exactly what it needs from beyond the piece:
+
+    first convolution  its group norm's statistics, from one pass over the waveform
+                       in float64 (``kernels.window_moments`` says why that is enough)
+    convolutions       ``receptive_field - hop`` samples of context, 80 in every known model
+    positional conv    half a kernel of frames on both sides
+    attention          all keys and values of a few heads, the queries piece by piece
+    feed-forward       nothing: frames do not see each other
+
+What differs from the unchunked result is the order of some sums: float32 noise.
+Between stages the clip is held as float32 in two numpy buffers, (frames, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import kernels
+from .backend import device_kind, mx
+from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from .layers import EncoderLayer
+    from .model import ContentvecModel
+
+Array = Any
+Buffer = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How much of a clip is in work at once."""
+
+    #: frames of the front end, and of whatever is computed frame by frame
+    frames: int
+    #: attention heads whose keys and values are held
+    heads: int
+    #: queries that are scored against all keys of a head
+    queries: int
+
+
+def streamed(
+    model: ContentvecModel, waveform: Buffer, layer: int, project: bool, pieces: Pieces
+) -> Buffer:
+    """The features of one clip, a piece at a time.
+
+    waveform: (samples,) float32, checked by the caller
+    returns:  (frames, width) float32: the output of ``layer``, projected if asked
+    """
+    x = _front_end(model, waveform, pieces.frames)
+    # the second buffer of two: stages that look beyond their piece write here
+    y = np.empty_like(x)
+    _positional(model, x, y, pieces.frames)
+    x, y = y, x
+    for index in range(layer):
+        block = model.encoder.layers[index]
+        _attend(model, block, x, y, pieces)
+        for start, stop in _spans(len(x), pieces.frames):
+            attended = block.self_attn.out_proj(_load(model, y[start:stop]))
+            x[start:stop] = _store(_after_attention(block, _load(model, x[start:stop]), attended))
+    if not project:
+        return x
+    projected = np.empty((len(x), model.config.final_dim or 0), np.float32)
+    for start, stop in _spans(len(x), pieces.frames):
+        projected[start:stop] = _store(model.final_proj(_load(model, x[start:stop])))
+    return projected
+
+
+def _spans(length: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, step):
+        yield start, min(start + step, length)
+
+
+def _load(model: ContentvecModel, rows: Buffer) -> Array:
+    """(frames, width) of a buffer as (1, frames, width) in the model's own dtype."""
+    return mx.array(rows)[None].astype(model.layer_norm.weight.dtype)
+
+
+def _store(x: Array) -> Buffer:
+    """(1, frames, width) as (frames, width) float32."""
+    stored: Buffer = np.asarray(x[0].astype(mx.float32))
+    return stored
+
+
+# ---- waveform to frames -----------------------------------------------------------
+
+
+def _front_end(model: ContentvecModel, waveform: Buffer, step: int) -> Buffer:
+    config = model.config
+    frames = config.frames(len(waveform))
+    scale = _Scale.of(waveform) if config.normalize else _Scale(0.0, 1.0)
+    moments = _moments(config, waveform, scale) if config.extractor_norm == "group" else None
+    first, *rest = model.feature_extractor.conv_layers
+    x = np.empty((frames, config.encoder_embed_dim), np.float32)
+    for start, stop in _spans(frames, step):
+        heard = slice(start * config.hop, (stop - 1) * config.hop + config.receptive_field)
+        piece = first(mx.array(scale.applied(waveform[heard]))[None, :, None], moments=moments)
+        for block in rest:
+            piece = block(piece)
+        x[start:stop] = _store(model.run_stage("projection", piece))
+    return x
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Zero mean and unit variance over the whole clip, see ``model.normalize_waveform``."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, waveform: Buffer) -> _Scale:
+        mean = float(waveform.mean(dtype=np.float64))
+        blocks = (waveform[a:b] - mean for a, b in _spans(len(waveform), 1 << 20))
+        squares = sum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
+        return cls(mean, float(np.sqrt(squares / len(waveform) + kernels.EPS)))
+
+    def applied(self, waveform: Buffer) -> Buffer:
+        if self == _Scale(0.0, 1.0):
+            return waveform
+        return ((waveform.astype(np.float64) - self.mean) / self.deviation).astype(np.float32)
+
+
+def _moments(config: ModelConfig, waveform: Buffer, scale: _Scale) -> tuple[Array, Array, Array]:
+    """``kernels.window_moments`` of one clip, block by block."""
+    _, kernel, stride = config.conv_layers[0]
+    count = (len(waveform) - kernel) // stride + 1
+    blocks = (scale.applied(waveform[a:b]) for a, b in _spans(len(waveform), 1 << 20))
+    total = sum(float(block.sum(dtype=np.float64)) for block in blocks)
+    offset = np.float32(total / len(waveform))
+    first, second = np.zeros(kernel), np.zeros((kernel, kernel))
+    for start, stop in _spans(count, 1 << 16):
+        heard = scale.applied(waveform[start * stride : (stop - 1) * stride + kernel])
+        centred = heard.astype(np.float64) - offset
+        rows = np.lib.stride_tricks.sliding_window_view(centred, kernel)[::stride]
+        first += rows.sum(axis=0)
+        second += rows.T @ rows
+    mean = first / count
+    covariance = second / count - np.outer(mean, mean)
+    with mx.stream(mx.cpu):
+        return (
+            mx.array(offset).reshape(1, 1),
+            mx.array(mean[None], mx.float64),
+            mx.array(covariance[None], mx.float64),
+        )
+
+
+# ---- frames to features -----------------------------------------------------------
+
+
+def _positional(model: ContentvecModel, x: Buffer, y: Buffer, step: int) -> None:
+    """The encoder's input to its first layer, from ``x`` into ``y``."""
+    context = model.config.conv_pos // 2
+    # the context is computed and thrown away: a piece of four contexts keeps that small
+    for start, stop in _spans(len(x), max(step, 4 * context)):
+        before, after = max(0, start - context), min(len(x), stop + context)
+        piece = model.run_stage("positional", _load(model, x[before:after]))
+        y[start:stop] = _store(piece[:, start - before : stop - before])
+
+
+def _after_attention(block: EncoderLayer, x: Array, attended: Array) -> Array:
+    """The rest of a layer, once attention has been projected: frames do not mix any more."""
+    x = x + attended
+    if block.norm_first:
+        return x + block.feed_forward(block.final_layer_norm(x))
+    x = block.self_attn_layer_norm(x)
+    return block.final_layer_norm(x + block.feed_forward(x))
+
+
+def _attend(
+    model: ContentvecModel, block: EncoderLayer, x: Buffer, y: Buffer, pieces: Pieces
+) -> None:
+    """Self-attention before its output projection, from ``x`` into ``y``, a few heads at a time."""
+    attention = block.self_attn
+    width = x.shape[1] // attention.heads
+    attend = _attend_on_cpu if device_kind() == "cpu" else _attend_fused
+
+    def read(start: int, stop: int) -> Array:
+        piece = _load(model, x[start:stop])
+        return block.self_attn_layer_norm(piece) if block.norm_first else piece
+
+    for first in range(0, attention.heads, pieces.heads):
+        heads = min(pieces.heads, attention.heads - first)
+        rows = slice(first * width, (first + heads) * width)
+
+        def split(linear: Any, piece: Array, rows: slice = rows, heads: int = heads) -> Array:
+            part = _some_outputs(linear, piece, rows)
+            return part.reshape(1, -1, heads, width).transpose(0, 2, 1, 3)
+
+        keys, values = [], []
+        for start, stop in _spans(len(x), pieces.frames):
+            piece = read(start, stop)
+            keys.append(split(attention.k_proj, piece))
+            values.append(split(attention.v_proj, piece))
+            mx.eval(keys[-1], values[-1])
+        all_keys = mx.concatenate(keys, axis=2)
+        all_values = mx.concatenate(values, axis=2)
+        mx.eval(all_keys, all_values)
+        del keys, values
+        for start, stop in _spans(len(x), pieces.queries):
+            queries = split(attention.q_proj, read(start, stop))
+            attended = attend(queries, all_keys, all_values)
+            y[start:stop, rows] = attended
+
+
+def _some_outputs(linear: Any, x: Array, rows: slice) -> Array:
+    """Some output channels of a linear layer, plain or quantised."""
+    if "scales" in linear:
+        y = mx.quantized_matmul(
+            x,
+            linear.weight[rows],
+            scales=linear.scales[rows],
+            biases=linear.biases[rows],
+            transpose=True,
+            group_size=linear.group_size,
+            bits=linear.bits,
+        )
+    else:
+        y = x @ linear.weight[rows].T
+    return y + linear.bias[rows]
+
+
+def _attend_fused(queries: Array, keys: Array, values: Array) -> Buffer:
+    """(1, heads, n, head width) against all keys: (n, heads * head width)."""
+    attended = kernels.attention(queries, keys, values, None)
+    return _store(attended.transpose(0, 2, 1, 3).reshape(1, queries.shape[2], -1))
+
+
+def _attend_on_cpu(queries: Array, keys: Array, values: Array) -> Buffer:
+    """The same with the softmax in numpy, on MLX's memory: its exp is vectorised, MLX's is not."""
+    scale = queries.shape[-1] ** -0.5
+    attended = []
+    for head in range(queries.shape[1]):
+        scores = (queries[0, head] * scale) @ keys[0, head].T
+        mx.eval(scores)
+        weights = np.asarray(scores)
+        weights -= weights.max(axis=-1, keepdims=True)
+        np.exp(weights, out=weights)
+        total = weights.sum(axis=-1, keepdims=True)
+        attended.append(np.asarray(scores @ values[0, head]) / total)
+    return np.concatenate(attended, axis=1)
