@@ -396,7 +396,10 @@ class LabelDictionary:
         self.nspecial = 4
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[misc, unused-ignore]
+_PythonPickler: Any = pickle._Pickler  # the stubs know little of it
+
+
+class _Pickler(_PythonPickler):  # type: ignore[misc]
     """Python's own pickler, which names LabelDictionary what fairseq calls it.
 
     The C pickler would import ``fairseq.data.dictionary`` to check the name.
@@ -438,7 +441,7 @@ def adam_state(model: Mapping[str, Any]) -> dict[str, Any]:
     }
     group = {
         "lr": 0.0,  # the schedule has run out
-        "betas": [0.9, 0.98],
+        "betas": (0.9, 0.98),
         "eps": 1e-06,
         "weight_decay": 0.01,
         "amsgrad": False,

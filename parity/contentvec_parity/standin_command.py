@@ -55,7 +55,8 @@ def standin(
 
     # fairseq reports every step of setting up a training run
     logging.getLogger("fairseq").setLevel(logging.WARNING)
-    with Progress(transient=True, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(transient=True, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("making weights", total=None)
         write_standin(
             output,
