@@ -1,0 +1,274 @@
+"""A conversion from beginning to end: checkpoint in, safetensors and ledger out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_contentvec import __version__
+from mlx_contentvec.errors import CheckpointError, ConfigError, MappingError, OutputError
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .identity import (
+    Identification,
+    Identity,
+    accept,
+    may_be_known,
+    stand_in_refused,
+)
+from .known_files import CONTENTVEC
+from .ledger import DropRow, Ledger, TensorRow, account, source_tensor
+from .precision import Precision, precision_named
+from .rules import Plan
+from .sources import plan_for
+from .transfer import Part, Progress, parts_of, read_back, write_tensors
+from .writer import Draft, check_target, header, lay_out, publish
+
+#: files of a Hugging Face folder that shape the result without holding tensors
+_BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json")
+
+_LEDGER_SUFFIX = ".ledger.json"
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Which source the caller is content with: a known one, unless told otherwise."""
+
+    allow_unknown: bool = False
+    md5: str | None = None
+    sha256: str | None = None
+
+    @property
+    def stated(self) -> bool:
+        """Whether one particular file is expected, by checksum."""
+        return self.md5 is not None or self.sha256 is not None
+
+    def check(self, source: Path, identity: Identity) -> None:
+        """Raise IdentityError, with a diagnosis, for another source."""
+        accept(
+            source,
+            identity,
+            allow_unknown=self.allow_unknown,
+            expect_md5=self.md5,
+            expect_sha256=self.sha256,
+        )
+
+
+def convert(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    allow_unknown: bool = False,
+    expect_md5: str | None = None,
+    expect_sha256: str | None = None,
+    force: bool = False,
+    heads: int | None = None,
+    normalize: bool | None = None,
+    progress: Progress | None = None,
+) -> Ledger:
+    """Convert a checkpoint to MLX safetensors; the same input always gives the same bytes.
+
+    source: a checkpoint file, or a folder in the Hugging Face layout.
+    output: a ``.safetensors`` path; by default :func:`default_output`. The ledger goes
+        beside it, see :func:`ledger_path`.
+    dtype: a key of PRECISIONS.
+    allow_unknown: accept a source that is not in the table of known files.
+    expect_md5, expect_sha256: accept exactly the file with this checksum.
+    force: replace an output that exists.
+    heads, normalize: what no tensor shows, for a source that does not say it.
+    progress: called with ("writing" or "checking", bytes done, bytes in all).
+
+    Returns the ledger that was written. The output appears complete, flushed
+    and compared with its source, or not at all. Raises IdentityError,
+    CheckpointError, ConfigError, MappingError and OutputError.
+    """
+    source = Path(source)
+    output = Path(output) if output is not None else default_output(source)
+    precision = precision_named(dtype)
+    expectation = Expectation(allow_unknown, expect_md5, expect_sha256)
+    _check_output(source, output, force)
+
+    with contextlib.ExitStack() as stack:
+        checkpoint, identification = stack.enter_context(opened(source, expectation))
+        with identity_first(source, expectation, identification):
+            plan = plan_for(checkpoint, heads=heads, normalize=normalize)
+            account(plan, checkpoint.tensors)
+        stand_in = stand_in_of(checkpoint)
+        if stand_in and not (allow_unknown or expectation.stated):
+            raise stand_in_refused(identification.result(), stand_in)
+
+        parts = parts_of(plan, checkpoint.tensors, precision)
+        promised = _metadata(checkpoint, plan, precision, identification.longest(), stand_in)
+        layout = lay_out([part.entry for part in parts.values()], promised)
+        check_target(output, force=force, needed=layout.size)
+
+        workers = stack.enter_context(ThreadPoolExecutor(1))
+        intact = workers.submit(_verify, checkpoint, expectation)
+        draft = stack.enter_context(Draft(output))
+        expected = write_tensors(draft, layout, plan, checkpoint.tensors, precision, progress)
+
+        identity = identification.result()
+        expectation.check(source, identity)
+        metadata = _metadata(checkpoint, plan, precision, identity, stand_in)
+        head = header(layout, metadata)
+        draft.write(0, head)
+        flushed: Future[None] = workers.submit(draft.sync)
+        sha256, digests = read_back(
+            draft, layout, head, parts, checkpoint.tensors, precision, expected, progress
+        )
+        intact.result()
+        flushed.result()
+        identification.check_unchanged()
+
+        ledger = Ledger(
+            source=json.loads(metadata["source"]),
+            config=plan.config.to_dict(),
+            output={
+                "name": output.name,
+                "size": layout.size,
+                "sha256": sha256,
+                "dtype": precision.name,
+            },
+            tensors=tuple(_row(part, checkpoint, digests) for part in parts.values()),
+            drops=tuple(
+                DropRow(source_tensor(checkpoint.tensors[drop.source]), drop.reason)
+                for drop in plan.drops
+            ),
+            notes=_notes(plan, stand_in),
+            version=__version__,
+        )
+        paper = stack.enter_context(Draft(ledger_path(output)))
+        paper.write(0, ledger.to_json().encode())
+        publish(draft, paper, force=force)
+    return ledger
+
+
+def default_output(source: Path) -> Path:
+    """Where a conversion goes that does not say where: the working folder."""
+    if source.name in CONTENTVEC.names:
+        return Path("contentvec_base.safetensors")
+    return Path(f"{source.resolve().stem if source.name in ('', '..') else source.stem}.safetensors")
+
+
+def ledger_path(output: Path) -> Path:
+    """Where the ledger of an output lies: beside it, ``<stem>.ledger.json``."""
+    return output.with_name(f"{output.stem}{_LEDGER_SUFFIX}")
+
+
+@contextlib.contextmanager
+def opened(
+    source: Path, expectation: Expectation
+) -> Iterator[tuple[Checkpoint, Identification]]:
+    """The checkpoint and its identification under way.
+
+    A file whose size no known file has, and that nobody expects, is not even
+    opened: there would be nothing to say about it but what it is not.
+    """
+    with contextlib.ExitStack() as stack:
+        if source.is_dir():
+            checkpoint = stack.enter_context(open_checkpoint(source))
+            beside = [source / name for name in _BESIDE if (source / name).is_file()]
+            identification = stack.enter_context(
+                Identification(source, checkpoint.files, beside)
+            )
+        else:
+            identification = stack.enter_context(Identification(source))
+            hopeless = not may_be_known(identification.size)
+            if hopeless and not expectation.allow_unknown and not expectation.stated:
+                expectation.check(source, identification.result())
+            with identity_first(source, expectation, identification):
+                checkpoint = stack.enter_context(open_checkpoint(source))
+        yield checkpoint, identification
+
+
+@contextlib.contextmanager
+def identity_first(
+    source: Path, expectation: Expectation, identification: Identification
+) -> Iterator[None]:
+    """Say that a file is the wrong one before complaining of what is wrong inside it."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, MappingError):
+        expectation.check(source, identification.result())
+        raise
+
+
+def stand_in_of(checkpoint: Checkpoint) -> str | None:
+    """The sentence with which a checkpoint, or a file made from it, says that it is a stand-in."""
+    state = checkpoint.extra.get("extra_state")
+    said = state.get("stand_in") if isinstance(state, dict) else None
+    said = said or checkpoint.metadata.get("stand_in")
+    return str(said) if said else None
+
+
+def _check_output(source: Path, output: Path, force: bool) -> None:
+    if output.suffix != ".safetensors":
+        raise OutputError(
+            f"cannot write {output.name}: MLX tells formats by their suffix",
+            expected="a name that ends in .safetensors",
+        )
+    with contextlib.suppress(OSError):
+        if output.samefile(source):
+            raise OutputError(
+                f"{output} is the source itself", hint="name another file with -o"
+            )
+    check_target(output, force=force)
+    check_target(ledger_path(output), force=True)
+
+
+def _verify(checkpoint: Checkpoint, expectation: Expectation) -> None:
+    """Hold the tensors of a file that no checksum of ours vouches for against its own."""
+    if expectation.allow_unknown and not expectation.stated:
+        for tensor in checkpoint.tensors.values():
+            tensor.verify()
+
+
+def _metadata(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    precision: Precision,
+    identity: Identity,
+    stand_in: str | None,
+) -> dict[str, str]:
+    """What the output says about itself. ``format`` is what loaders look for."""
+    source: dict[str, Any] = {
+        **identity.to_dict(),
+        "naming": plan.naming,
+        "container": checkpoint.container,
+        "stand_in": stand_in is not None,
+    }
+    metadata = {
+        "format": "mlx",
+        "config": plan.config.to_json(),
+        "source": json.dumps(source, sort_keys=True, ensure_ascii=False),
+        "dtype": precision.name,
+        "mlx_contentvec_version": __version__,
+    }
+    if precision.quantization is not None:
+        metadata["quantization"] = json.dumps(vars(precision.quantization), sort_keys=True)
+    if stand_in is not None:
+        metadata["stand_in"] = stand_in
+    return metadata
+
+
+def _row(part: Part, checkpoint: Checkpoint, digests: dict[str, str]) -> TensorRow:
+    return TensorRow(
+        target=part.entry.name,
+        sources=tuple(source_tensor(checkpoint.tensors[name]) for name in part.rule.sources),
+        transform=part.rule.transform,
+        encoding=part.encoding,
+        dtype=part.entry.dtype,
+        shape=part.entry.shape,
+        sha256=digests[part.entry.name],
+        exact=part.exact,
+    )
+
+
+def _notes(plan: Plan, stand_in: str | None) -> tuple[str, ...]:
+    return plan.notes if stand_in is None else (f"STAND-IN: {stand_in}", *plan.notes)

@@ -1,0 +1,356 @@
+"""What a file is: size, MD5 and SHA-256 in one pass, held against the table of known files.
+
+Only the standard library is imported, so that hashing can start before
+anything else is ready; it runs on threads of its own, and OpenSSL's hash
+functions let other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_contentvec.errors import IdentityError
+
+from .known_files import CONTENTVEC, KNOWN_FILES, KnownFile, known_as, named
+
+#: called with the bytes hashed so far and the bytes there are
+Hashed = Callable[[int, int], None]
+
+BLOCK_BYTES = 2 << 20
+_ZIP_MAGIC = b"PK\x03\x04"
+_ZIP_END_MAGIC = b"PK\x05\x06"
+#: a zip's end record is the last thing in it: 22 bytes and a comment of at most 65,535
+_ZIP_END_BYTES = 22 + 65_535
+_LFS_MAGIC = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """One file's name, size in bytes, and checksums in lower-case hexadecimal."""
+
+    name: str
+    size: int
+    md5: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a source is.
+
+    ``size``, ``md5`` and ``sha256`` are those of the weight file; of several
+    (a sharded model), those of their bytes one after the other. ``files``
+    lists every file behind the source with its own.
+    """
+
+    name: str
+    size: int
+    md5: str
+    sha256: str
+    known: KnownFile | None
+    files: tuple[FileIdentity, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; a source of several files lists them."""
+        row: dict[str, Any] = {
+            "name": self.name,
+            "size": self.size,
+            "md5": self.md5,
+            "sha256": self.sha256,
+            "known_as": self.known.key if self.known else None,
+        }
+        if [file.name for file in self.files] != [self.name]:
+            row["files"] = [vars(file) for file in self.files]
+        return row
+
+
+class Identification:
+    """Hashes a source in the background; :meth:`result` waits for the answer.
+
+    source: the file or folder, for its name.
+    weights: the files that hold the tensors, in order; the source itself when it is a file.
+    beside: further files of a folder that shape the result (``config.json``).
+
+    As a context manager it stops hashing when the block is left early. Raises
+    IdentityError, from the constructor or from ``result``, if a file is not a
+    regular file, cannot be read, or changes while it is read.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        weights: Sequence[Path] | None = None,
+        beside: Sequence[Path] = (),
+        progress: Hashed | None = None,
+    ) -> None:
+        self._source = source
+        self._weights = tuple(weights if weights is not None else (source,))
+        self._beside = tuple(beside)
+        self._progress = progress
+        self._stop = threading.Event()
+        self._states = {path: _file_state(path) for path in (*self._weights, *self._beside)}
+        self.size = sum(self._states[path][0] for path in self._weights)
+        self._outcome: Identity | BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="identity", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Identification:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def result(self) -> Identity:
+        """The identity; waits until every byte has been hashed."""
+        self._thread.join()
+        if isinstance(self._outcome, Identity):
+            return self._outcome
+        raise self._outcome or IdentityError(f"hashing {self._source.name} was stopped")
+
+    def longest(self) -> Identity:
+        """An identity that takes at least as many characters as the result will.
+
+        For laying out a header before the checksums are known.
+        """
+        candidates = (row for row in KNOWN_FILES if row.size in (None, self.size))
+        known = max(candidates, key=lambda row: len(row.key), default=None)
+        files = tuple(
+            FileIdentity(path.name, state[0], "0" * 32, "0" * 64)
+            for path, state in self._states.items()
+        )
+        return Identity(self._source.name, self.size, "0" * 32, "0" * 64, known, files)
+
+    def check_unchanged(self) -> None:
+        """Raise IdentityError if a file is no longer the one that was hashed."""
+        for path, state in self._states.items():
+            if _file_state(path) != state:
+                raise IdentityError(
+                    f"{path} changed while it was being read",
+                    hint="wait until nothing writes to it any more, then try again",
+                )
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self._hash()
+        except BaseException as error:
+            self._outcome = error
+
+    def _hash(self) -> Identity:
+        whole_md5 = hashlib.md5(usedforsecurity=False)
+        whole_sha256 = hashlib.sha256()
+        total, done, files = sum(state[0] for state in self._states.values()), 0, []
+        single = len(self._weights) == 1
+        buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(2)]
+        with ThreadPoolExecutor(1, thread_name_prefix="sha256") as second:
+            for path in (*self._weights, *self._beside):
+                md5, sha256, size, turn = whole_md5, whole_sha256, 0, 0
+                is_weight = path in self._weights
+                if not (single and is_weight):
+                    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+                also = not single and is_weight
+                pending = None
+                try:
+                    with path.open("rb", buffering=0) as stream:
+                        while not self._stop.is_set():
+                            # the other buffer may still be in the hands of the second thread
+                            turn = 1 - turn
+                            count = stream.readinto(buffers[turn])
+                            if not count:
+                                break
+                            block = buffers[turn][:count]
+                            if pending is not None:
+                                pending.result()
+                            pending = second.submit(sha256.update, block)
+                            md5.update(block)
+                            if also:
+                                whole_md5.update(block)
+                                whole_sha256.update(block)
+                            size += count
+                            done += count
+                            if self._progress is not None:
+                                self._progress(done, total)
+                except OSError as error:
+                    raise IdentityError(f"cannot read {path}: {error.strerror}") from error
+                if pending is not None:
+                    pending.result()
+                if self._stop.is_set():
+                    raise IdentityError(f"hashing {path.name} was stopped")
+                files.append(FileIdentity(path.name, size, md5.hexdigest(), sha256.hexdigest()))
+        self.check_unchanged()
+        size = sum(file.size for file in files[: len(self._weights)])
+        return Identity(
+            name=self._source.name,
+            size=size,
+            md5=whole_md5.hexdigest(),
+            sha256=whole_sha256.hexdigest(),
+            known=known_as(size, whole_md5.hexdigest(), whole_sha256.hexdigest()),
+            files=tuple(files),
+        )
+
+
+def identify(path: str | Path) -> Identity:
+    """Size, MD5 and SHA-256 of one file, and which known file it is.
+
+    Raises IdentityError if it is not a regular file or cannot be read.
+    """
+    with Identification(Path(path)) as identification:
+        return identification.result()
+
+
+def _file_state(path: Path) -> tuple[int, int, int, int]:
+    """Size, modification time, device and inode: what changes when a file does."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise IdentityError(f"cannot read {path}: {reason}") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise IdentityError(f"{path} is not a file", expected="a checkpoint file")
+    return state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino
+
+
+def may_be_known(size: int) -> bool:
+    """Whether some known file could have this size; if not, hashing cannot make it known."""
+    return any(row.verifiable and row.size in (None, size) for row in KNOWN_FILES)
+
+
+def accept(
+    path: Path,
+    identity: Identity,
+    *,
+    allow_unknown: bool = False,
+    expect_md5: str | None = None,
+    expect_sha256: str | None = None,
+) -> None:
+    """Refuse a file that is not the one it should be.
+
+    Accepted are: a file with the checksums expected, when any are given; a
+    known file that does not bear another known file's name; and anything at
+    all with ``allow_unknown``. Raises IdentityError with a diagnosis.
+    """
+    for kind, expected, found in (
+        ("md5", expect_md5, identity.md5),
+        ("sha256", expect_sha256, identity.sha256),
+    ):
+        if expected is not None and expected.strip().lower() != found:
+            raise IdentityError(
+                f"{identity.name} is not the file expected",
+                found=f"{kind} {found} ({identity.size:,} bytes{_nature(path, identity)})",
+                expected=f"{kind} {expected.strip().lower()}",
+                hint=_advice(path, identity, None),
+            )
+    if allow_unknown or expect_md5 is not None or expect_sha256 is not None:
+        return
+    promised = named(identity.name)
+    if identity.known is not None and (not promised or identity.known in promised):
+        return
+    raise diagnosis(path, identity)
+
+
+def diagnosis(path: Path, identity: Identity) -> IdentityError:
+    """The error that says what a file that was not accepted is, and what to do about it."""
+    promised = named(identity.name)
+    wanted = promised[0] if promised else CONTENTVEC
+    found = f"md5 {identity.md5} ({identity.size:,} bytes{_nature(path, identity)})"
+    expected = (
+        f"md5 {wanted.md5}" if wanted.md5 is not None else f"sha256 {wanted.sha256}"
+    ) + (f" ({wanted.size:,} bytes)" if wanted.size is not None else "")
+    if promised:
+        problem = f"{identity.name} is not the file it is named after"
+    else:
+        problem = f"{identity.name} is not a file that is known here"
+        expected = f"one of the known files, such as {wanted.names[0]}: {expected}"
+    return IdentityError(
+        problem, found=found, expected=expected, hint=_advice(path, identity, wanted)
+    )
+
+
+def stand_in_refused(identity: Identity, sentence: str) -> IdentityError:
+    """The error for a stand-in that nobody asked for by checksum or with ``allow_unknown``."""
+    return IdentityError(
+        f"{identity.name} is a stand-in, not trained weights",
+        found=f"md5 {identity.md5}: {sentence}",
+        hint="--allow-unknown converts it knowingly; its output says that it is a stand-in",
+    )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(1024)
+
+
+def _is_cut_zip(path: Path) -> bool:
+    """Whether a file begins as a zip archive and lacks the record that ends every one."""
+    with path.open("rb") as stream:
+        if stream.read(4) != _ZIP_MAGIC:
+            return False
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _ZIP_END_BYTES))
+        return _ZIP_END_MAGIC not in stream.read()
+
+
+def _foreign(path: Path) -> str | None:
+    """What a file is that is no checkpoint at all, in a few words."""
+    from .checkpoint import describe_foreign
+
+    return describe_foreign(path)
+
+
+def _nature(path: Path, identity: Identity) -> str:
+    """What can be said about a file's content in a clause, with a comma in front."""
+    if identity.known is not None:
+        return f", which is {identity.known.key}"
+    if not path.is_file():
+        return ""
+    if identity.size == 0:
+        return ", empty"
+    foreign = _foreign(path)
+    if foreign is not None:
+        return f", {foreign}"
+    if _is_cut_zip(path):
+        return ", a checkpoint cut short"
+    return ""
+
+
+def _advice(path: Path, identity: Identity, wanted: KnownFile | None) -> str:
+    """What to do about a file that was not accepted."""
+    again = f"download it again from {(wanted or CONTENTVEC).home}"
+    if identity.known is not None:
+        return (
+            f"this is {identity.known.what}\n"
+            "rename it to what it is, or convert it knowingly with --allow-unknown"
+        )
+    if not path.is_file():
+        return "--allow-unknown converts a checkpoint that is not in the table of known files"
+    if identity.size == 0:
+        return f"the download left nothing behind; {again}"
+    if _head(path).startswith(_LFS_MAGIC):
+        return (
+            "this is a Git LFS pointer, the note that git keeps in place of the file\n"
+            f"fetch the file itself with `git lfs pull`, or {again}"
+        )
+    if _foreign(path) is not None:
+        return f"something else was saved instead of the weights; {again}"
+    if _is_cut_zip(path):
+        if wanted is not None and wanted.size is not None and identity.size < wanted.size:
+            missing = wanted.size - identity.size
+            return (
+                f"the download stopped early: {missing:,} of {wanted.size:,} bytes are missing "
+                f"if this was to be {wanted.names[0]}\n{again}"
+            )
+        return f"the download stopped early; {again}"
+    if wanted is not None and identity.size == wanted.size:
+        return f"its size is right and its bytes are not: it was damaged or altered; {again}"
+    return (
+        "--allow-unknown converts a checkpoint that is not in the table of known files\n"
+        "--expect-md5 or --expect-sha256 accept exactly one file"
+    )
