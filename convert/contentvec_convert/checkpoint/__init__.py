@@ -7,8 +7,8 @@ the standard library.
 
 from __future__ import annotations
 
-from .opening import Checkpoint, open_checkpoint
+from .opening import Checkpoint, describe_foreign, open_checkpoint
 from .records import InertRecord
 from .tensors import StoredTensor
 
-__all__ = ["Checkpoint", "InertRecord", "StoredTensor", "open_checkpoint"]
+__all__ = ["Checkpoint", "InertRecord", "StoredTensor", "describe_foreign", "open_checkpoint"]

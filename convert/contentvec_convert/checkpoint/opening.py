@@ -7,11 +7,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .source_file import SourceFile
-from .state_dict import contents
-from .tensors import StoredTensor
+from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, name_list
+
+from .folder import WEIGHT_FILES, folder_config, folder_weights
+from .foreign import HEAD_BYTES, Foreign, foreign_archive, foreign_bytes, foreign_value
+from .safetensors_file import looks_like_safetensors, read_safetensors
+from .source_file import DOWNLOAD_AGAIN, SourceFile
+from .state_dict import Contents, contents
+from .tensors import StoredTensor, brief
 from .torch_file import looks_like_torch_legacy, read_torch_legacy, read_torch_zip
-from .zip_archive import LOCAL_SIGNATURE
+from .zip_archive import LOCAL_SIGNATURE, ZipArchive
+
+TORCH_ZIP, TORCH_LEGACY, SAFETENSORS = "torch zip", "torch legacy", "safetensors"
 
 
 @dataclass(eq=False)
@@ -37,6 +44,18 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     _sources: tuple[SourceFile, ...] = field(default=(), repr=False)
 
+    def verify(self) -> bool:
+        """Compare every tensor's bytes with the checksums that the container keeps.
+
+        Returns False if it keeps none (torch's older format, safetensors, a
+        file saved without). Reads each storage once. Raises CorruptCheckpoint,
+        which names the tensor, at the first that differs.
+        """
+        has_checksums = True
+        for tensor in self.tensors.values():
+            has_checksums &= tensor.verify()
+        return has_checksums
+
     def close(self) -> None:
         """Close the files. Arrays that view them stay valid."""
         for source in self._sources:
@@ -55,26 +74,121 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint: a file of torch (either container).
+    """Open a checkpoint: a file of torch (either container) or safetensors, or a folder.
+
+    A folder is one in the Hugging Face layout: config.json beside
+    model.safetensors, pytorch_model.bin, or the shards of either. A file of
+    one of these two names takes the config.json beside it as well.
 
     Raises CorruptCheckpoint if it is damaged or contradicts itself,
     UnsupportedCheckpoint if it is something else, and CheckpointError if it
     cannot be opened at all.
     """
     path = Path(path)
-    file = SourceFile(path)
+    if path.is_dir():
+        files, places = folder_weights(path)
+        config = folder_config(path)
+    else:
+        files, places = (path,), None
+        config = folder_config(path.parent) if path.name in WEIGHT_FILES else None
+    sources: list[SourceFile] = []
     try:
-        head = file.head(64)
-        if head.startswith(LOCAL_SIGNATURE):
-            container, value = "torch zip", read_torch_zip(file)
-        elif looks_like_torch_legacy(head):
-            container, value = "torch legacy", read_torch_legacy(file)
-        else:
-            raise file.unsupported("it is no checkpoint")
-        found = contents(file, value)
+        parts: list[tuple[str, Contents]] = []
+        for name in files:
+            sources.append(SourceFile(name))
+            parts.append(_read(sources[-1]))
+        container, whole = parts[0]
+        if places is not None:
+            whole = _joined(path, files, parts, places)
     except BaseException:
-        file.close()
+        for source in sources:
+            source.close()
         raise
     return Checkpoint(
-        path, (path,), container, found.tensors, found.extra, {}, found.config, (file,)
+        path,
+        files,
+        container,
+        whole.tensors,
+        whole.extra,
+        whole.metadata,
+        config if whole.config is None else whole.config,
+        tuple(sources),
     )
+
+
+def describe_foreign(path: str | Path) -> str | None:
+    """What a file is when it is nothing that :func:`open_checkpoint` reads.
+
+    A phrase such as "a web page, saved instead of the weights", "an RVC voice
+    model" or "an empty file"; None for a checkpoint, a folder, a file that
+    cannot be read, or one that nothing is known of.
+    """
+    try:
+        file = SourceFile(Path(path))
+    except CheckpointError:
+        return None
+    try:
+        foreign = _foreign(file)
+    except CheckpointError:
+        return None
+    finally:
+        file.close()
+    return None if foreign is None else foreign.what
+
+
+def _foreign(file: SourceFile) -> Foreign | None:
+    head = file.head(HEAD_BYTES)
+    if head.startswith(LOCAL_SIGNATURE):
+        return foreign_archive(ZipArchive(file).entries) or foreign_value(read_torch_zip(file))
+    if looks_like_torch_legacy(head):
+        return foreign_value(read_torch_legacy(file))
+    return None if looks_like_safetensors(head) else foreign_bytes(file, head)
+
+
+def _read(file: SourceFile) -> tuple[str, Contents]:
+    """The container of one file, and what it holds."""
+    head = file.head(HEAD_BYTES)
+    if head.startswith(LOCAL_SIGNATURE):
+        return TORCH_ZIP, contents(file, read_torch_zip(file))
+    if looks_like_torch_legacy(head):
+        return TORCH_LEGACY, contents(file, read_torch_legacy(file))
+    if looks_like_safetensors(head):
+        return SAFETENSORS, read_safetensors(file)
+    foreign = foreign_bytes(file, head)
+    if foreign is not None:
+        raise foreign.error(file)
+    raise file.unsupported(
+        "it is no kind of checkpoint that is known here",
+        found=f"{file.size:,} bytes that begin with {head[:8].hex(' ')}",
+        expected="a file that torch.save wrote, or a safetensors file",
+        hint=DOWNLOAD_AGAIN,
+    )
+
+
+def _joined(
+    folder: Path,
+    files: tuple[Path, ...],
+    parts: list[tuple[str, Contents]],
+    places: dict[str, str],
+) -> Contents:
+    """The shards as one, each tensor where the index says and nowhere else."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, (_, part) in zip(files, parts, strict=True):
+        for name, tensor in part.tensors.items():
+            if places.get(name) != file.name:
+                raise CorruptCheckpoint(
+                    f"{folder}: the index does not say that {brief(name)} is in {file.name}",
+                    found=brief(places.get(name)),
+                    expected=file.name,
+                    hint="the files come from different models or versions: download all again",
+                )
+            tensors[name] = tensor
+    missing = [name for name in places if name not in tensors]
+    if missing:
+        raise CorruptCheckpoint(
+            f"{folder}: tensors are not in the files that the index gives for them",
+            found=f"{len(tensors)} of {len(places)} tensors",
+            expected=name_list(map(brief, missing)),
+            hint="the files come from different models or versions: download all again",
+        )
+    return Contents(tensors, {}, None, parts[0][1].metadata)

@@ -37,22 +37,25 @@ PersistentLoad = Callable[["PickleMachine", Any], Any]
 #: modules that no checkpoint has a reason to name: a file that does is refused
 #: loudly instead of read quietly. Safety does not rest on this list.
 _PROGRAM_MODULES = frozenset(
-    """
-    os posix nt sys subprocess _posixsubprocess pty shutil socket _socket ctypes _ctypes importlib
-    _frozen_importlib _frozen_importlib_external imp runpy code codeop pickle _pickle cPickle dill
-    cloudpickle marshal webbrowser timeit pdb bdb profile cProfile trace commands popen2 pip
-    ensurepip venv pydoc antigravity urllib urllib2 requests http smtplib ftplib multiprocessing
-    threading _thread asyncio
-    """.split()
-)
+    {
+        "os", "posix", "nt", "sys", "subprocess", "_posixsubprocess", "pty", "shutil", "socket",
+        "_socket", "ctypes", "_ctypes", "importlib", "_frozen_importlib",
+        "_frozen_importlib_external", "imp", "runpy", "code", "codeop", "pickle", "_pickle",
+        "cPickle", "dill", "cloudpickle", "marshal", "webbrowser", "timeit", "pdb", "bdb",
+        "profile", "cProfile", "trace", "commands", "popen2", "pip", "ensurepip", "venv", "pydoc",
+        "antigravity", "urllib", "urllib2", "requests", "http", "smtplib", "ftplib",
+        "multiprocessing", "threading", "_thread", "asyncio",
+    }
+)  # fmt: skip
 _BUILTINS = frozenset({"builtins", "__builtin__", "__builtins__"})
 #: the builtins that are data, or that enum members are pickled with
 _HARMLESS_BUILTINS = frozenset(
-    """
-    bool bytearray bytes complex dict float frozenset getattr int list long object range set
-    slice str tuple type unicode xrange Ellipsis NotImplemented
-    """.split()
-)
+    {
+        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int",
+        "list", "long", "object", "range", "set", "slice", "str", "tuple", "type", "unicode",
+        "xrange", "Ellipsis", "NotImplemented",
+    }
+)  # fmt: skip
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z", re.ASCII)
 _DUNDER = re.compile(r"__\w+__\Z", re.ASCII)
 #: dunder names that pickles have a use for
@@ -390,15 +393,15 @@ class PickleMachine:
 
     def _op_unicode(self) -> None:
         try:
-            self._stack.append(self._line().decode("raw-unicode-escape"))
+            text = self._line().decode("raw-unicode-escape")
         except ValueError:
             self.corrupt("it has text that cannot be decoded")
+        self._stack.append(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def _unicode(self, raw: bytes) -> None:
-        try:
-            self._stack.append(raw.decode("utf-8", "surrogatepass"))
-        except ValueError:
-            self.corrupt("it has text that cannot be decoded")
+        # a path that was no text in its file system comes as lone surrogates,
+        # which nothing could print: they become replacement characters
+        self._stack.append(raw.decode("utf-8", "replace"))
 
     def _op_short_binunicode(self) -> None:
         self._unicode(self._text(self._take(1)[0]))

@@ -9,12 +9,14 @@ from mlx_contentvec.errors import UnsupportedCheckpoint, name_list
 
 from . import limits
 from .constructors import TypedStorage
+from .foreign import foreign_value
 from .records import GlobalName, InertRecord
 from .source_file import SourceFile
 from .tensors import StoredTensor, TensorView, brief, checked_tensor
 
-#: where a state dict is kept when it is not the whole value, most usual first
-STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+#: where a state dict is kept when it is not the whole value, most usual first.
+#: The last is where RVC keeps a voice, which has to be read to be told apart.
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "weight")
 
 #: what stands where a value contains itself
 ENCLOSING = InertRecord("", "enclosing value")
@@ -24,11 +26,12 @@ _OMEGACONF_CONTAINERS = frozenset({"DictConfig", "ListConfig"})
 
 @dataclass(frozen=True)
 class Contents:
-    """What one pickled file holds: see :class:`Checkpoint` for the fields."""
+    """What one file holds: see :class:`Checkpoint` for the fields."""
 
     tensors: dict[str, StoredTensor]
     extra: dict[str, Any]
     config: dict[str, Any] | None
+    metadata: dict[str, str]
 
 
 def contents(file: SourceFile, value: Any) -> Contents:
@@ -38,6 +41,9 @@ def contents(file: SourceFile, value: Any) -> Contents:
     tensor does not fit its storage (the tensor is named).
     """
     path = state_dict_path(value)
+    foreign = foreign_value(value) if path is None else None
+    if foreign is not None:
+        raise foreign.error(file)
     if path is None:
         raise _no_state_dict(file, value)
     state: dict[Any, Any] = value
@@ -68,16 +74,16 @@ def contents(file: SourceFile, value: Any) -> Contents:
         key if isinstance(key, str) else brief(key): settler.settle(stored, brief(key))
         for key, stored in rest.items()
     }
-    return Contents(tensors, extra, _config(extra))
+    return Contents(tensors, extra, _config(extra), {})
 
 
 def state_dict_path(value: Any) -> tuple[str, ...] | None:
     """The keys that lead to the state dict: () if it is ``value`` itself, None if there is none."""
     path: tuple[str, ...] = ()
     while type(value) is dict and len(path) <= len(STATE_DICT_KEYS):
-        if value and all(isinstance(key, str) for key in value):
-            if any(isinstance(stored, TensorView) for stored in value.values()):
-                return path
+        holds_tensors = any(isinstance(stored, TensorView) for stored in value.values())
+        if holds_tensors and all(isinstance(key, str) for key in value):
+            return path
         key = next((key for key in STATE_DICT_KEYS if type(value.get(key)) is dict), None)
         if key is None:
             return None
@@ -130,9 +136,9 @@ def _config(extra: dict[str, Any]) -> dict[str, Any] | None:
     if type(cfg) is dict:
         return cfg
     for stored in (cfg, extra.get("args")):
-        if isinstance(stored, InertRecord) and type(stored.state) is dict:
-            if (stored.module, stored.name) == ("argparse", "Namespace"):
-                return {"model": stored.state}
+        if isinstance(stored, InertRecord) and stored.name == "Namespace":
+            options: Any = stored.state
+            return {"model": options} if type(options) is dict else None
     return None
 
 

@@ -111,13 +111,14 @@ class StoredTensor:
             empty = np.zeros(self.shape, DTYPES[self.dtype])
             empty.flags.writeable = False
             return empty
-        return np.ndarray(
+        view: Array = np.ndarray(
             self.shape,
             DTYPES[self.dtype],
             buffer=self.storage.file.mapped(),
             offset=self.storage.start + self.offset,
             strides=self.strides,
         )
+        return view
 
     def read(self) -> Array:
         """The elements as a contiguous array of its own, read from the file, not mapped.
@@ -130,7 +131,7 @@ class StoredTensor:
             return np.zeros(self.shape, dtype)
         reach = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         span = np.empty(reach + dtype.itemsize, np.uint8)
-        self.storage.file.read_into(self.storage.start + self.offset, memoryview(span))
+        self.storage.file.read_into(self.storage.start + self.offset, span.data)
         return np.ascontiguousarray(
             np.ndarray(self.shape, dtype, buffer=span.data, strides=self.strides)
         )
@@ -161,7 +162,8 @@ class StoredTensor:
             # a bfloat16 is the upper half of a float32
             stored = (stored.astype("<u4") << np.uint32(16)).view("<f4")
         with np.errstate(over="ignore"):
-            return stored.astype(dtype, copy=False)
+            wide: Array = stored.astype(dtype, copy=False)
+        return wide
 
     def verify(self) -> bool:
         """Compare the storage's bytes with the checksum that the container keeps for them.

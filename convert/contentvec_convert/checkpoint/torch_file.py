@@ -9,8 +9,11 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+from mlx_contentvec.errors import name_list
+
 from . import limits
 from .constructors import CONSTRUCTORS, STORAGE_DTYPES, UNTYPED_STORAGES, TypedStorage
+from .foreign import foreign_archive
 from .pickle_machine import PickleMachine
 from .records import GlobalName
 from .source_file import SourceFile
@@ -31,22 +34,15 @@ def read_torch_zip(file: SourceFile) -> Any:
     Raises CorruptCheckpoint or UnsupportedCheckpoint.
     """
     archive = ZipArchive(file)
+    foreign = foreign_archive(archive.entries)
+    if foreign is not None:
+        raise foreign.error(file)
     roots = [name[: -len("/data.pkl")] for name in archive.entries if name.endswith("/data.pkl")]
     roots = [root for root in roots if "/" not in root]
     if len(roots) != 1:
-        raise file.unsupported(
-            "it is a zip archive, but not one that torch.save wrote",
-            found=f"{len(archive.entries)} entries, {len(roots)} of them a data.pkl",
-            expected="one NAME/data.pkl",
-        )
+        raise file.corrupt("two entries claim to be its pickle", found=name_list(map(brief, roots)))
     root = roots[0]
-    if f"{root}/constants.pkl" in archive.entries:
-        raise file.unsupported(
-            "it is a TorchScript program, not a checkpoint",
-            hint="get the checkpoint that it was made from",
-        )
-    order = f"{root}/byteorder"
-    if order in archive.entries and archive.read(order, 16) != b"little":
+    if archive.read(f"{root}/byteorder", 16) not in (None, b"little"):
         raise file.unsupported(
             "it was saved on a big-endian machine",
             hint="load it with torch on any machine and save it again",
@@ -55,7 +51,7 @@ def read_torch_zip(file: SourceFile) -> Any:
     def storage(machine: PickleMachine, identity: Any) -> TypedStorage:
         dtype, key, count, _ = _storage_identity(machine, identity)
         itemsize = 1 if dtype is None else DTYPES[dtype].itemsize
-        entry = archive.entries.get(f"{root}/data/{key}")
+        entry = archive.stored(f"{root}/data/{key}")
         if entry is None:
             raise file.corrupt(f"the storage {brief(key)} is missing")
         if count * itemsize != entry.length:
@@ -71,7 +67,7 @@ def read_torch_zip(file: SourceFile) -> Any:
         return TypedStorage(made, dtype)
 
     storages: dict[str, Storage] = {}
-    content = archive.read(f"{root}/data.pkl", limits.PICKLE_BYTES)
+    content = archive.read(f"{root}/data.pkl", limits.PICKLE_BYTES) or b""
     value, end = PickleMachine(file, content, CONSTRUCTORS, storage).load()
     if end != len(content):
         raise file.corrupt("something follows the end of its pickle")
@@ -111,7 +107,7 @@ def read_torch_legacy(file: SourceFile) -> Any:
         if view is None:
             return TypedStorage(made, dtype)
         raise file.unsupported(
-            "its storages are views of each other, as torch before 0.2 wrote them",
+            "its storages are views of each other, as only early versions of torch wrote them",
             hint="load it with torch and save it with torch.save",
         )
 

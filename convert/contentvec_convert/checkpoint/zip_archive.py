@@ -1,8 +1,8 @@
-"""The table of contents of a zip archive whose entries are stored, not compressed.
+"""The table of contents of a zip archive, for archives that torch wrote.
 
-Nothing is extracted and no entry's name is ever used as a path. The archive
-must be exactly what it says: it starts at byte 0, ends with the file, its two
-tables agree, and no two entries share a byte.
+Nothing is extracted or decompressed, and no entry's name is ever used as a
+path. The archive must be exactly what it says: it starts at byte 0, ends with
+the file, its two tables agree, and no two entries share a byte.
 
 Source of the layout: PKWARE's APPNOTE 6.3.10, sections 4.3 to 4.5;
 torch/csrc/serialize (caffe2/serialize/inline_container.cc) for what torch writes.
@@ -13,6 +13,8 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 from . import limits
 from .source_file import SourceFile
@@ -30,6 +32,7 @@ _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
 
+_STORED = 0
 _ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8
 _IN_ZIP64_16, _IN_ZIP64_32 = 0xFFFF, 0xFFFFFFFF
 
@@ -42,6 +45,7 @@ class ZipEntry:
     start: int
     length: int
     crc: int
+    method: int
 
 
 class ZipArchive:
@@ -75,7 +79,7 @@ class ZipArchive:
             raise self.file.corrupt(
                 "something stands before the archive", found=f"{spans[0][0]:,} bytes"
             )
-        for (_, end, name), (start, _, following) in zip(spans, spans[1:], strict=False):
+        for (_, end, name), (start, _, following) in pairwise(spans):
             if start < end:
                 raise self.file.corrupt(f"the entries {brief(name)} and {brief(following)} overlap")
 
@@ -83,9 +87,27 @@ class ZipArchive:
         """False if the archive was written without: torch then stores 0 for every entry."""
         return any(entry.crc for entry in self.entries.values())
 
-    def read(self, name: str, limit: int) -> bytes:
-        """The bytes of an entry of at most ``limit`` bytes, their checksum compared."""
-        entry = self.entries[name]
+    def stored(self, name: str) -> ZipEntry | None:
+        """The entry of that name, None if there is none. UnsupportedCheckpoint if compressed."""
+        entry = self.entries.get(name)
+        if entry is not None and entry.method != _STORED:
+            raise self.file.unsupported(
+                f"the entry {brief(name)} is compressed",
+                found=f"zip method {entry.method}",
+                expected="stored entries, as torch writes them",
+                hint="somebody packed the file again: get the original, or load it with torch "
+                "and save it with torch.save",
+            )
+        return entry
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """The bytes of an entry of at most ``limit`` bytes, their checksum compared.
+
+        None if there is no such entry.
+        """
+        entry = self.stored(name)
+        if entry is None:
+            return None
         if entry.length > limit:
             raise self.file.corrupt(
                 f"the entry {brief(name)} is too large",
@@ -179,51 +201,49 @@ class ZipArchive:
         length, packed, header_at = self._zip64(extra, name, length, packed, header_at)
         if flags & _ENCRYPTED:
             raise file.unsupported(f"the entry {brief(name)} is encrypted")
-        if method != 0:
-            raise file.unsupported(
-                f"the entry {brief(name)} is compressed",
-                found=f"zip method {method}",
-                expected="stored entries, as torch writes them",
-                hint="somebody packed the file again: get the original, or load it with torch "
-                "and save it with torch.save",
-            )
-        if disk not in (0, _IN_ZIP64_16) or packed != length:
+        if disk not in (0, _IN_ZIP64_16) or (method == _STORED and packed != length):
             raise file.corrupt(f"the entry {brief(name)} contradicts itself")
         if header_at + _LOCAL.size > limit:
             raise file.corrupt(f"the entry {brief(name)} lies outside the archive")
-        start = self._data_start(name, raw_name, flags, crc, length, header_at)
-        if start + length > limit:
+        start = self._data_start(name, raw_name, flags, method, crc, packed, length, header_at)
+        if start + packed > limit:
             raise file.corrupt(
                 f"the entry {brief(name)} claims more than the file holds",
-                found=f"{length:,} bytes at {start:,}",
+                found=f"{packed:,} bytes at {start:,}",
                 expected=f"an end before {limit:,}",
             )
-        return position, ZipEntry(name, start, length, crc), header_at
+        return position, ZipEntry(name, start, packed, crc, method), header_at
 
     def _data_start(
-        self, name: str, raw_name: bytes, flags: int, crc: int, length: int, header_at: int
+        self,
+        name: str,
+        raw_name: bytes,
+        flags: int,
+        method: int,
+        crc: int,
+        packed: int,
+        length: int,
+        header_at: int,
     ) -> int:
         """Where the entry's bytes begin, its second header compared with the first."""
-        file = self.file
-        header = _LOCAL.unpack(file.read(header_at, _LOCAL.size))
-        signature, _, here_flags, method, _, _, here_crc, packed, size, names, extras = header
+        header: tuple[Any, ...] = _LOCAL.unpack(self.file.read(header_at, _LOCAL.size))
+        signature, _, flags_, method_, _, _, crc_, packed_, length_, names, extras = header
         if signature != LOCAL_SIGNATURE:
-            raise file.corrupt(f"there is no entry where {brief(name)} should begin")
-        sizes_agree = all(
-            stated in ((known, _IN_ZIP64_32, 0) if flags & _SIZES_FOLLOW else (known, _IN_ZIP64_32))
-            for stated, known in ((packed, length), (size, length))
-        )
-        crc_agrees = here_crc == crc or (flags & _SIZES_FOLLOW and here_crc == 0)
+            raise self.file.corrupt(f"there is no entry where {brief(name)} should begin")
+        # a writer that streams leaves zeros here and repeats the numbers after the bytes
+        unknown = (0,) if flags & _SIZES_FOLLOW else ()
         if (
-            method != 0
-            or here_flags != flags
-            or not sizes_agree
-            or not crc_agrees
-            or names != len(raw_name)
-            or file.read(header_at + _LOCAL.size, names) != raw_name
+            (flags_, method_, names) != (flags, method, len(raw_name))
+            or crc_ not in (crc, *unknown)
+            or packed_ not in (packed, _IN_ZIP64_32, *unknown)
+            or length_ not in (length, _IN_ZIP64_32, *unknown)
+            or self.file.read(header_at + _LOCAL.size, names) != raw_name
         ):
-            raise file.corrupt(f"the two headers of the entry {brief(name)} contradict each other")
-        return header_at + _LOCAL.size + names + extras
+            raise self.file.corrupt(
+                f"the two headers of the entry {brief(name)} contradict each other"
+            )
+        start: int = header_at + _LOCAL.size + names + extras
+        return start
 
     def _name(self, raw: bytes) -> str:
         """The name, which is only ever a key here, and still must not look like a way out."""
