@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
 #: safetensors dtype -> bytes of one element
-STORED_BYTES = {"F64": 8, "F32": 4, "U32": 4, "F16": 2, "BF16": 2}
+STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "U32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
