@@ -16,6 +16,11 @@ from .errors import ContentvecError
 COMMANDS: dict[str, tuple[str, str]] = {
     "fetch": ("contentvec_convert.fetch_command:fetch", "Download a known source checkpoint."),
     "convert": ("contentvec_convert.commands:convert", "Convert a checkpoint to MLX safetensors."),
+    "export": (
+        "contentvec_convert.export_command:export",
+        "Write a converted file for transformers or fairseq.",
+    ),
+    "models": ("contentvec_convert.models_command:models", "List the embedders that are known."),
     "inspect": ("contentvec_convert.commands:inspect", "Say what a file is, without converting."),
     "parity": ("contentvec_parity.commands:parity", "Compare the MLX model with the original."),
     "standin": (
