@@ -37,16 +37,13 @@ _TOKEN = re.compile(r"hf_\w+")
 #: top-level modules whose exceptions mean that the network did not deliver
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "ssl", "socket"}
 
-#: finds (or downloads) a file of a package by its name; None if there is none
-Opener = Callable[[str], "Path | None"]
-
 
 def resolve(name: str | Path, revision: str | None = None, dtype: str | None = None) -> Path:
     """A local, verified weights file for ``name``.
 
     name:     a safetensors file, a folder that holds one, or ``owner/name`` on the Hub
     revision: branch, tag or commit of the repository (the Hub only)
-    dtype:    prefer the variant of this name (``float16``, ``8bit``, ...) that the
+    dtype:    prefer the variant of this name (``float16``, ``q8``, ...) that the
               package's config.json lists; a float type it does not list is left to
               the caller, who gets the main file
 
@@ -54,17 +51,24 @@ def resolve(name: str | Path, revision: str | None = None, dtype: str | None = N
     it, or when the file is not the one whose hash is stated.
     """
     path = Path(name).expanduser()
-    if path.is_file():
-        return _verified_file(path)
+    return _verified_file(path) if path.is_file() else open_package(name, revision).weights(dtype)
+
+
+def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
+    """The files of a folder, or of a repository at one commit; see :func:`resolve`.
+
+    Raises HubError when there is nothing of that name.
+    """
+    path = Path(name).expanduser()
     if path.is_dir():
-        return _choose(lambda file: path / file if (path / file).is_file() else None, path, dtype)
+        return FolderFiles(path)
     if isinstance(name, Path) or not _REPO_ID.fullmatch(name):
         raise HubError(
             f"there are no weights at {name}",
             expected="a .safetensors file, a folder with one, or a repository like owner/name",
             hint="a local path is taken from the current folder: " + str(Path.cwd()),
         )
-    return _from_hub(name, revision, dtype)
+    return RepositoryFiles(name, revision)
 
 
 def read_checksums(path: Path) -> dict[str, str]:
@@ -97,41 +101,136 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-# a folder, local or in the cache --------------------------------------------
+# the files of a package ---------------------------------------------------------
 
 
-def _choose(opened: Opener, where: str | Path, dtype: str | None) -> Path:
-    """The weights file of a package whose files ``opened`` finds."""
-    stated = opened(CHECKSUMS)
-    sums = None if stated is None else read_checksums(stated)
-    names = WEIGHTS if dtype is None else _variant(opened, sums, dtype)
-    for name in names:
-        path = opened(name)
-        if path is not None:
-            return _verified(path, name, sums)
-    raise HubError(
-        f"{where} holds no MLX weights",
-        expected=" or ".join(names),
-        hint="convert a checkpoint first\nmlx-contentvec convert SOURCE FILE.safetensors",
-    )
+class PackageFiles:
+    """Finds the files of a package and holds them to the hashes it states."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def find(self, name: str) -> Path | None:
+        """A file of the package, unverified; None if there is none of that name."""
+        raise NotImplementedError
+
+    def file(self, name: str) -> Path:
+        """A file of the package. Raises HubError if it is missing or not the one stated."""
+        path = self.find(name)
+        if path is None:
+            raise HubError(
+                f"{self.where} has no {name}",
+                hint="it is not a package that `mlx-contentvec package` made",
+            )
+        return _verified(path, name, self.checksums())
+
+    def weights(self, dtype: str | None = None) -> Path:
+        """The weights file, or the variant called ``dtype``; see :func:`resolve`."""
+        names = WEIGHTS if dtype is None else self._variant(dtype)
+        for name in names:
+            path = self.find(name)
+            if path is not None:
+                return _verified(path, name, self.checksums())
+        raise HubError(
+            f"{self.where} holds no MLX weights",
+            expected=" or ".join(names),
+            hint="convert a checkpoint first\nmlx-contentvec convert SOURCE FILE.safetensors",
+        )
+
+    def checksums(self) -> dict[str, str] | None:
+        """What SHA256SUMS states; None where there is none."""
+        path = self.find(CHECKSUMS)
+        return None if path is None else read_checksums(path)
+
+    def config(self) -> dict[str, Any]:
+        """config.json, or {} where there is none."""
+        if self.find(CONFIG) is None:
+            return {}
+        config = json.loads(self.file(CONFIG).read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
+
+    def _variant(self, dtype: str) -> tuple[str, ...]:
+        """The file of the variant called ``dtype``, or the main names if those will do."""
+        config = self.config()
+        variants = config.get("variants", {})
+        if dtype in variants:
+            return (variants[dtype]["file"],)
+        if dtype in ("float32", "float16", "bfloat16") or dtype == config.get("dtype"):
+            return WEIGHTS
+        raise HubError(
+            f"there are no {dtype} weights in {self.where}",
+            found=name_list([config.get("dtype", "float32"), *variants]),
+            hint=f"make them with\nmlx-contentvec convert SOURCE FILE.safetensors --dtype {dtype}",
+        )
 
 
-def _variant(opened: Opener, sums: dict[str, str] | None, dtype: str) -> tuple[str, ...]:
-    """The file of the variant called ``dtype``, or the names of the main one if that will do."""
-    path = opened(CONFIG)
-    config: dict[str, Any] = {}
-    if path is not None:
-        config = json.loads(_verified(path, CONFIG, sums).read_text(encoding="utf-8"))
-    variants = config.get("variants", {})
-    if dtype in variants:
-        return (variants[dtype]["file"],)
-    if dtype in ("float32", "float16", "bfloat16") or dtype == config.get("dtype"):
-        return WEIGHTS
-    raise HubError(
-        f"there are no {dtype} weights here",
-        found=name_list([config.get("dtype", "float32"), *variants]),
-        hint="make them with\nmlx-contentvec convert SOURCE FILE.safetensors --dtype " + dtype,
-    )
+class FolderFiles(PackageFiles):
+    """A folder on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
+
+    def find(self, name: str) -> Path | None:
+        """See :meth:`PackageFiles.find`."""
+        path = self.folder / name
+        return path if path.is_file() else None
+
+
+class RepositoryFiles(PackageFiles):
+    """A repository on the Hub, at the commit of the first file that is asked for."""
+
+    def __init__(self, repo_id: str, revision: str | None = None) -> None:
+        super().__init__(repo_id)
+        self.revision = revision
+        #: why the Hub did not answer; from then on only the cache is looked at
+        self._unreachable: Exception | None = None
+
+    def weights(self, dtype: str | None = None) -> Path:
+        """See :meth:`PackageFiles.weights`."""
+        with self._or_why_not():
+            return super().weights(dtype)
+
+    def file(self, name: str) -> Path:
+        """See :meth:`PackageFiles.file`."""
+        with self._or_why_not():
+            return super().file(name)
+
+    def find(self, name: str) -> Path | None:
+        """A file in the Hub's cache, downloaded if need be."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        with plain_words(self.where, "download"):
+            try:
+                path = Path(
+                    hf_hub_download(
+                        self.where,
+                        name,
+                        revision=self.revision,
+                        local_files_only=self._unreachable is not None,
+                    )
+                )
+            except LocalEntryNotFoundError as unreachable:
+                self._unreachable = self._unreachable or unreachable
+                return None
+            except EntryNotFoundError:
+                return None
+        # the other files must come from the same commit, whatever happens to the branch
+        self.revision = path.parent.name
+        return _as_named(path)
+
+    @contextmanager
+    def _or_why_not(self) -> Iterator[None]:
+        """If nothing of use is in the cache, why the Hub was not reached says more."""
+        try:
+            yield
+        except HubError:
+            if self._unreachable is not None:
+                explained = explain(self._unreachable, self.where, "download")
+                if explained is not None:
+                    raise explained from self._unreachable
+            raise
 
 
 def _verified_file(path: Path) -> Path:
@@ -164,54 +263,6 @@ def _verified(path: Path, name: str, sums: dict[str, str] | None) -> Path:
             )
         _note_good(path, digest)
     return path
-
-
-# the Hub ---------------------------------------------------------------------
-
-
-def _from_hub(repo_id: str, revision: str | None, dtype: str | None) -> Path:
-    repository = _Repository(repo_id, revision)
-    with plain_words(repo_id, "download"):
-        try:
-            return _choose(repository.open, repo_id, dtype)
-        except HubError:
-            if repository.unreachable is not None:
-                # nothing of use in the cache: why the Hub was not reached says more
-                raise repository.unreachable from repository.unreachable.__cause__
-            raise
-
-
-class _Repository:
-    """A repository's files at one commit, in the Hub's cache."""
-
-    def __init__(self, repo_id: str, revision: str | None) -> None:
-        self.repo_id = repo_id
-        self.revision = revision
-        #: why the Hub did not answer; from then on only the cache is looked at
-        self.unreachable: Exception | None = None
-
-    def open(self, name: str) -> Path | None:
-        """``name`` in the cache, downloaded if need be; None if the repository lacks it."""
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        try:
-            path = Path(
-                hf_hub_download(
-                    self.repo_id,
-                    name,
-                    revision=self.revision,
-                    local_files_only=self.unreachable is not None,
-                )
-            )
-        except LocalEntryNotFoundError as unreachable:
-            self.unreachable = self.unreachable or unreachable
-            return None
-        except EntryNotFoundError:
-            return None
-        # the other files must come from the same commit, whatever happens to the branch
-        self.revision = path.parent.name
-        return _as_named(path)
 
 
 def _as_named(path: Path) -> Path:

@@ -175,8 +175,8 @@ def test_a_float_type_without_a_variant_is_left_to_the_caller(tmp_path: Path) ->
 
 def test_a_quantised_variant_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     folder = write(tmp_path, package())
-    with pytest.raises(HubError, match="no 4bit weights") as caught:
-        hub.resolve(folder, dtype="4bit")
+    with pytest.raises(HubError, match="no q4 weights") as caught:
+        hub.resolve(folder, dtype="q4")
     assert "float32, float16" in str(caught.value)
 
 
