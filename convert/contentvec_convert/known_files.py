@@ -29,6 +29,13 @@ class KnownFile:
     hub_path: str | None = None
     #: further files of that folder that converting needs
     beside: tuple[str, ...] = ()
+    #: a key of mlx_contentvec.config.PRESETS
+    architecture: str = "base"
+    #: whose tensor names it has: a key of sources
+    form: str = "fairseq"
+    #: whether its users bring the waveform to zero mean and unit variance first,
+    #: for a file that does not say it itself; None where that is not known
+    normalize: bool | None = None
 
     @property
     def verifiable(self) -> bool:
@@ -55,6 +62,7 @@ CONTENTVEC = KnownFile(
     md5="b76f784c1958d4e535cd0f6151ca35e4",
     sha256="f54b40fd2802423a5643779c4861af1e9ee9c1564dc9d32f54f20b5ffba7db96",
     hub_path="hubert_base.pt",
+    normalize=False,
 )
 
 KNOWN_FILES: tuple[KnownFile, ...] = (
@@ -67,6 +75,7 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
         sha256="cc8c20f4b90a520757260197a3ff2505705a7adbd20ad9eeaa4e1a9b38442ef5",
         hub_path="hubert_base/pytorch_model.bin",
         beside=("config.json", "preprocessor_config.json"),
+        form="transformers",
     ),
     KnownFile(
         key="content-vec-best",
@@ -77,6 +86,8 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
         sha256="d8dd400e054ddf4e6be75dab5a2549db748cc99e756a097c496c099f65a4854e",
         hub_path="pytorch_model.bin",
         beside=("config.json",),
+        form="transformers",
+        normalize=False,
     ),
     KnownFile(
         key="chinese-hubert-base",
@@ -110,24 +121,61 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
         names=("checkpoint_best_legacy_500.pt",),
         what="IBM's ContentVec-500 with Adam state, fairseq, float32, about 1.33 GB",
         home="https://github.com/auspicious3000/contentvec",
+        normalize=False,
     ),
     KnownFile(
         key="hubert-base-ls960",
         names=("hubert_base_ls960.pt",),
         what="HuBERT base trained on LibriSpeech, fairseq (not what RVC uses)",
         home="https://github.com/facebookresearch/fairseq/tree/main/examples/hubert",
+        normalize=False,
     ),
     KnownFile(
         key="hubert-large-ll60k",
         names=("hubert_large_ll60k.pt",),
         what="HuBERT large, fairseq: layer-norm extractor, normalised input",
         home="https://github.com/facebookresearch/fairseq/tree/main/examples/hubert",
+        architecture="large",
+        normalize=True,
     ),
     KnownFile(
         key="hubert-xlarge-ll60k",
         names=("hubert_xtralarge_ll60k.pt",),
         what="HuBERT xlarge, fairseq: layer-norm extractor, normalised input",
         home="https://github.com/facebookresearch/fairseq/tree/main/examples/hubert",
+        architecture="xlarge",
+        normalize=True,
+    ),
+    KnownFile(
+        key="spin",
+        names=("pytorch_model.bin",),
+        what="Spin: HuBERT base fine-tuned to forget the speaker, Hugging Face names",
+        home="https://huggingface.co/IAHispano/Applio",
+        form="transformers",
+        normalize=False,
+    ),
+    KnownFile(
+        key="spin-v2",
+        names=("pytorch_model.bin",),
+        what="Spin, second version trained for RVC, Hugging Face names",
+        home="https://huggingface.co/IAHispano/Applio",
+        form="transformers",
+        normalize=False,
+    ),
+    KnownFile(
+        key="mhubert-147",
+        names=("model.safetensors", "pytorch_model.bin"),
+        what="mHuBERT-147, 147 languages: batch norm before the positional convolution",
+        home="https://huggingface.co/utter-project/mHuBERT-147",
+        form="transformers",
+    ),
+    KnownFile(
+        key="mlx-contentvec-0.1",
+        names=("contentvec_base.safetensors",),
+        what="ContentVec-500 as the first mlx-contentvec release kept it, float32, no projection",
+        home="https://huggingface.co/lexandstuff/mlx-contentvec",
+        form="first_release",
+        normalize=False,
     ),
 )
 

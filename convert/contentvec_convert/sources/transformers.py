@@ -76,6 +76,9 @@ FIXED: dict[str, Any] = {
 
 HEADS = "num_attention_heads"
 
+#: where a folder keeps its feature extractor, and in which section of the file
+_EXTRACTOR_FILES = {"preprocessor_config.json": None, "processor_config.json": "feature_extractor"}
+
 
 def rules(
     config: ModelConfig, *, prefix: str = "", final_proj: str = "final_proj", kernel: str
@@ -204,21 +207,18 @@ def _stored_normalization(checkpoint: Checkpoint) -> bool | None:
     Source: transformers/models/wav2vec2/feature_extraction_wav2vec2.py.
     """
     folder = checkpoint.files[0].parent
-    for name, section in (
-        ("preprocessor_config.json", None),
-        ("processor_config.json", "feature_extractor"),
-    ):
+    for name, section in _EXTRACTOR_FILES.items():
         path: Path = folder / name
         if not path.is_file():
             continue
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            fields = fields if section is None else fields.get(section, {})
-            stored = fields.get("do_normalize")
+            extractor = fields.get(section) if section else fields
+            if extractor is not None:
+                # the extractor normalises unless it is told not to
+                return bool(extractor.get("do_normalize", True))
         except (ValueError, AttributeError) as error:
             raise CorruptCheckpoint(f"{name} cannot be read", found=str(error)) from error
-        if stored is not None:
-            return bool(stored)
     return None
 
 
