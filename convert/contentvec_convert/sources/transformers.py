@@ -206,6 +206,9 @@ def _stored_normalization(checkpoint: Checkpoint) -> bool | None:
 
     Source: transformers/models/wav2vec2/feature_extraction_wav2vec2.py.
     """
+    if checkpoint.config is None:
+        # a file by itself: what else lies in its folder need not belong to it
+        return None
     folder = checkpoint.files[0].parent
     for name, section in _EXTRACTOR_FILES.items():
         path: Path = folder / name
