@@ -44,7 +44,7 @@ class TypedStorage:
 
 def _tensor_v2(machine: PickleMachine, args: tuple[Any, ...]) -> TensorView:
     """(storage, offset, shape, strides, requires_grad, hooks[, metadata])."""
-    return _tensor(machine, args, 4)
+    return _tensor(machine, args)
 
 
 def _tensor_v3(machine: PickleMachine, args: tuple[Any, ...]) -> TensorView:
@@ -55,13 +55,11 @@ def _tensor_v3(machine: PickleMachine, args: tuple[Any, ...]) -> TensorView:
         raise machine.file.unsupported(
             f"it has a tensor of dtype {args[6]}", expected=", ".join(DTYPES)
         )
-    return _tensor(machine, args, 4, args[6].name)
+    return _tensor(machine, args, args[6].name)
 
 
-def _tensor(
-    machine: PickleMachine, args: tuple[Any, ...], needed: int, dtype: str | None = None
-) -> TensorView:
-    if len(args) < needed or not isinstance(args[0], TypedStorage):
+def _tensor(machine: PickleMachine, args: tuple[Any, ...], dtype: str | None = None) -> TensorView:
+    if len(args) < 4 or not isinstance(args[0], TypedStorage):
         machine.corrupt("it makes a tensor of no storage")
     dtype = dtype or args[0].dtype
     if dtype is None:
@@ -96,10 +94,12 @@ def _dict(machine: PickleMachine, args: tuple[Any, ...]) -> dict[Any, Any]:
     if len(args) > 1:
         machine.corrupt("it makes a dict of more than one thing")
     if type(args[0]) is dict:
+        machine.worked(len(args[0]))
         made.update(args[0])
         return made
     if not isinstance(args[0], (list, tuple)):
         machine.corrupt("it makes a dict of what is none", found=brief(args[0]))
+    machine.worked(len(args[0]))
     for pair in args[0]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             machine.corrupt("it makes a dict of what are not pairs")
@@ -117,6 +117,7 @@ def _members(machine: PickleMachine, args: tuple[Any, ...]) -> list[Any]:
         return []
     if len(args) > 1 or not isinstance(args[0], (list, tuple, set, frozenset)):
         machine.corrupt("it makes a collection of what is none")
+    machine.worked(len(args[0]))
     return list(args[0])
 
 
@@ -151,6 +152,7 @@ def _encode(machine: PickleMachine, args: tuple[Any, ...]) -> bytes:
     """_codecs.encode(text, "latin1"): how protocol 2 writes bytes."""
     if len(args) != 2 or not isinstance(args[0], str) or args[1] not in ("latin1", "latin-1"):
         machine.corrupt("it makes bytes in an unknown way")
+    machine.made_bytes(len(args[0]))
     try:
         return args[0].encode("latin-1")
     except ValueError:
@@ -168,6 +170,7 @@ def _bytearray(machine: PickleMachine, args: tuple[Any, ...]) -> bytearray:
     if len(args) > 1 or not all(isinstance(part, bytes) for part in args):
         machine.corrupt("it makes bytes in an unknown way")
     machine.made_container()
+    machine.made_bytes(sum(map(len, args)))
     return bytearray(*args)
 
 

@@ -9,7 +9,7 @@ from mlx_contentvec.errors import CheckpointError, UnsupportedCheckpoint, name_l
 
 from . import limits
 from .json_text import parse_object
-from .source_file import SourceFile
+from .source_file import SourceFile, is_file
 from .tensors import brief
 
 #: names under which transformers saves weights, in the order in which it looks for them
@@ -21,7 +21,7 @@ CONFIG_FILE = "config.json"
 def folder_config(folder: Path) -> dict[str, Any] | None:
     """The folder's config.json, None if it has none. Raises CorruptCheckpoint if it is no JSON."""
     path = folder / CONFIG_FILE
-    return _json(path) if path.is_file() else None
+    return _json(path) if is_file(path) else None
 
 
 def folder_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
@@ -31,9 +31,9 @@ def folder_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | Non
     index names files outside the folder.
     """
     for name, index in zip(WEIGHT_FILES, _INDEX_FILES, strict=True):
-        if (folder / name).is_file():
+        if is_file(folder / name):
             return (folder / name,), None
-        if (folder / index).is_file():
+        if is_file(folder / index):
             return _shards(folder, index)
     try:
         present = sorted(path.name for path in folder.iterdir())
@@ -65,7 +65,7 @@ def _shards(folder: Path, index: str) -> tuple[tuple[Path, ...], dict[str, str]]
         names = list(dict.fromkeys(weight_map.values()))
         if len(names) > limits.SHARDS:
             raise file.corrupt("it names too many files", expected=f"at most {limits.SHARDS:,}")
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not is_file(folder / name)]
         if missing:
             raise UnsupportedCheckpoint(
                 f"{folder} lacks weight files that {index} names",

@@ -13,15 +13,17 @@ PICKLE_BYTES = 64 * MIB
 #: instructions of one pickle: 12 thousand in RVC's file, 100 thousand with Adam state
 PICKLE_OPERATIONS = 4_000_000
 #: lists, dicts, sets and records that one pickle makes (an empty set alone takes 216 bytes)
-PICKLE_CONTAINERS = 1_000_000
+PICKLE_CONTAINERS = 500_000
 #: bytes of one integer: torch's magic number has 10
 INTEGER_BYTES = 32
 #: dict keys and set members that are tuples: their hashes can be made to collide on purpose
 TUPLE_KEYS = 2_000
 #: values inside one tuple that is a dict key
 KEY_PARTS = 64
+#: characters of one key: equal keys are compared to their end, as often as a file likes
+KEY_CHARACTERS = 4_096
 #: tensors of one file: 214 in RVC's, 642 with Adam state, some thousands in the largest
-TENSORS = 100_000
+TENSORS = 50_000
 #: dimensions of a tensor (numpy's own limit was 32 for long)
 DIMENSIONS = 32
 #: values nested inside each other, at the end of reading
@@ -29,7 +31,9 @@ NESTING = 64
 #: values of the finished structure, counted as often as they are reachable
 VALUES = 4_000_000
 #: entries of a zip archive
-ZIP_ENTRIES = 200_000
+ZIP_ENTRIES = 100_000
+#: its table of contents: about 90 bytes for each entry
+ZIP_TABLE_BYTES = 32 * MIB
 #: header of a safetensors file, config.json, the index of a sharded model
 JSON_BYTES = 16 * MIB
 #: characters of a tensor's name

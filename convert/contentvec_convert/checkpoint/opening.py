@@ -12,7 +12,7 @@ from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, name_list
 from .folder import WEIGHT_FILES, folder_config, folder_weights
 from .foreign import HEAD_BYTES, Foreign, foreign_archive, foreign_bytes, foreign_value
 from .safetensors_file import looks_like_safetensors, read_safetensors
-from .source_file import DOWNLOAD_AGAIN, SourceFile
+from .source_file import DOWNLOAD_AGAIN, SourceFile, is_folder
 from .state_dict import Contents, contents
 from .tensors import StoredTensor, brief
 from .torch_file import looks_like_torch_legacy, read_torch_legacy, read_torch_zip
@@ -85,7 +85,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     cannot be opened at all.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         files, places = folder_weights(path)
         config = folder_config(path)
     else:

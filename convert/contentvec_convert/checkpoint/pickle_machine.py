@@ -102,7 +102,6 @@ class PickleMachine:
         self._stack = []
         self._memo = {}
         data, end = self._data, len(self._data)
-        left = self._operations_left
         while True:
             position = self._position
             if position >= end:
@@ -111,17 +110,13 @@ class PickleMachine:
             self._position = position + 1
             if opcode == _STOP:
                 break
-            left -= 1
-            if left < 0:
-                raise self.file.corrupt(
-                    "its pickle is endless",
-                    found=f"more than {limits.PICKLE_OPERATIONS:,} instructions",
-                )
+            self._operations_left -= 1
+            if self._operations_left < 0:
+                self._endless()
             handler = _DISPATCH[opcode]
             if handler is None:
                 self.corrupt("it has an unknown instruction", found=f"byte 0x{opcode:02x}")
             handler(self)
-        self._operations_left = left
         value = self._pop()
         if self._stack:
             self.corrupt("it ends with values left over")
@@ -152,13 +147,8 @@ class PickleMachine:
         return taken
 
     def _text(self, count: int) -> bytes:
-        """Bytes that become a value: counted against the total of such bytes."""
-        self._bytes_left -= count
-        if self._bytes_left < 0:
-            raise self.file.corrupt(
-                "its pickle is too long",
-                expected=f"at most {limits.PICKLE_BYTES:,} bytes of text",
-            )
+        """Bytes that become a value."""
+        self.made_bytes(count)
         return self._take(count)
 
     def _line(self) -> bytes:
@@ -208,6 +198,27 @@ class PickleMachine:
                 found=f"more than {limits.PICKLE_CONTAINERS:,} lists, dicts and objects",
             )
 
+    def made_bytes(self, count: int) -> None:
+        """Count the bytes of texts against the limit."""
+        self._bytes_left -= count
+        if self._bytes_left < 0:
+            raise self.file.corrupt(
+                "its pickle is too long",
+                expected=f"at most {limits.PICKLE_BYTES:,} bytes of text",
+            )
+
+    def worked(self, count: int) -> None:
+        """Count ``count`` values copied by one call as so many instructions."""
+        self._operations_left -= count
+        if self._operations_left < 0:
+            self._endless()
+
+    def _endless(self) -> NoReturn:
+        raise self.file.corrupt(
+            "its pickle is endless",
+            found=f"more than {limits.PICKLE_OPERATIONS:,} instructions",
+        )
+
     def made_tensor(self) -> None:
         """Count a tensor against the limit."""
         self._tensors_left -= 1
@@ -241,7 +252,11 @@ class PickleMachine:
         return value
 
     def _scalar_key(self, value: Any) -> None:
-        if isinstance(value, (str, bytes, float, GlobalName, InertRecord)) or value is None:
+        if isinstance(value, (float, GlobalName, InertRecord)) or value is None:
+            return
+        if isinstance(value, (str, bytes)):
+            if len(value) > limits.KEY_CHARACTERS:
+                self.corrupt("it has a key that is too long")
             return
         # integers hash to themselves modulo 2**61 - 1: without a bound on their
         # size a file could choose any number of them with one hash

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GlobalName:
     """A name that a pickle refers to. It is compared with tables and never imported."""
 
@@ -17,7 +17,7 @@ class GlobalName:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class InertRecord:
     """An object of a class that is not known here: what the pickle says of it, and no behaviour.
 

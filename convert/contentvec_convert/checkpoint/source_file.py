@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
@@ -14,6 +15,23 @@ _CHUNK = 1024 * 1024
 DOWNLOAD_AGAIN = (
     "download the file again, and compare its size and checksum with those its publisher gives"
 )
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a regular file that can be seen; never an exception."""
+    return _kind(path, stat.S_ISREG)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder that can be seen; never an exception."""
+    return _kind(path, stat.S_ISDIR)
+
+
+def _kind(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    try:
+        return is_kind(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 class SourceFile:

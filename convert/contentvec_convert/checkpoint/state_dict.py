@@ -225,7 +225,7 @@ class _Settler:
     def _copy_record(self, record: InertRecord, name: str, depth: int) -> tuple[Any, int, int]:
         plain = _omegaconf_content(record)
         if plain is not record:
-            return self._copy(plain, name, depth)
+            return self._copy(plain, name, depth + 1)
         parts: list[Any] = [
             record.args, record.keywords, record.state, record.items, record.entries
         ]  # fmt: skip

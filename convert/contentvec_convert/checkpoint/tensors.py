@@ -182,7 +182,7 @@ class StoredTensor:
         return True
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class TensorView:
     """A tensor as a pickle describes it: numbers that nobody has checked yet."""
 
@@ -205,7 +205,13 @@ def checked_tensor(name: str, view: TensorView) -> StoredTensor:
         return file.corrupt(f"the tensor {name} {what}", found=found, expected=expected)
 
     for label, numbers in (("shape", view.shape), ("strides", view.strides)):
-        if not isinstance(numbers, (tuple, list)) or not all(map(_is_count, numbers)):
+        if not isinstance(numbers, (tuple, list)):
+            raise refuse(f"has no {label}", found=brief(numbers))
+        if len(numbers) > DIMENSIONS:
+            raise refuse(
+                "has too many axes", found=str(len(numbers)), expected=f"at most {DIMENSIONS}"
+            )
+        if not all(map(_is_count, numbers)):
             raise refuse(f"has impossible {label}", found=brief(numbers))
     if not _is_count(view.offset):
         raise refuse("has an impossible offset", found=brief(view.offset))
@@ -215,8 +221,6 @@ def checked_tensor(name: str, view: TensorView) -> StoredTensor:
             "has as many strides as it has no axes",
             found=f"{len(shape)} axes, {len(strides)} strides",
         )
-    if len(shape) > DIMENSIONS:
-        raise refuse("has too many axes", found=str(len(shape)), expected=f"at most {DIMENSIONS}")
     itemsize = DTYPES[view.dtype].itemsize
     held = view.storage.length // itemsize
     count = prod(shape)
@@ -253,7 +257,10 @@ def _is_count(value: object) -> bool:
 def brief(value: object) -> str:
     """``value`` on one line and not too long, whatever a hostile file made of it."""
     if isinstance(value, (tuple, list)):
-        shown = ", ".join(brief(part) for part in value[:8])
+        shown = ", ".join(
+            type(part).__name__ if isinstance(part, (tuple, list)) else brief(part)
+            for part in value[:8]
+        )
         return f"({shown}{', ...' if len(value) > 8 else ''})"
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"

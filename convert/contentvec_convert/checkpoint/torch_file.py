@@ -20,8 +20,9 @@ from .source_file import SourceFile
 from .tensors import DTYPES, Storage, brief
 from .zip_archive import ZipArchive
 
-#: 0x1950a86a20f9469cfc6c as a pickle's LONG1, the mark of the older container
-LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+#: the number that marks the older container, as a pickle writes it
+_LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _COUNT = struct.Struct("<q")
 
@@ -79,7 +80,7 @@ def looks_like_torch_legacy(head: bytes) -> bool:
     if len(head) < 2 or head[0] != 0x80 or not 2 <= head[1] <= 5:
         return False
     # protocols 4 and 5 put a frame of 9 bytes around it
-    return head[2:].startswith(LEGACY_MAGIC) or head[11:].startswith(LEGACY_MAGIC)
+    return head[2:].startswith(_LEGACY_MAGIC) or head[11:].startswith(_LEGACY_MAGIC)
 
 
 def read_torch_legacy(file: SourceFile) -> Any:
@@ -112,7 +113,9 @@ def read_torch_legacy(file: SourceFile) -> Any:
         )
 
     machine = PickleMachine(file, file.mapped(), CONSTRUCTORS, storage)
-    _, position = machine.load()
+    magic, position = machine.load()
+    if magic != _LEGACY_MAGIC_NUMBER:
+        raise file.corrupt("it does not begin with torch's number")
     version, position = machine.load(position)
     if version != _LEGACY_VERSION:
         raise file.unsupported(
@@ -175,6 +178,8 @@ def _storage_identity(machine: PickleMachine, identity: Any) -> tuple[str | None
     kind, storage_class, key, _, count = identity[:5]
     if kind != "storage" or not isinstance(storage_class, GlobalName) or type(key) is not str:
         machine.corrupt("it refers to something outside that is not a storage")
+    if len(key) > limits.NAME_CHARACTERS:
+        machine.corrupt("it refers to a storage with too long a name")
     if type(count) is not int or not 0 <= count < 2**60:
         machine.corrupt("it claims a storage of impossible size", found=brief(count))
     dtype: str | None = None

@@ -58,6 +58,12 @@ class ZipArchive:
     def __init__(self, file: SourceFile) -> None:
         self.file = file
         entries_at, entries_length, count = self._end()
+        if entries_length > limits.ZIP_TABLE_BYTES:
+            raise file.corrupt(
+                "its zip archive's table of contents is too long",
+                found=f"{entries_length:,} bytes",
+                expected=f"at most {limits.ZIP_TABLE_BYTES:,}",
+            )
         table = file.read(entries_at, entries_length)
         self.entries: dict[str, ZipEntry] = {}
         spans: list[tuple[int, int, str]] = []
