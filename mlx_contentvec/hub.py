@@ -134,7 +134,7 @@ class PackageFiles:
         raise HubError(
             f"{self.where} holds no MLX weights",
             expected=" or ".join(names),
-            hint="convert a checkpoint first\nmlx-contentvec convert SOURCE FILE.safetensors",
+            hint="convert a checkpoint first\nmlx-contentvec convert SOURCE -o FILE.safetensors",
         )
 
     def checksums(self) -> dict[str, str] | None:
@@ -160,7 +160,7 @@ class PackageFiles:
         raise HubError(
             f"there are no {dtype} weights in {self.where}",
             found=name_list([config.get("dtype", "float32"), *variants]),
-            hint=f"make them with\nmlx-contentvec convert SOURCE FILE.safetensors --dtype {dtype}",
+            hint=f"make them with\nmlx-contentvec convert SOURCE -o FILE.safetensors --dtype {dtype}",
         )
 
 
@@ -406,7 +406,7 @@ def _explain_answer(answer: Any, repo_id: str, doing: str) -> HubError:
         return error(
             "it does not hold the file that was asked for",
             "is it a repository of MLX ContentVec weights? Others are converted first:\n"
-            "mlx-contentvec convert SOURCE FILE.safetensors",
+            "mlx-contentvec convert SOURCE -o FILE.safetensors",
         )
     if isinstance(answer, hub_errors.RepositoryNotFoundError):
         return error(

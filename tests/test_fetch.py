@@ -29,7 +29,7 @@ import dataclasses, sys, time
 time.sleep = lambda seconds: None
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 4096
-from contentvec_convert import fetch, identity, known_files
+from contentvec_convert import fetch, known_files
 row = dataclasses.replace(
     known_files.CONTENTVEC, size={len(CONTENT)},
     md5="{hashlib.md5(CONTENT).hexdigest()}", sha256="{hashlib.sha256(CONTENT).hexdigest()}")
@@ -38,9 +38,6 @@ folder = dataclasses.replace(
     hub_path="hubert_base/pytorch_model.bin", beside=("config.json",))
 kept = [r for r in known_files.KNOWN_FILES if not r.hub_path]
 known_files.KNOWN_FILES = fetch.KNOWN_FILES = (row, folder, *kept)
-known_files.known_as = identity.known_as = lambda size, md5, sha256: (
-    RIGHT if row.is_file(size, md5, sha256) else None)
-RIGHT = row
 """
 RUN = """
 from mlx_contentvec.cli import main
@@ -126,8 +123,6 @@ def test_a_model_of_several_files_becomes_a_folder(
         REPO, {"hubert_base/pytorch_model.bin": CONTENT, "hubert_base/config.json": b'{"a": 1}'}
     )
     result = fetch("contentvec-hf")
-    assert result.returncode == 1, "RIGHT is the other row, so this one cannot be proven"
-    result = fetch("contentvec-hf", before="RIGHT = folder\n")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "contentvec-hf" / "pytorch_model.bin").read_bytes() == CONTENT
     assert (tmp_path / "contentvec-hf" / "config.json").read_bytes() == b'{"a": 1}'
@@ -185,7 +180,7 @@ def test_a_part_that_is_complete_or_too_long_is_dealt_with(
     ("fault", "nature"),
     [
         ({"alter": lambda content: b"X" + content[1:]}, "bytes"),
-        ({"alter": lambda content: b"<!DOCTYPE html><title>Log in</title>"}, "<!DOCTYPE html>"),
+        ({"alter": lambda content: b"<!DOCTYPE html><title>Log in</title>"}, "a web page"),
         ({"shorten": 1000}, "306,200 bytes"),
     ],
     ids=["altered", "web page", "short"],
@@ -198,7 +193,7 @@ def test_what_is_not_the_file_does_not_get_its_name(
     assert result.returncode == 1
     assert f"what {REPO} served is not contentvec, and was thrown away" in result.stderr
     assert nature in result.stderr
-    assert hashlib.sha256(CONTENT).hexdigest() in result.stderr
+    assert hashlib.md5(CONTENT).hexdigest() in result.stderr
     assert not list(tmp_path.glob("hubert_base*"))
 
 

@@ -68,14 +68,15 @@ def fetch(
     path = _target(row, output)
     if path.exists():
         there = _identity(path, progress)
-        if there.known is not row and not force:
+        right = row.is_file(there.size, there.md5, there.sha256)
+        if not right and not force:
             raise OutputError(
                 f"{path} exists, and is not {row.key}",
                 found=f"sha256 {there.sha256} ({there.size:,} bytes)",
                 expected=f"sha256 {row.sha256}",
                 hint="give another --output, or --force to replace it",
             )
-        if there.known is row:
+        if right:
             _fetch_beside(row, path.parent)
             return path.parent if row.beside else path, there
     part = path.with_name(path.name + ".part")
@@ -132,16 +133,16 @@ def _obtain(row: KnownFile, part: Path, progress: Checked | None) -> Identity:
             raise
         raise OutputError(f"cannot write {part}: {error.strerror}") from error
     identity = _identity(part, progress)
-    if identity.known is row:
+    if row.is_file(identity.size, identity.md5, identity.sha256):
         return identity
     try:
-        accept(part, identity, expect_sha256=row.sha256)
+        accept(part, identity, expect_md5=row.md5, expect_sha256=row.sha256)
     except IdentityError as error:
         part.unlink()
         raise IdentityError(
             f"what {_repository(row)} served is not {row.key}, and was thrown away",
             found=error.found,
-            expected=f"sha256 {row.sha256} ({row.size or 0:,} bytes)",
+            expected=error.expected,
             hint="run the same again; if it fails again, the file has changed at its home, or\n"
             "something between here and there changes what it passes on",
         ) from None
