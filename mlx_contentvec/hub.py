@@ -160,7 +160,8 @@ class PackageFiles:
         raise HubError(
             f"there are no {dtype} weights in {self.where}",
             found=name_list([config.get("dtype", "float32"), *variants]),
-            hint=f"make them with\nmlx-contentvec convert SOURCE -o FILE.safetensors --dtype {dtype}",
+            hint="make them with\nmlx-contentvec convert SOURCE -o FILE.safetensors --dtype "
+            + dtype,
         )
 
 
