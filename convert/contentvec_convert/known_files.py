@@ -110,7 +110,7 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
     KnownFile(
         key="korean-hubert-base",
         names=("korean_hubert_base.pt",),
-        what="Korean HuBERT base, fairseq",
+        what="Korean HuBERT base, fairseq (its card says 8 attention heads)",
         home="https://huggingface.co/IAHispano/Applio",
         size=378_876_997,
         sha256="6b42c8453b96b203198c1c280a8821158ea3fa8dbbc2a6220cad1c1489c3e65e",

@@ -31,7 +31,7 @@ def models(as_json: bool) -> None:
         click.echo(f"  {row.what}")
         click.echo(
             f"  {row.architecture}: {preset.encoder_layers} layers, {preset.encoder_embed_dim} "
-            f"wide, {preset.encoder_attention_heads} heads; input {_INPUT[row.normalize]}"
+            f"wide; input {_INPUT[row.normalize]}"
         )
         click.echo(f"  {row.home}  ({_availability(row)})")
 
@@ -51,7 +51,6 @@ def _facts(row: KnownFile) -> dict[str, object]:
         **dataclasses.asdict(row),
         "layers": preset.encoder_layers,
         "width": preset.encoder_embed_dim,
-        "heads": preset.encoder_attention_heads,
         "recognisable": row.verifiable,
         "fetchable": row.verifiable and row.hub_path is not None,
     }

@@ -30,6 +30,11 @@ PROBE = ModelConfig(
 
 Told = TypeVar("Told", int, bool)
 
+
+class Unstated(ConfigError):
+    """Neither the file nor the caller says something that no tensor shows."""
+
+
 _QUESTIONS = {
     "heads": (
         "the number of attention heads is not known",
@@ -49,8 +54,8 @@ _QUESTIONS = {
 def told(question: str, by_caller: Told | None, by_file: Told | None) -> Told:
     """The answer of the caller or of the file, which must not contradict each other.
 
-    question: "heads" or "normalize". Raises ConfigError if neither says it, or
-    if they differ.
+    question: "heads" or "normalize". Raises Unstated if neither says it,
+    ConfigError if they differ.
     """
     if by_caller is not None and by_file is not None and by_caller != by_file:
         raise ConfigError(
@@ -62,7 +67,7 @@ def told(question: str, by_caller: Told | None, by_file: Told | None) -> Told:
     answer = by_file if by_caller is None else by_caller
     if answer is None:
         problem, found, hint = _QUESTIONS[question]
-        raise ConfigError(problem, found=found, hint=hint)
+        raise Unstated(problem, found=found, hint=hint)
     return answer
 
 
