@@ -2,30 +2,233 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .conversion import convert as convert_checkpoint
+from mlx_contentvec.errors import name_list
+
+from . import conversion, inspection
 from .precision import PRECISIONS
+from .rules import TRANSFORMS
+from .transfer import Progress
+
+if TYPE_CHECKING:
+    from .identity import Identity
+    from .ledger import Ledger
+
+#: a bar appears when something takes longer than this, in seconds
+_PATIENCE = 1.0
+
+_HEADS = click.option(
+    "--heads",
+    type=click.IntRange(min=1),
+    help="Attention heads, for a file that does not say it (no tensor shows it).",
+)
+_NORMALIZE = click.option(
+    "--normalize/--no-normalize",
+    default=None,
+    help="Whether the model wants normalised input, for a file that does not say it.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(list(PRECISIONS)), default="float32", show_default=True)
-@click.option("--allow-unknown", is_flag=True)
-@click.option("--expect-md5")
-@click.option("--expect-sha256")
-@click.option("--force", is_flag=True)
-@click.option("--heads", type=click.IntRange(min=1))
-@click.option("--normalize/--no-normalize", default=None)
-@click.option("--json", "as_json", is_flag=True)
-def convert(source, output, as_json, **options):
-    """Convert."""
-    ledger = convert_checkpoint(source, output, **options)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The .safetensors file to write. Default: contentvec_base.safetensors for "
+    "hubert_base.pt, else the source's name, in the working folder.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(PRECISIONS)),
+    default="float32",
+    show_default=True,
+    help="; ".join(f"{row.name}: {row.summary}" for row in PRECISIONS.values()) + ".",
+)
+@click.option("--allow-unknown", is_flag=True, help="Convert a file that is not a known one.")
+@click.option("--expect-md5", metavar="HEX", help="Convert only the file with this MD5.")
+@click.option("--expect-sha256", metavar="HEX", help="Convert only the file with this SHA-256.")
+@click.option("--force", is_flag=True, help="Replace an output that exists.")
+@_HEADS
+@_NORMALIZE
+@_JSON
+def convert(source: Path, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Convert the checkpoint SOURCE, a file or a Hugging Face folder, to MLX safetensors.
+
+    Only a known file is converted unasked. Every tensor is accounted for in a
+    ledger beside the output, and nothing appears before it has been written,
+    flushed, read back and compared.
+    """
+    output = output if output is not None else conversion.default_output(source)
+    with _late_bar() as progress:
+        ledger = conversion.convert(source, output, progress=progress, **options)
     if as_json:
-        click.echo(json.dumps(ledger.to_dict()))
+        click.echo(json.dumps({"path": str(output), **ledger.to_dict()}, ensure_ascii=False))
     else:
-        click.echo(f"{ledger.output} {ledger.source_tensors}")
+        _show_ledger(ledger, source, output)
+
+
+@click.command()
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@_HEADS
+@_NORMALIZE
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@_JSON
+def inspect(
+    path: Path, heads: int | None, normalize: bool | None, tensors: bool, as_json: bool
+) -> None:
+    """Say what FILE is, a checkpoint or a converted file: nothing is converted or written."""
+    found = inspection.inspect(path, heads=heads, normalize=normalize)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        _show_inspection(found, path, tensors)
+
+
+def _line(label: str, text: str) -> None:
+    """One row of a summary; further lines of ``text`` line up below the first."""
+    click.echo(f"  {label:<10}{text.replace(chr(10), chr(10) + ' ' * 12)}")
+
+
+def _show_identity(identity: Identity, stand_in: str | None) -> None:
+    known = identity.known
+    if stand_in is not None:
+        said = "a STAND-IN with synthetic weights, not a trained model"
+    elif known is not None:
+        said = f"{known.key}: {known.what}"
+    else:
+        said = "not a file that is known here"
+    _line("is", said)
+    _line("md5", identity.md5)
+    _line("sha256", identity.sha256)
+
+
+def _describe(config: dict[str, Any]) -> str:
+    """A model in one line."""
+    layers = f"{config['encoder_layers']} layers"
+    if config["encoder_layers_1"]:
+        layers += f" and {config['encoder_layers_1']} conditioned on the speaker"
+    projection = config["final_dim"]
+    return ", ".join(
+        (
+            layers,
+            f"{config['encoder_embed_dim']} wide",
+            f"{config['encoder_attention_heads']} heads",
+            f"projection to {projection}" if projection else "no projection",
+            "normalised input" if config["normalize"] else "input as it is",
+        )
+    )
+
+
+def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
+    facts = ledger.to_dict()
+    counts, made, origin = facts["counts"], facts["output"], facts["source"]
+    click.echo(f"{source} -> {output}")
+    click.echo("source")
+    _show_identity(ledger.identity, ledger.stand_in)
+    _line("model", _describe(facts["config"]))
+    click.echo("tensors")
+    _line("read", f"{counts['source_tensors']} of {origin['naming']} naming, all accounted for")
+    _line("written", f"{counts['written']} as {made['dtype']}")
+    if counts["exact"]:
+        _line("proven", f"{counts['exact']} read back and undone: the source, bit for bit")
+    computed = [row for row in ledger.inexact if not TRANSFORMS[row.transform].lossless]
+    rounded = [row.target for row in ledger.inexact if TRANSFORMS[row.transform].lossless]
+    for row in computed:
+        names = name_list(source.name for source in row.sources)
+        _line("computed", f"{row.target} from {names} ({row.transform})")
+    if rounded:
+        _line("rounded", f"{len(rounded)} to {made['dtype']}: {name_list(rounded, 3)}")
+    for drop in ledger.drops:
+        _line("dropped", f"{drop.source.name}: {drop.reason}")
+    for note in ledger.notes:
+        _line("note", note)
+    click.echo("output")
+    _line("size", f"{made['size']:,} bytes")
+    _line("sha256", made["sha256"])
+    _line("ledger", str(conversion.ledger_path(output)))
+
+
+def _show_inspection(found: inspection.Inspection, path: Path, tensors: bool) -> None:
+    click.echo(f"{path}  {found.identity.size:,} bytes, {found.container}")
+    if found.provenance is None:
+        _show_identity(found.identity, found.stand_in)
+    else:
+        _show_provenance(found)
+    if found.plan is not None:
+        _line("naming", found.plan.naming)
+        _line("model", _describe(found.plan.config.to_dict()))
+    held = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes().items())
+    _line("tensors", f"{len(found.tensors)} ({held}), {found.parameters:,} parameters")
+    for row in found.tensors:
+        if "dropped" in row:
+            _line("dropped", f"{row['name']}: {row['dropped']}")
+    for note in found.plan.notes if found.plan is not None else ():
+        _line("note", note)
+    if found.problem is not None:
+        _line("refused", str(found.problem))
+    for row in found.tensors if tensors else ():
+        fate = f" -> {row['target']} ({row['transform']})" if "target" in row else ""
+        click.echo(f"    {row['name']} {row['dtype']} {tuple(row['shape'])}{fate}")
+
+
+def _show_provenance(found: inspection.Inspection) -> None:
+    """What a converted file says about where it comes from; the ledger can bear it out."""
+    said = found.provenance or {}
+    source = said.get("source")
+    source = source if isinstance(source, dict) else {}
+    if found.stand_in is not None:
+        _line("is", "made from a STAND-IN with synthetic weights, not a trained model")
+    else:
+        _line(
+            "is",
+            f"converted, as it says itself, from {source.get('known_as') or source.get('name')}",
+        )
+    _line("source", f"md5 {source.get('md5')}, {source.get('size')} bytes")
+    _line("format", f"{said.get('dtype')}, by mlx-contentvec {said['mlx_contentvec_version']}")
+    _line("sha256", found.identity.sha256)
+    _line("ledger", str(found.ledger))
+
+
+@contextlib.contextmanager
+def _late_bar() -> Iterator[Progress | None]:
+    """A bar on stderr, if that is a terminal and the work takes longer than _PATIENCE."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    begun = time.monotonic()
+    bar: Any = None
+    tasks: dict[str, Any] = {}
+
+    def advance(doing: str, done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and time.monotonic() - begun > _PATIENCE:
+            bar = _bar()
+            bar.start()
+        if bar is not None:
+            if doing not in tasks:
+                tasks[doing] = bar.add_task(doing, total=total)
+            bar.update(tasks[doing], completed=done)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    return Bar(transient=True, console=Console(stderr=True))

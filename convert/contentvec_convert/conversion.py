@@ -6,9 +6,8 @@ import contextlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mlx_contentvec import __version__
 from mlx_contentvec.errors import CheckpointError, ConfigError, MappingError, OutputError
@@ -18,14 +17,15 @@ from .identity import (
     Identification,
     Identity,
     accept,
-    may_be_known,
+    is_known_size,
     stand_in_refused,
 )
 from .known_files import CONTENTVEC
-from .ledger import DropRow, Ledger, TensorRow, account, source_tensor
+from .ledger import DropRow, Ledger, TensorRow, account, source_facts, source_tensor
 from .precision import Precision, precision_named
 from .rules import Plan
 from .sources import plan_for
+from .sources.shapes import Unstated
 from .transfer import Part, Progress, parts_of, read_back, write_tensors
 from .writer import Draft, check_target, header, lay_out, publish
 
@@ -97,7 +97,7 @@ def convert(
     with contextlib.ExitStack() as stack:
         checkpoint, identification = stack.enter_context(opened(source, expectation))
         with identity_first(source, expectation, identification):
-            plan = plan_for(checkpoint, heads=heads, normalize=normalize)
+            plan = planned(checkpoint, identification, heads=heads, normalize=normalize)
             account(plan, checkpoint.tensors)
         stand_in = stand_in_of(checkpoint)
         if stand_in and not (allow_unknown or expectation.stated):
@@ -127,8 +127,11 @@ def convert(
         identification.check_unchanged()
 
         ledger = Ledger(
-            source=json.loads(metadata["source"]),
-            config=plan.config.to_dict(),
+            identity=identity,
+            naming=plan.naming,
+            container=checkpoint.container,
+            stand_in=stand_in,
+            config=plan.config,
             output={
                 "name": output.name,
                 "size": layout.size,
@@ -153,7 +156,7 @@ def default_output(source: Path) -> Path:
     """Where a conversion goes that does not say where: the working folder."""
     if source.name in CONTENTVEC.names:
         return Path("contentvec_base.safetensors")
-    return Path(f"{source.resolve().stem if source.name in ('', '..') else source.stem}.safetensors")
+    return Path(f"{source.resolve().stem}.safetensors")
 
 
 def ledger_path(output: Path) -> Path:
@@ -162,25 +165,21 @@ def ledger_path(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def opened(
-    source: Path, expectation: Expectation
-) -> Iterator[tuple[Checkpoint, Identification]]:
+def opened(source: Path, expectation: Expectation) -> Iterator[tuple[Checkpoint, Identification]]:
     """The checkpoint and its identification under way.
 
-    A file whose size no known file has, and that nobody expects, is not even
-    opened: there would be nothing to say about it but what it is not.
+    A file that nobody expects and whose size is no known file's is not opened
+    before it has been identified: most likely it is the wrong one.
     """
     with contextlib.ExitStack() as stack:
         if source.is_dir():
             checkpoint = stack.enter_context(open_checkpoint(source))
             beside = [source / name for name in _BESIDE if (source / name).is_file()]
-            identification = stack.enter_context(
-                Identification(source, checkpoint.files, beside)
-            )
+            identification = stack.enter_context(Identification(source, checkpoint.files, beside))
         else:
             identification = stack.enter_context(Identification(source))
-            hopeless = not may_be_known(identification.size)
-            if hopeless and not expectation.allow_unknown and not expectation.stated:
+            hoped_for = is_known_size(identification.size) or expectation.stated
+            if not hoped_for and not expectation.allow_unknown:
                 expectation.check(source, identification.result())
             with identity_first(source, expectation, identification):
                 checkpoint = stack.enter_context(open_checkpoint(source))
@@ -199,6 +198,30 @@ def identity_first(
         raise
 
 
+def planned(
+    checkpoint: Checkpoint,
+    identification: Identification,
+    *,
+    heads: int | None = None,
+    normalize: bool | None = None,
+) -> Plan:
+    """The plan for a checkpoint; how a known file's input is scaled is known here if not to it.
+
+    Raises what :func:`plan_for` raises.
+    """
+    try:
+        return plan_for(checkpoint, heads=heads, normalize=normalize)
+    except Unstated:
+        known = identification.result().known
+        if normalize is not None or known is None or known.normalize is None:
+            raise
+        plan = plan_for(checkpoint, heads=heads, normalize=known.normalize)
+    note = f"the file does not say how its input is scaled; of {known.key} it is known to be " + (
+        "normalised" if known.normalize else "taken as it is"
+    )
+    return replace(plan, notes=(*plan.notes, note))
+
+
 def stand_in_of(checkpoint: Checkpoint) -> str | None:
     """The sentence with which a checkpoint, or a file made from it, says that it is a stand-in."""
     state = checkpoint.extra.get("extra_state")
@@ -215,9 +238,7 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
         )
     with contextlib.suppress(OSError):
         if output.samefile(source):
-            raise OutputError(
-                f"{output} is the source itself", hint="name another file with -o"
-            )
+            raise OutputError(f"{output} is the source itself", hint="name another file with -o")
     check_target(output, force=force)
     check_target(ledger_path(output), force=True)
 
@@ -237,12 +258,7 @@ def _metadata(
     stand_in: str | None,
 ) -> dict[str, str]:
     """What the output says about itself. ``format`` is what loaders look for."""
-    source: dict[str, Any] = {
-        **identity.to_dict(),
-        "naming": plan.naming,
-        "container": checkpoint.container,
-        "stand_in": stand_in is not None,
-    }
+    source = source_facts(identity, plan.naming, checkpoint.container, stand_in)
     metadata = {
         "format": "mlx",
         "config": plan.config.to_json(),

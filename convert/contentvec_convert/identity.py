@@ -218,9 +218,9 @@ def _file_state(path: Path) -> tuple[int, int, int, int]:
     return state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino
 
 
-def may_be_known(size: int) -> bool:
-    """Whether some known file could have this size; if not, hashing cannot make it known."""
-    return any(row.verifiable and row.size in (None, size) for row in KNOWN_FILES)
+def is_known_size(size: int) -> bool:
+    """Whether some known file has exactly this size, so that hashing is likely to confirm it."""
+    return any(row.verifiable and row.size == size for row in KNOWN_FILES)
 
 
 def accept(
@@ -261,9 +261,9 @@ def diagnosis(path: Path, identity: Identity) -> IdentityError:
     promised = named(identity.name)
     wanted = promised[0] if promised else CONTENTVEC
     found = f"md5 {identity.md5} ({identity.size:,} bytes{_nature(path, identity)})"
-    expected = (
-        f"md5 {wanted.md5}" if wanted.md5 is not None else f"sha256 {wanted.sha256}"
-    ) + (f" ({wanted.size:,} bytes)" if wanted.size is not None else "")
+    expected = (f"md5 {wanted.md5}" if wanted.md5 is not None else f"sha256 {wanted.sha256}") + (
+        f" ({wanted.size:,} bytes)" if wanted.size is not None else ""
+    )
     if promised:
         problem = f"{identity.name} is not the file it is named after"
     else:
@@ -321,9 +321,16 @@ def _nature(path: Path, identity: Identity) -> str:
     return ""
 
 
+def _download(wanted: KnownFile) -> str:
+    """How to get a file that is wanted."""
+    if wanted.hub_path is not None:
+        return f"download it again with `mlx-contentvec fetch {wanted.key}`"
+    return f"download it again from {wanted.home}"
+
+
 def _advice(path: Path, identity: Identity, wanted: KnownFile | None) -> str:
     """What to do about a file that was not accepted."""
-    again = f"download it again from {(wanted or CONTENTVEC).home}"
+    again = _download(wanted or CONTENTVEC)
     if identity.known is not None:
         return (
             f"this is {identity.known.what}\n"
@@ -344,8 +351,8 @@ def _advice(path: Path, identity: Identity, wanted: KnownFile | None) -> str:
         if wanted is not None and wanted.size is not None and identity.size < wanted.size:
             missing = wanted.size - identity.size
             return (
-                f"the download stopped early: {missing:,} of {wanted.size:,} bytes are missing "
-                f"if this was to be {wanted.names[0]}\n{again}"
+                f"the download stopped early: {missing:,} of the {wanted.size:,} bytes of "
+                f"{wanted.names[0]} are missing\n{again}"
             )
         return f"the download stopped early; {again}"
     if wanted is not None and identity.size == wanted.size:

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_contentvec.config import parameter_shapes
+from mlx_contentvec.config import ModelConfig, parameter_shapes
 from mlx_contentvec.errors import MappingError, name_list
 
 from .checkpoint import StoredTensor
+from .identity import Identity
 from .precision import WIDENED
 from .rules import TRANSFORMS, Plan, Shape
 
@@ -62,8 +63,12 @@ class DropRow:
 class Ledger:
     """What became of a checkpoint. Deterministic: no times, no paths."""
 
-    source: dict[str, Any]
-    config: dict[str, Any]
+    identity: Identity
+    naming: str
+    container: str
+    #: the sentence with which the source says that it is a stand-in
+    stand_in: str | None
+    config: ModelConfig
     output: dict[str, Any]
     tensors: tuple[TensorRow, ...]
     drops: tuple[DropRow, ...]
@@ -77,6 +82,11 @@ class Ledger:
         return len(used | {row.source.name for row in self.drops})
 
     @property
+    def source(self) -> dict[str, Any]:
+        """What the output and the ledger say about the source."""
+        return source_facts(self.identity, self.naming, self.container, self.stand_in)
+
+    @property
     def inexact(self) -> tuple[TensorRow, ...]:
         """The rows that are more than moved: computed, or rounded to a narrower format."""
         return tuple(row for row in self.tensors if not row.exact)
@@ -88,7 +98,7 @@ class Ledger:
             "mlx_contentvec_version": self.version,
             "source": self.source,
             "output": self.output,
-            "config": self.config,
+            "config": self.config.to_dict(),
             "counts": {
                 "source_tensors": self.source_tensors,
                 "dropped": len(self.drops),
@@ -132,6 +142,18 @@ def _json_lines(document: Mapping[str, Any]) -> str:
             text = json.dumps(value, ensure_ascii=False)
         lines.append(f" {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def source_facts(
+    identity: Identity, naming: str, container: str, stand_in: str | None
+) -> dict[str, Any]:
+    """A source as the output's metadata and the ledger describe it."""
+    return {
+        **identity.to_dict(),
+        "naming": naming,
+        "container": container,
+        "stand_in": stand_in is not None,
+    }
 
 
 def source_tensor(tensor: StoredTensor) -> SourceTensor:

@@ -83,7 +83,10 @@ def widen(elements: Array, dtype: str) -> npt.NDArray[np.float32]:
     rounded to nearest. MappingError if ``dtype`` is not a floating-point format.
     """
     if dtype == "float16":
-        return _half_values().take(elements.view(np.uint16), mode="clip")
+        widened: npt.NDArray[np.float32] = _half_values().take(
+            elements.view(np.uint16), mode="clip"
+        )
+        return widened
     if dtype == "bfloat16":
         # a bfloat16 is the upper half of a float32
         return (elements.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -121,11 +124,12 @@ def _to_bfloat16(values: Array) -> Array:
     """
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    rounded: Array = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return rounded.astype(np.uint16)
 
 
 def all_finite(elements: Array, stored: str) -> bool:
-    """Whether no element of an array stored as ``stored`` (a safetensors dtype) is NaN or infinite."""
+    """Whether no element is NaN or infinite; ``stored`` is their safetensors dtype."""
     if stored == "F32":
         # one pass that also catches what a sum of infinities of both signs makes (NaN)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -191,9 +195,7 @@ PRECISIONS: dict[str, Precision] = {
 def precision_named(name: str) -> Precision:
     """The row of PRECISIONS. ConfigError if there is none of that name."""
     if name not in PRECISIONS:
-        raise ConfigError(
-            f"there is no output format {name!r}", expected=" or ".join(PRECISIONS)
-        )
+        raise ConfigError(f"there is no output format {name!r}", expected=" or ".join(PRECISIONS))
     return PRECISIONS[name]
 
 
@@ -205,9 +207,7 @@ def quantize(weight: Array, how: Quantization) -> tuple[Array, Array, Array]:
     """
     from mlx_contentvec.backend import mx
 
-    packed, scales, biases = mx.quantize(
-        mx.array(weight), group_size=how.group_size, bits=how.bits
-    )
+    packed, scales, biases = mx.quantize(mx.array(weight), group_size=how.group_size, bits=how.bits)
     return (
         np.asarray(packed),
         np.asarray(scales.astype(mx.float16)),

@@ -128,7 +128,7 @@ def _kernel_shape(kernel: Shape) -> Shape:
 
 
 def _swap_last_axes(kernel: Array) -> Array:
-    return kernel.transpose(0, 2, 1)
+    return np.swapaxes(kernel, 1, 2)
 
 
 TRANSFORMS: dict[str, Transform] = {

@@ -99,7 +99,7 @@ def write_tensors(
 
     def put(name: str, offset: int, array: Array) -> None:
         nonlocal done
-        data = memoryview(np.ascontiguousarray(array)).cast("B")
+        data = np.ascontiguousarray(array).data.cast("B")
         draft.write(layout.starts[name] + offset, data)
         done += len(data)
         if progress is not None:
@@ -115,7 +115,9 @@ def write_tensors(
             for name, array in zip(("weight", "scales", "biases"), arrays, strict=True):
                 if name != "weight":
                     _require_finite(array, precision.stored, rule, stored)
-                expected[f"{stem}{name}"] = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+                expected[f"{stem}{name}"] = hashlib.sha256(
+                    np.ascontiguousarray(array).data
+                ).hexdigest()
                 put(f"{stem}{name}", 0, array)
         elif transform.lossless:
             offset = 0
@@ -127,7 +129,7 @@ def write_tensors(
         else:
             block = precision.narrow(_whole(rule, stored))
             _require_finite(block, precision.stored, rule, stored)
-            expected[rule.target] = hashlib.sha256(np.ascontiguousarray(block)).hexdigest()
+            expected[rule.target] = hashlib.sha256(np.ascontiguousarray(block).data).hexdigest()
             put(rule.target, 0, block)
     return expected
 
@@ -215,9 +217,7 @@ def _whole(rule: Rule, stored: list[StoredTensor]) -> Array:
     return np.ascontiguousarray(transform.apply(*arrays))
 
 
-def _require_finite(
-    block: Array, dtype: str, rule: Rule, stored: list[StoredTensor]
-) -> None:
+def _require_finite(block: Array, dtype: str, rule: Rule, stored: list[StoredTensor]) -> None:
     if all_finite(block, dtype):
         return
     for tensor in stored:

@@ -193,7 +193,7 @@ class Draft:
                 # waits for a run that is just looking whether this is a leftover
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         try:
-            return os.path.samestat(os.stat(self._temporary), os.fstat(self._descriptor))
+            return os.path.samestat(self._temporary.stat(), os.fstat(self._descriptor))
         except FileNotFoundError:
             return False
 
@@ -231,7 +231,7 @@ class Draft:
             if not force and self._link():
                 self._temporary.unlink()
             else:
-                os.replace(self._temporary, self.final)
+                self._temporary.replace(self.final)
             self._temporary = self.final
 
     def _link(self) -> bool:
@@ -283,10 +283,9 @@ def _remove_leftovers(final: Path) -> None:
     if fcntl is None:
         return
     prefix = f".{final.name}."
-    for name in os.listdir(final.parent):
-        if not (name.startswith(prefix) and name.endswith(_SUFFIX)):
+    for path in final.parent.iterdir():
+        if not (path.name.startswith(prefix) and path.name.endswith(_SUFFIX)):
             continue
-        path = final.with_name(name)
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
             try:

@@ -271,15 +271,15 @@ def _count_layers(names: Container[str]) -> tuple[int, int]:
     plain = conditioned = 0
     while f"encoder.layers.{plain}.self_attn_layer_norm.weight" in names:
         plain += 1
-    while (
-        f"encoder.layers.{plain + conditioned}.self_attn_layer_norm.weight_ln.weight" in names
-    ):
+    while f"encoder.layers.{plain + conditioned}.self_attn_layer_norm.weight_ln.weight" in names:
         conditioned += 1
     return plain, conditioned
 
 
 def _stated_heads(model: Mapping[str, Any]) -> int | None:
-    return _integer(model, "encoder_attention_heads") if "encoder_attention_heads" in model else None
+    return (
+        _integer(model, "encoder_attention_heads") if "encoder_attention_heads" in model else None
+    )
 
 
 def _integer(settings: Mapping[str, Any], key: str) -> int:

@@ -1,0 +1,138 @@
+"""What a file is and what converting it would do, without doing it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mlx_contentvec.errors import ContentvecError
+
+from .checkpoint import Checkpoint
+from .conversion import Expectation, ledger_path, opened, planned, stand_in_of
+from .identity import Identity
+from .ledger import account, source_tensor
+from .rules import Plan
+from .sources import mlx
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file says about itself, and what is known of it.
+
+    ``problem`` is why it cannot be converted, None if it can.
+    ``provenance`` is the metadata of a file that this project converted.
+    """
+
+    identity: Identity
+    container: str
+    tensors: tuple[dict[str, Any], ...]
+    plan: Plan | None
+    problem: ContentvecError | None
+    stand_in: str | None
+    provenance: dict[str, Any] | None
+    ledger: str | None
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors together."""
+        return sum(prod(row["shape"]) for row in self.tensors)
+
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors there are of each dtype."""
+        return dict(Counter(row["dtype"] for row in self.tensors))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        known = self.identity.known
+        return {
+            "source": self.identity.to_dict(),
+            "known": None if known is None else {"what": known.what, "home": known.home},
+            "stand_in": self.stand_in,
+            "container": self.container,
+            "naming": None if self.plan is None else self.plan.naming,
+            "config": None if self.plan is None else self.plan.config.to_dict(),
+            "convertible": self.problem is None,
+            "problem": None if self.problem is None else str(self.problem),
+            "notes": [] if self.plan is None else list(self.plan.notes),
+            "converted": self.provenance,
+            "ledger": self.ledger,
+            "parameters": self.parameters,
+            "tensors": list(self.tensors),
+        }
+
+
+def inspect(
+    path: str | Path, *, heads: int | None = None, normalize: bool | None = None
+) -> Inspection:
+    """Identity, configuration, tensors and drops of a checkpoint or of a converted file.
+
+    heads, normalize: as for a conversion. A file that can be read but not
+    converted is described all the same. Raises IdentityError or
+    CheckpointError for one that cannot be read.
+    """
+    path = Path(path)
+    with opened(path, Expectation(allow_unknown=True)) as (checkpoint, identification):
+        plan: Plan | None = None
+        problem: ContentvecError | None = None
+        try:
+            plan = planned(checkpoint, identification, heads=heads, normalize=normalize)
+            account(plan, checkpoint.tensors)
+        except ContentvecError as error:
+            problem = error
+        provenance = _provenance(checkpoint)
+        return Inspection(
+            identity=identification.result(),
+            container=checkpoint.container,
+            tensors=_tensor_rows(checkpoint, plan),
+            plan=plan,
+            problem=problem,
+            stand_in=stand_in_of(checkpoint),
+            provenance=provenance,
+            ledger=None if provenance is None else _ledger_state(path, identification.result()),
+        )
+
+
+def _tensor_rows(checkpoint: Checkpoint, plan: Plan | None) -> tuple[dict[str, Any], ...]:
+    """Every tensor with what becomes of it: a target, a reason to drop it, or neither."""
+    fates: dict[str, dict[str, Any]] = {}
+    for rule in plan.rules if plan else ():
+        for name in rule.sources:
+            fates[name] = {"target": rule.target, "transform": rule.transform}
+    for drop in plan.drops if plan else ():
+        fates[drop.source] = {"dropped": drop.reason}
+    rows = []
+    for tensor in checkpoint.tensors.values():
+        source = source_tensor(tensor)
+        row = {"name": source.name, "dtype": source.dtype, "shape": list(source.shape)}
+        rows.append({**row, **fates.get(source.name, {})})
+    return tuple(rows)
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What a converted file says it was made from; None for any other file."""
+    if not mlx.matches(checkpoint):
+        return None
+    decoded: dict[str, Any] = dict(checkpoint.metadata)
+    for key in ("config", "source", "quantization"):
+        try:
+            decoded[key] = json.loads(decoded[key])
+        except (KeyError, ValueError):
+            continue
+    return decoded
+
+
+def _ledger_state(path: Path, identity: Identity) -> str:
+    """Whether the ledger beside a converted file is there, and is this file's."""
+    paper = ledger_path(path)
+    try:
+        written = json.loads(paper.read_text(encoding="utf-8"))
+        said = written["output"]["sha256"]
+    except FileNotFoundError:
+        return f"none: there is no {paper.name}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"unreadable: {paper.name}"
+    return "matches" if said == identity.sha256 else f"of another file: {paper.name}"
