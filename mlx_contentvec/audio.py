@@ -42,6 +42,8 @@ AUDIO_SUFFIXES = frozenset(
         *(".wma", ".webm", ".mka", ".amr", ".ac3"),
     }
 )
+#: a float waveform beyond this is not one in [-1, 1]: int16 samples, most likely
+LOUDEST_PEAK = 100.0
 #: frames per decoded block: 64 Ki frames, about a second and a half at 44.1 kHz
 BLOCK = 1 << 16
 #: compressed bytes per second taken for a file whose header libsndfile cannot read
@@ -91,9 +93,9 @@ def read_audio(path: str | Path, *, sample_rate: int = SAMPLE_RATE, min_samples:
     The file goes through in blocks: memory holds the finished waveform and one
     block. A waveform of fewer than ``min_samples`` samples is refused.
 
-    Raises AudioError when the file cannot be decoded, is empty, cut short or
-    too short, or holds samples that are not finite; MissingDependency when
-    soundfile or soxr is needed and not installed.
+    Raises AudioError when the file cannot be decoded, is empty, cut short, too
+    short or out of scale, or holds samples that are not finite; MissingDependency
+    when soundfile or soxr is needed and not installed.
     """
     path = Path(path)
     with _open_stream(path) as stream:
@@ -130,7 +132,8 @@ def as_waveform(
              the range of their type
     returns: (samples,) float32 at ``sample_rate`` Hz
 
-    Raises AudioError for another shape, too few samples or samples that are not finite.
+    Raises AudioError for another shape, too few samples, or samples that are out
+    of scale or not finite.
     """
     array = np.asarray(samples)
     if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] > array.shape[0]):
@@ -306,7 +309,7 @@ def _pipe_blocks(
 def _checked_mono(
     blocks: Iterable[npt.NDArray[np.float32]], where: Path | str
 ) -> Iterator[Waveform]:
-    """(frames, channels) blocks to (frames,) ones; every sample must be finite."""
+    """(frames, channels) blocks to (frames,) ones; every sample must be finite and in scale."""
     start = 0
     for block in blocks:
         if not np.isfinite(block).all():
@@ -314,6 +317,13 @@ def _checked_mono(
             raise AudioError(
                 f"{where} holds samples that are not finite numbers",
                 found=f"the first NaN or infinity at frame {frame:,}",
+            )
+        if np.abs(block).max(initial=0.0) > LOUDEST_PEAK:
+            raise AudioError(
+                f"{where} is out of scale",
+                found=f"a peak of {np.abs(block).max():g}",
+                expected="floating-point samples of about -1 to 1",
+                hint="samples in int16 scale: divide by 32768",
             )
         start += len(block)
         yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Write a converted file for transformers or fairseq.",
     ),
     "models": ("contentvec_convert.models_command:models", "List the embedders that are known."),
+    "extract": ("mlx_contentvec.commands:extract", "Extract features from audio files."),
     "inspect": ("contentvec_convert.commands:inspect", "Say what a file is, without converting."),
     "parity": ("contentvec_parity.commands:parity", "Compare the MLX model with the original."),
     "standin": (

@@ -18,8 +18,8 @@ Between stages the clip is held as float32 in two numpy buffers, (frames, width)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ import numpy.typing as npt
 from . import kernels
 from .backend import device_kind, mx
 from .config import ModelConfig
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .layers import EncoderLayer
@@ -49,12 +50,83 @@ class Pieces:
     queries: int
 
 
+#: what a clip may take beside model and waveform before it is streamed, in bytes
+DEFAULT_MEMORY = 512 << 20
+#: sizes that a piece may have, the first being the least that works
+FRAMES = (32, 64, 128, 256)
+QUERIES = (16, 32, 64, 128, 256)
+#: arrays of its output's size that a computation holds at its peak (measured)
+COPIES = 6
+
+
+def whole_clip_bytes(config: ModelConfig, samples: int, batch: int = 1) -> int:
+    """About what a forward pass over whole clips takes beside the model, in bytes."""
+    frames = config.frames(samples)
+    attention = 3 * config.encoder_attention_heads * frames * frames
+    return 4 * batch * max(_values_at_once(config, frames), attention)
+
+
+def _values_at_once(config: ModelConfig, frames: int) -> int:
+    """The most numbers held while ``frames`` frames go through front end or feed-forward."""
+    channels, _, stride = config.conv_layers[0]
+    front_end = frames * config.hop // stride * channels
+    return COPIES * max(front_end, frames * config.encoder_ffn_embed_dim)
+
+
+def streamed_bytes(config: ModelConfig, samples: int, pieces: Pieces) -> int:
+    """About what :func:`streamed` takes beside the model and the waveform, in bytes."""
+    frames = config.frames(samples)
+    width = config.encoder_embed_dim
+    head_width = width // config.encoder_attention_heads
+    buffers = 2 * frames * width
+    # keys and values, twice while their pieces are joined
+    keys_and_values = 4 * pieces.heads * frames * head_width
+    at_once = 1 if device_kind() == "cpu" else pieces.heads
+    scores = 2 * at_once * pieces.queries * frames
+    return 4 * (buffers + max(_values_at_once(config, pieces.frames), keys_and_values + scores))
+
+
+def plan_pieces(config: ModelConfig, samples: int, max_memory: int | None) -> Pieces | None:
+    """How to stream a clip of ``samples`` samples; None if it fits in one go.
+
+    max_memory: bytes beside the model and the waveform, :data:`DEFAULT_MEMORY` if
+                None; only a default may be exceeded, by clips that cannot do with it
+
+    Raises ConfigError if ``max_memory`` is less than the clip needs.
+    """
+    limit = DEFAULT_MEMORY if max_memory is None else max_memory
+    if whole_clip_bytes(config, samples) <= limit:
+        return None
+    pieces = Pieces(frames=FRAMES[0], heads=1, queries=QUERIES[0])
+    least = streamed_bytes(config, samples, pieces)
+    if least > limit and max_memory is not None:
+        raise ConfigError(
+            f"a clip of {samples / config.sample_rate:.1f} s does not fit the memory it is given",
+            found=f"{max_memory / 2**20:.0f} MiB",
+            expected=f"{least / 2**20:.0f} MiB or more",
+            hint="give it more, or take windows, which changes the features around their seams",
+        )
+    heads = range(1, config.encoder_attention_heads + 1)
+    for field, sizes in (("queries", QUERIES), ("frames", FRAMES), ("heads", heads)):
+        for size in sizes:
+            larger = replace(pieces, **{field: size})
+            if streamed_bytes(config, samples, larger) <= limit:
+                pieces = larger
+    return pieces
+
+
 def streamed(
-    model: ContentvecModel, waveform: Buffer, layer: int, project: bool, pieces: Pieces
+    model: ContentvecModel,
+    waveform: Buffer,
+    layer: int,
+    project: bool,
+    pieces: Pieces,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> Buffer:
     """The features of one clip, a piece at a time.
 
     waveform: (samples,) float32, checked by the caller
+    progress: hears what part of the work is done, front end and layers alike
     returns:  (frames, width) float32: the output of ``layer``, projected if asked
     """
     x = _front_end(model, waveform, pieces.frames)
@@ -64,7 +136,8 @@ def streamed(
     x, y = y, x
     for index in range(layer):
         block = model.encoder.layers[index]
-        _attend(model, block, x, y, pieces)
+        for part in _attend(model, block, x, y, pieces):
+            progress((index + 1 + part) / (layer + 1))
         for start, stop in _spans(len(x), pieces.frames):
             attended = block.self_attn.out_proj(_load(model, y[start:stop]))
             x[start:stop] = _store(_after_attention(block, _load(model, x[start:stop]), attended))
@@ -179,8 +252,11 @@ def _after_attention(block: EncoderLayer, x: Array, attended: Array) -> Array:
 
 def _attend(
     model: ContentvecModel, block: EncoderLayer, x: Buffer, y: Buffer, pieces: Pieces
-) -> None:
-    """Self-attention before its output projection, from ``x`` into ``y``, a few heads at a time."""
+) -> Iterator[float]:
+    """Self-attention before its output projection, from ``x`` into ``y``, a few heads at a time.
+
+    Yields what part of it is done.
+    """
     attention = block.self_attn
     width = x.shape[1] // attention.heads
     attend = _attend_on_cpu if device_kind() == "cpu" else _attend_fused
@@ -203,14 +279,16 @@ def _attend(
             keys.append(split(attention.k_proj, piece))
             values.append(split(attention.v_proj, piece))
             mx.eval(keys[-1], values[-1])
-        all_keys = mx.concatenate(keys, axis=2)
-        all_values = mx.concatenate(values, axis=2)
+        exact = mx.float32 if device_kind() == "cpu" else values[0].dtype
+        all_keys = mx.concatenate(keys, axis=2).astype(exact)
+        all_values = mx.concatenate(values, axis=2).astype(exact)
         mx.eval(all_keys, all_values)
         del keys, values
         for start, stop in _spans(len(x), pieces.queries):
             queries = split(attention.q_proj, read(start, stop))
             attended = attend(queries, all_keys, all_values)
             y[start:stop, rows] = attended
+            yield (first + heads * stop / len(x)) / attention.heads
 
 
 def _some_outputs(linear: Any, x: Array, rows: slice) -> Array:
@@ -238,10 +316,10 @@ def _attend_fused(queries: Array, keys: Array, values: Array) -> Buffer:
 
 def _attend_on_cpu(queries: Array, keys: Array, values: Array) -> Buffer:
     """The same with the softmax in numpy, on MLX's memory: its exp is vectorised, MLX's is not."""
-    scale = queries.shape[-1] ** -0.5
+    queries = queries.astype(mx.float32) * queries.shape[-1] ** -0.5
     attended = []
     for head in range(queries.shape[1]):
-        scores = (queries[0, head] * scale) @ keys[0, head].T
+        scores = queries[0, head] @ keys[0, head].T
         mx.eval(scores)
         weights = np.asarray(scores)
         weights -= weights.max(axis=-1, keepdims=True)

@@ -166,3 +166,11 @@ def test_lengths_are_guessed_from_headers_and_sizes(tmp_path: Path) -> None:
     (tmp_path / "b.m4a").write_bytes(bytes(32000))
     assert guess_seconds(tmp_path / "b.m4a") == 2.0
     assert guess_seconds(tmp_path / "missing.wav") == 0.0
+
+
+def test_samples_in_integer_scale_are_refused(tmp_path: Path) -> None:
+    loud = tone(1.0) * 32768
+    with pytest.raises(AudioError, match="out of scale"):
+        read_audio(written(tmp_path / "a.wav", loud, subtype="FLOAT"))
+    with pytest.raises(AudioError, match="divide by 32768"):
+        as_waveform(loud, 16000)
