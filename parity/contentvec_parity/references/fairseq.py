@@ -1,0 +1,210 @@
+"""The original: fairseq's own HuBERT, loaded the way RVC loads it, run in this process."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.errors import ParityError
+
+from .original import TorchOriginal, quiet
+
+Tensor = Any
+
+#: longest list of convolutions a checkpoint may spell out
+MOST_CONVOLUTIONS = 64
+
+
+def open(path: Path) -> FairseqOriginal:
+    """Load a fairseq checkpoint strictly, with fairseq's own loader.
+
+    Nothing in the file is executed: torch reads it with ``weights_only``, the
+    one foreign class it names (fairseq's ``Dictionary``) is let through, and the
+    one expression that fairseq passes to ``eval`` is checked to be a list of numbers.
+    Raises ParityError if torch or fairseq refuses the file.
+    """
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise ParityError(
+            "torch is told to execute whatever a checkpoint contains",
+            found="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set",
+            hint="unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
+        )
+    with quiet():
+        import fairseq
+        import torch
+        from fairseq import checkpoint_utils
+        from fairseq.data.dictionary import Dictionary
+
+        with torch.serialization.safe_globals([Dictionary, argparse.Namespace]):
+            try:
+                _refuse_expressions(
+                    path, torch.load(path, map_location="cpu", weights_only=True, mmap=None)
+                )
+                models, cfg, _ = checkpoint_utils.load_model_ensemble_and_task(
+                    [os.fspath(path)], suffix=""
+                )
+            except ParityError:
+                raise
+            except Exception as error:
+                raise ParityError(
+                    f"fairseq cannot load {path.name}",
+                    found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                    hint=f"mlx-contentvec inspect {path.name} says what the file is",
+                ) from error
+    versions = {"torch": torch.__version__, "fairseq": fairseq.__version__}
+    return FairseqOriginal(models[0], _config(models[0], cfg), versions)
+
+
+def _refuse_expressions(path: Path, state: Any) -> None:
+    """fairseq calls ``eval`` on a string of the checkpoint: let only lists of numbers pass.
+
+    Source: fairseq/models/hubert/hubert.py, ``feature_enc_layers = eval(...)``.
+    """
+    stored = state.get("cfg") if isinstance(state, dict) else None
+    old = state.get("args") if isinstance(state, dict) else None
+    if stored:
+        model, task = dict(stored["model"]), dict(stored["task"])
+    elif old is not None:
+        model = {**vars(old), "_name": getattr(old, "arch", "")}
+        task = {"_name": getattr(old, "task", "")}
+    else:
+        raise ParityError(
+            f"{path.name} is not a fairseq checkpoint",
+            found="no configuration beside the tensors",
+            hint="--reference transformers takes a Hugging Face folder",
+        )
+    if not str(model.get("_name")).startswith("hubert") or task.get("_name") != (
+        "hubert_pretraining"
+    ):
+        raise ParityError(
+            f"{path.name} is not a HuBERT",
+            found=f"model {model.get('_name')!r}, task {task.get('_name')!r}",
+            expected="model 'hubert', task 'hubert_pretraining'",
+        )
+    layers = model.get("conv_feature_layers")
+    if not _is_list_of_numbers(layers):
+        raise ParityError(
+            f"{path.name} carries code where its convolutions should be listed",
+            found=repr(layers)[:120],
+            expected="something like [(512,10,5)] + [(512,3,2)] * 4",
+        )
+
+
+def _is_list_of_numbers(expression: Any) -> bool:
+    if not isinstance(expression, str) or len(expression) > 1000:
+        return False
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+    def plain(node: ast.AST) -> bool:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return plain(node.left) and plain(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            times = node.right
+            return (
+                isinstance(node.left, ast.List)
+                and plain(node.left)
+                and isinstance(times, ast.Constant)
+                and type(times.value) is int
+                and times.value <= MOST_CONVOLUTIONS
+            )
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return all(plain(element) for element in node.elts)
+        return isinstance(node, ast.Constant) and type(node.value) is int
+
+    return plain(tree)
+
+
+def _config(model: Any, cfg: Any) -> ModelConfig:
+    """What the loaded model is, read from its modules where they say it."""
+    encoder = model.encoder
+    convolutions = [block[0] for block in model.feature_extractor.conv_layers]
+    norms = [type(module).__name__ for module in model.feature_extractor.conv_layers[-1].modules()]
+    positional = encoder.pos_conv
+    batch_norm = type(positional[0]).__name__ == "BatchNorm1d"
+    kernel = positional[1 if batch_norm else 0]
+    final = model.final_proj
+    return ModelConfig(
+        conv_layers=tuple((c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions),
+        conv_bias=convolutions[0].bias is not None,
+        extractor_norm="layer" if any("LayerNorm" in name for name in norms) else "group",
+        encoder_embed_dim=encoder.embedding_dim,
+        encoder_ffn_embed_dim=encoder.layers[0].fc1.out_features,
+        encoder_layers=len(encoder.layers),
+        encoder_attention_heads=encoder.layers[0].self_attn.num_heads,
+        layer_norm_first=bool(encoder.layer_norm_first),
+        conv_pos=kernel.kernel_size[0],
+        conv_pos_groups=kernel.groups,
+        conv_pos_batch_norm=batch_norm,
+        final_dim=final.out_features,
+        normalize=bool(cfg.task.normalize),
+    )
+
+
+class FairseqOriginal(TorchOriginal):
+    """fairseq's ``HubertModel``."""
+
+    name = "fairseq"
+    naming = "fairseq"
+
+    def _watch(self, model: Any, keep: Callable[[str, Tensor], None]) -> list[Any]:
+        layers = model.encoder.layers
+        hooks = [
+            block.register_forward_hook(
+                lambda _, __, output, stage=f"conv.{i}": keep(stage, output.transpose(1, 2))
+            )
+            for i, block in enumerate(model.feature_extractor.conv_layers)
+        ]
+        projected = (
+            model.post_extract_proj if model.post_extract_proj is not None else (model.layer_norm)
+        )
+        hooks.append(projected.register_forward_hook(lambda _, __, x: keep("projection", x)))
+        hooks.append(
+            layers[0].register_forward_pre_hook(
+                lambda _, inputs: keep("positional", inputs[0].transpose(0, 1))
+            )
+        )
+        hooks += [
+            layer.register_forward_hook(
+                lambda _, __, output, stage=f"layer.{i + 1}": keep(stage, output[0].transpose(0, 1))
+            )
+            for i, layer in enumerate(layers)
+        ]
+        if self.config.layer_norm_first:
+            norm = model.encoder.layer_norm
+            hooks.append(norm.register_forward_hook(lambda _, __, x: keep("final_norm", x)))
+        return hooks
+
+    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> Tensor | None:
+        import torch
+
+        # RVC passes a mask that masks nothing (infer/modules/vc/pipeline.py)
+        given = torch.zeros(source.shape, dtype=torch.bool) if mask is None else mask
+        _, frame_mask = model.extract_features(source=source, padding_mask=given)
+        return frame_mask
+
+    def _run(self, model: Any, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        kind, _, number = stage.partition(".")
+        encoder = model.encoder
+        if kind == "conv":
+            block = model.feature_extractor.conv_layers[int(number)]
+            return block(x[:, None] if int(number) == 0 else x.transpose(1, 2)).transpose(1, 2)
+        if kind == "projection":
+            x = model.layer_norm(x)
+            return x if model.post_extract_proj is None else model.post_extract_proj(x)
+        if kind == "positional":
+            if mask is not None:
+                x = x.masked_fill(mask[..., None], 0)
+            x = x + encoder.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+            return x if self.config.layer_norm_first else encoder.layer_norm(x)
+        if kind == "layer":
+            layer = encoder.layers[int(number) - 1]
+            return layer(x.transpose(0, 1), self_attn_padding_mask=mask)[0].transpose(0, 1)
+        return {"final_norm": encoder.layer_norm, "final_proj": model.final_proj}[kind](x)

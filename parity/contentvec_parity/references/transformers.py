@@ -1,0 +1,253 @@
+"""A second, independent implementation: transformers' HuBERT, under its own names."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.errors import ParityError, name_list
+
+from ..naming import UNREAD, rows
+from .original import TorchOriginal, frame_mask, quiet
+
+Tensor = Any
+
+
+def open(path: Path) -> TransformersOriginal:
+    """Load a Hugging Face folder, or a fairseq checkpoint through parity's own name table.
+
+    Raises ParityError if a tensor of the model would be left at random or one
+    of the file would be left over.
+    """
+    with quiet():
+        import torch
+        import transformers
+
+        try:
+            model, normalize = _from_folder(path) if path.is_dir() else _from_fairseq(path)
+        except ParityError:
+            raise
+        except Exception as error:
+            raise ParityError(
+                f"transformers cannot load {path.name}",
+                found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                hint=f"mlx-contentvec inspect {path.name} says what it is",
+            ) from error
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return TransformersOriginal(model, _config(model, normalize), versions)
+
+
+def _model_class() -> Any:
+    from torch import nn
+    from transformers import HubertModel
+
+    class HubertModelWithFinalProj(HubertModel):
+        """The class that ContentVec's Hugging Face folders name, which transformers lacks."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.final_proj = nn.Linear(config.hidden_size, config.classifier_proj_size)
+
+    return HubertModelWithFinalProj, HubertModel
+
+
+def _from_folder(path: Path) -> tuple[Any, bool]:
+    import json
+
+    from transformers import HubertConfig
+
+    projecting, plain = _model_class()
+    config = HubertConfig.from_pretrained(path, local_files_only=True)
+    options = {"config": config, "local_files_only": True, "output_loading_info": True}
+    model, found = projecting.from_pretrained(path, **options)
+    lacking = set(found["missing_keys"])
+    if lacking and lacking <= {"final_proj.weight", "final_proj.bias"}:
+        model, found = plain.from_pretrained(path, **options)
+        lacking = set(found["missing_keys"])
+    lacking -= set(UNREAD)
+    if lacking:
+        raise ParityError(
+            f"{path.name} does not fill transformers' HuBERT",
+            found=f"no tensor for {name_list(sorted(lacking))}",
+        )
+    preprocessor = path / "preprocessor_config.json"
+    settings = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
+    # the folder's own statement; without one, what the large models' norms imply
+    normalize = settings.get("do_normalize", config.feat_extract_norm == "layer")
+    return model, bool(normalize)
+
+
+def _from_fairseq(path: Path) -> tuple[Any, bool]:
+    import torch
+    from transformers import HubertConfig
+
+    class Dictionary:
+        """Stands where fairseq's dictionary of labels is named; nothing reads it."""
+
+    allowed = [argparse.Namespace, (Dictionary, "fairseq.data.dictionary.Dictionary")]
+    with torch.serialization.safe_globals(allowed):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise ParityError(
+            f"{path.name} is not a fairseq checkpoint",
+            found="no state dict under 'model'",
+            expected="a fairseq .pt file or a Hugging Face folder",
+        )
+    settings = dict(state["cfg"]["model"]) if state.get("cfg") else vars(state["args"])
+    task = dict(state["cfg"]["task"]) if state.get("cfg") else vars(state["args"])
+    tensors = state["model"]
+    layers = 0
+    while f"encoder.layers.{layers}.fc1.weight" in tensors:
+        layers += 1
+    convolutions = _listed(settings["conv_feature_layers"])
+    config = HubertConfig(
+        hidden_size=settings["encoder_embed_dim"],
+        num_hidden_layers=layers,
+        num_attention_heads=settings["encoder_attention_heads"],
+        intermediate_size=settings["encoder_ffn_embed_dim"],
+        conv_dim=[channels for channels, _, _ in convolutions],
+        conv_kernel=[kernel for _, kernel, _ in convolutions],
+        conv_stride=[stride for _, _, stride in convolutions],
+        conv_bias=bool(settings.get("conv_bias", False)),
+        feat_extract_norm="layer" if settings["extractor_mode"] == "layer_norm" else "group",
+        do_stable_layer_norm=bool(settings["layer_norm_first"]),
+        num_conv_pos_embeddings=settings["conv_pos"],
+        num_conv_pos_embedding_groups=settings["conv_pos_groups"],
+        conv_pos_batch_norm=bool(settings.get("conv_pos_batch_norm", False)),
+        classifier_proj_size=settings["final_dim"],
+    )
+    normalize = bool(task.get("normalize", False))
+    projecting, _ = _model_class()
+    model = projecting(config)
+    table = {
+        theirs: name
+        for row in rows(_config(model, normalize))
+        for name, theirs in zip(row.fairseq, row.transformers, strict=True)
+    }
+    table["masked_spec_embed"] = "mask_emb"
+    wanted = set(model.state_dict())
+    lacking = sorted(
+        theirs for theirs in wanted if theirs not in table or table[theirs] not in tensors
+    )
+    left = sorted(set(tensors) - set(table.values()) - set(UNREAD))
+    if lacking or left:
+        raise ParityError(
+            f"{path.name} does not fit transformers' HuBERT",
+            found=f"nothing for {name_list(lacking)}" if lacking else f"also {name_list(left)}",
+        )
+    model.load_state_dict({theirs: tensors[table[theirs]] for theirs in wanted}, strict=True)
+    return model, normalize
+
+
+def _listed(expression: str) -> list[tuple[int, int, int]]:
+    """``[(512,10,5)] + [(512,3,2)] * 4`` as a list, without evaluating it."""
+
+    def value(node: ast.AST) -> list[tuple[int, int, int]]:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return value(node.left) + value(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            times: int = ast.literal_eval(node.right)
+            return value(node.left) * times
+        layers: list[tuple[int, int, int]] = ast.literal_eval(node)
+        return layers
+
+    return value(ast.parse(expression.strip(), mode="eval").body)
+
+
+def _config(model: Any, normalize: bool) -> ModelConfig:
+    """What the loaded model is, read from its modules where they say it."""
+    blocks = model.feature_extractor.conv_layers
+    convolutions = [block.conv for block in blocks]
+    layer = model.encoder.layers[0]
+    positional = model.encoder.pos_conv_embed
+    final = getattr(model, "final_proj", None)
+    return ModelConfig(
+        conv_layers=tuple((c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions),
+        conv_bias=convolutions[0].bias is not None,
+        extractor_norm="layer" if hasattr(blocks[-1], "layer_norm") else "group",
+        encoder_embed_dim=layer.attention.embed_dim,
+        encoder_ffn_embed_dim=layer.feed_forward.intermediate_dense.out_features,
+        encoder_layers=len(model.encoder.layers),
+        encoder_attention_heads=layer.attention.num_heads,
+        layer_norm_first=type(model.encoder).__name__ == "HubertEncoderStableLayerNorm",
+        conv_pos=positional.conv.kernel_size[0],
+        conv_pos_groups=positional.conv.groups,
+        conv_pos_batch_norm=getattr(positional, "batch_norm", None) is not None,
+        final_dim=None if final is None else final.out_features,
+        normalize=normalize,
+    )
+
+
+def _first(output: Any) -> Tensor:
+    """A layer's hidden states: earlier versions return them in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class TransformersOriginal(TorchOriginal):
+    """transformers' ``HubertModel``."""
+
+    name = "transformers"
+    naming = "transformers"
+
+    def _watch(self, model: Any, keep: Callable[[str, Tensor], None]) -> list[Any]:
+        layers = model.encoder.layers
+        hooks = [
+            block.register_forward_hook(
+                lambda _, __, x, stage=f"conv.{i}": keep(stage, x.transpose(1, 2))
+            )
+            for i, block in enumerate(model.feature_extractor.conv_layers)
+        ]
+        projection = model.feature_projection.projection
+        hooks.append(projection.register_forward_hook(lambda _, __, x: keep("projection", x)))
+        hooks.append(layers[0].register_forward_pre_hook(lambda _, x: keep("positional", x[0])))
+        hooks += [
+            layer.register_forward_hook(
+                lambda _, __, output, stage=f"layer.{i + 1}": keep(stage, _first(output))
+            )
+            for i, layer in enumerate(layers)
+        ]
+        if self.config.layer_norm_first:
+            norm = model.encoder.layer_norm
+            hooks.append(norm.register_forward_hook(lambda _, __, x: keep("final_norm", x)))
+        return hooks
+
+    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> Tensor | None:
+        import torch
+
+        if mask is None:
+            model(source)
+            return None
+        # transformers counts a padded clip's frames by its length, fairseq by its mask, which
+        # can come to one more: the encoder is given fairseq's count, which the port reproduces
+        frames = frame_mask(mask.numpy(), self.config)
+        hidden = model.feature_projection(model.feature_extractor(source).transpose(1, 2))
+        model.encoder(_first(hidden), attention_mask=~torch.from_numpy(frames))
+        return None
+
+    def _run(self, model: Any, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        import torch
+
+        kind, _, number = stage.partition(".")
+        encoder = model.encoder
+        if kind == "conv":
+            block = model.feature_extractor.conv_layers[int(number)]
+            return block(x[:, None] if int(number) == 0 else x.transpose(1, 2)).transpose(1, 2)
+        if kind == "projection":
+            return _first(model.feature_projection(x))
+        if kind == "positional":
+            if mask is not None:
+                x = x.masked_fill(mask[..., None], 0)
+            x = x + encoder.pos_conv_embed(x)
+            return x if self.config.layer_norm_first else encoder.layer_norm(x)
+        if kind == "layer":
+            bias = None
+            if mask is not None:
+                frames = mask.shape[1]
+                bias = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(mask, float("-inf"))
+                bias = bias[:, None, None].expand(-1, 1, frames, -1)
+            return _first(encoder.layers[int(number) - 1](x, attention_mask=bias))
+        return {"final_norm": encoder.layer_norm, "final_proj": model.final_proj}[kind](x)

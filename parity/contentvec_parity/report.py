@@ -1,0 +1,345 @@
+"""The report of a parity run: one JSON document, and its renderings.
+
+Everything that is shown is rendered from the document, and the verdict is a
+function of it, so a saved run can be shown and judged again without running it.
+
+The document, ``schema`` "mlx-contentvec-parity/1":
+
+``schema``     name and version of this layout; a new field does not change it
+``created``    UTC time, ISO 8601
+``seconds``    how long the run took
+``weights``    the converted file: ``name``, ``size``, ``sha256``, ``precision``
+               (a name in ``contentvec_convert.precision``), ``source`` (what its
+               metadata say it was made from)
+``source``     the original: ``name``, ``size``, ``md5``, ``sha256``, ``known_as``
+               (None for a file that is not in the table of known ones),
+               ``stand_in`` (a sentence if its weights are synthetic, else None)
+``machine``    ``chip``, ``architecture``, ``cores``, ``memory_gib``, ``system``,
+               ``device`` {``kind``: "cpu", "metal" or "cuda", ...}
+``versions``   package -> version
+``flags``      ``tf32``: whether MLX was allowed TF32 products; ``environment``;
+               ``torch_threads``
+``config``     the model's configuration (``mlx_contentvec.config``)
+``reference``  ``name`` ("fairseq", "transformers", "recording"), ``versions`` of what
+               computed it, ``stages`` in the order they run, ``reads``: stage ->
+               parameters it reads
+``clips``      one entry per input: ``name``, ``about``, ``origin`` (seed or file and
+               resampler), ``batch``, ``samples``, ``seconds``, ``frames``,
+               ``padded``, ``mask_agrees`` (None without padding)
+``stages``     one row per clip, stage and ``kind``:
+               "stage"     the stage's output, from the audio
+               "local"     the stage by itself, fed what the original's was given
+               "features"  what a public call returned; ``name`` says which call
+               Each has ``name``, ``stage``, ``clip``, ``values`` (how many numbers
+               were compared), ``shape``, ``expected_shape``, ``comparable`` (False:
+               another shape, or numbers that are not finite; then nothing follows),
+               ``candidate`` (MLX against the float64 truth), ``reference`` (PyTorch
+               float32 against it), ``floor`` (the truth rounded to float32 against
+               it), and for features ``apart`` (MLX against PyTorch) and ``nearest``
+               (another stage whose truth is nearer, or None). The metrics are
+               those of ``contentvec_parity.compare.METRICS``.
+``tensors``    the tensor-by-tensor proof (``contentvec_parity.tensors``); None where
+               the original's tensors were not at hand
+``device_default``  the same clips at the device's own precision, as ``flags`` and
+               ``stages`` of features; None where that is what was measured already
+``verdict``    ``passed``, ``reason`` (one sentence), ``gates``, ``failures``,
+               ``blame``, ``summary`` (``contentvec_parity.verdict``)
+
+Infinite numbers are written as the strings "inf" and "-inf".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_contentvec.errors import ParityError
+
+SCHEMA = "mlx-contentvec-parity/1"
+
+Document = dict[str, Any]
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """The document as JSON; infinities become the strings that ``read`` undoes."""
+    return json.dumps(_strict(document), indent=1)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value
+
+
+def _lenient(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lenient(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_lenient(item) for item in value]
+    return (
+        {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}.get(value, value)
+        if isinstance(value, str)
+        else value
+    )
+
+
+def read(path: Path) -> Document:
+    """A saved document.
+
+    Raises ParityError if the file is not one, or of another schema.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        schema = found["schema"]
+    except OSError as error:
+        raise ParityError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParityError(
+            f"{path.name} is not a saved parity run",
+            expected=f"JSON with a schema, as --json FILE writes ({SCHEMA})",
+        ) from error
+    if schema != SCHEMA:
+        raise ParityError(
+            f"{path.name} was saved in another layout",
+            found=str(schema),
+            expected=SCHEMA,
+            hint="run parity again with this version",
+        )
+    document: Document = _lenient(found)
+    return document
+
+
+# ---- words and figures the renderings share --------------------------------------------
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """``1.2e-05``; a dash for nothing."""
+    return "-" if value is None else f"{value:.{digits - 1}e}"
+
+
+def times(value: float) -> str:
+    """A ratio: ``0.87``, ``12``, ``2300``, ``inf``."""
+    if math.isinf(value):
+        return "inf"
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"
+
+
+def similarity(cosine: float) -> str:
+    """A cosine, with as many nines as it has: ``1 - 3.1e-11``."""
+    return f"1 - {max(0.0, 1 - cosine):.1e}"
+
+
+def device_line(document: Mapping[str, Any]) -> str:
+    """``cpu (OpenBLAS), TF32 off, mlx 0.32.4``."""
+    device = document["machine"]["device"]
+    name = device.get("device_name") or device.get("blas")
+    tf32 = "TF32 allowed" if document["flags"]["tf32"] else "TF32 off"
+    kind = f"{device['kind']} ({name})" if name else str(device["kind"])
+    return f"{kind}, {tf32}, mlx {document['versions'].get('mlx', '?')}"
+
+
+def reference_line(document: Mapping[str, Any]) -> str:
+    """``fairseq 0.12.3.1, torch 2.13.0``."""
+    reference = document["reference"]
+    named = reference["versions"]
+    first = (
+        [f"{reference['name']} {named[reference['name']]}"]
+        if reference["name"] in named
+        else [str(reference["name"])]
+    )
+    return ", ".join(first + [f"{k} {v}" for k, v in named.items() if k != reference["name"]])
+
+
+def headline(document: Mapping[str, Any]) -> str:
+    """``PASSED`` or ``FAILED``."""
+    return "PASSED" if document["verdict"]["passed"] else "FAILED"
+
+
+def feature_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The comparison of the features users read: one row per call and clip."""
+    found = []
+    for row in document["stages"]:
+        if row["kind"] != "features":
+            continue
+        entry: dict[str, Any] = {"features": row["name"], "clip": row["clip"]}
+        entry["comparable"] = row["comparable"]
+        if row["comparable"]:
+            entry |= {key: row[key] for key in ("candidate", "reference", "apart")}
+        else:
+            entry["problem"] = (
+                f"shape {row['shape']}, not {row['expected_shape']}"
+                if row["shape"] != row["expected_shape"]
+                else "not finite"
+            )
+        found.append(entry)
+    return found
+
+
+def advice(document: Mapping[str, Any]) -> list[str]:
+    """For a failed run: what it means and what to look at, in plain sentences."""
+    verdict = document["verdict"]
+    blame = verdict["blame"]
+    if verdict["passed"] or not blame:
+        return []
+    lines = []
+    for wrong in blame["wrong"][:3]:
+        stage = wrong["stage"]
+        if wrong["differing_tensors"]:
+            lines.append(f"{stage} reads tensors that are not the original's:")
+            what = {item["name"]: item["what"] for item in document["tensors"]["failures"]}
+            names = wrong["differing_tensors"]
+            lines += [f"  {name}: {what[name]}" for name in names[:10]]
+            if len(names) > 10:
+                lines.append(f"  and {len(names) - 10} more")
+        else:
+            lines.append(
+                f"{stage} holds the original's tensors but computes something else: fed the "
+                f"original's own input, its error is {times(wrong['local_ratio'])} x PyTorch's."
+            )
+            lines.append(
+                "  it reads "
+                + ", ".join(wrong["reads"][:6])
+                + (f" and {len(wrong['reads']) - 6} more" if len(wrong["reads"]) > 6 else "")
+            )
+    if len(blame["wrong"]) > 3:
+        rest = ", ".join(wrong["stage"] for wrong in blame["wrong"][3:])
+        lines.append(f"also wrong by themselves: {rest}")
+    if blame["wrong"]:
+        lines.append(
+            "Stages after the first wrong one are off as well because they are fed its output; "
+            "by themselves they may be right."
+        )
+    for call in blame.get("calls", []):
+        like = call["looks_like"]
+        lines.append(
+            f"every stage up to {call['stage']} is right, but asking for {call['name']!r} returns "
+            "something else" + (f": what it returns is nearest to {like}." if like else ".")
+        )
+    orphans = [
+        item for item in (document["tensors"] or {}).get("failures", []) if not item["stage"]
+    ]
+    lines += [f"{item['name']}: {item['what']}" for item in orphans[:10]]
+    if blame.get("largest_local"):
+        lines.append(
+            "No stage is wrong by itself: the arithmetic is merely less exact than PyTorch's. "
+            "Largest errors of single stages, as multiples of PyTorch's: "
+            + ", ".join(f"{e['stage']} {times(e['ratio'])}" for e in blame["largest_local"])
+        )
+    return lines
+
+
+# ---- on the screen ------------------------------------------------------------------------
+
+
+def print_screen(document: Mapping[str, Any], console: Any) -> None:
+    """The verdict, then the features, the stages and the tensors, to a rich console."""
+    from rich.table import Table
+
+    verdict = document["verdict"]
+    colour = "green" if verdict["passed"] else "red"
+    console.print(f"[bold {colour}]{headline(document)}[/]  {verdict['reason']}", highlight=False)
+    for line in advice(document):
+        console.print(f"  {line}", highlight=False, markup=False)
+    if document["source"].get("stand_in"):
+        console.print(f"[yellow]stand-in[/]  {document['source']['stand_in']}", highlight=False)
+    console.print(
+        f"MLX on {device_line(document)}; against {reference_line(document)}\n"
+        f"{document['machine']['chip']}, {document['machine']['cores']} cores, "
+        f"{document['machine']['system']}",
+        highlight=False,
+        markup=False,
+    )
+    features = Table(
+        title="Features: errors against the float64 truth, and how far MLX is from PyTorch",
+        title_justify="left",
+        box=None,
+        padding=(0, 1),
+    )
+    features.add_column("features")
+    features.add_column("clip")
+    for heading in (
+        "MLX max",
+        "PyTorch max",
+        "MLX rms",
+        "PyTorch rms",
+        "apart max",
+        "apart rms",
+        "cosine",
+        "worst frame",
+    ):
+        features.add_column(heading, justify="right", no_wrap=True)
+    for row in feature_rows(document):
+        if not row["comparable"]:
+            features.add_row(row["features"], row["clip"], f"[red]{row['problem']}[/]")
+            continue
+        mine, theirs, apart = row["candidate"], row["reference"], row["apart"]
+        features.add_row(
+            row["features"],
+            row["clip"],
+            figure(mine["max_abs"]),
+            figure(theirs["max_abs"]),
+            figure(mine["rms"]),
+            figure(theirs["rms"]),
+            figure(apart["max_abs"]),
+            figure(apart["rms"]),
+            similarity(apart["cosine"]),
+            similarity(apart["worst_frame_cosine"]),
+        )
+    console.print(features)
+    stages = Table(
+        title="Stages, all clips together: error of MLX / error of PyTorch",
+        title_justify="left",
+        box=None,
+        padding=(0, 1),
+    )
+    stages.add_column("stage")
+    for heading in ("from the audio: rms", "max", "by itself: rms", "max", "MLX rms error"):
+        stages.add_column(heading, justify="right", no_wrap=True)
+    by_kind = {
+        kind: {e["name"]: e for e in verdict["summary"] if e["kind"] == kind}
+        for kind in ("stage", "local")
+    }
+    limit = verdict["gates"]["ratio"]
+
+    def shown(entry: Mapping[str, Any] | None, metric: str, bound: float) -> str:
+        if entry is None:
+            return "-"
+        value = entry["ratio"][metric]
+        return f"[red]{times(value)}[/]" if value > bound else times(value)
+
+    for name, entry in by_kind["stage"].items():
+        local = by_kind["local"].get(name)
+        alone = verdict["limits"]["wrong_by_itself"]
+        stages.add_row(
+            name,
+            shown(entry, "rms", limit),
+            shown(entry, "max_abs", limit),
+            shown(local, "rms", alone),
+            shown(local, "max_abs", alone),
+            figure(entry["candidate"]["rms"]) if "candidate" in entry else "-",
+        )
+    console.print(stages)
+    console.print(tensor_line(document), highlight=False, markup=False)
+
+
+def tensor_line(document: Mapping[str, Any]) -> str:
+    """One sentence on the tensor-by-tensor proof."""
+    tensors = document["tensors"]
+    if tensors is None:
+        return "Tensors: not compared (the original's were not at hand)."
+    if tensors["failures"]:
+        return f"Tensors: {len(tensors['failures'])} of {tensors['parameters']} parameters differ."
+    text = f"Tensors: all {tensors['sources']} of the original accounted for; {tensors['exact']} "
+    text += "parameters equal it bit for bit"
+    if tensors["rounded"]:
+        text += f", {tensors['rounded']} computed to {tensors['largest_ulps']:.0f} ulp"
+    if tensors["quantized"]:
+        text += f", {tensors['quantized']} quantised"
+    return text + f", {len(tensors['unread'])} unread ({', '.join(tensors['unread'])})."

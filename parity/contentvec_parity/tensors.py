@@ -1,0 +1,101 @@
+"""Tensor by tensor: what the original holds against what the MLX model loaded.
+
+Features cannot show everything: the key bias cancels in the softmax, and a
+tensor that no stage reads moves nothing. So every tensor of the original is
+accounted for by name, and every parameter compared exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_contentvec.config import ModelConfig
+
+from .naming import LAYOUTS, ROUNDED_LAYOUTS, UNREAD, rows
+
+#: what quantised parameters are accompanied by; the features judge those
+QUANTISED = (".scales", ".biases")
+
+
+def prove(
+    naming: str,
+    originals: Mapping[str, NDArray[Any]],
+    parameters: Mapping[str, NDArray[Any]],
+    config: ModelConfig,
+) -> dict[str, Any]:
+    """Compare each tensor of the original with the parameter it became.
+
+    naming:     "fairseq" or "transformers": which names ``originals`` has
+    parameters: name in the MLX model -> array, as loaded
+
+    A parameter must equal the original exactly, once laid out alike and rounded
+    to its own dtype; the folded positional kernel, a computed value, to one unit
+    in the last place. Quantised parameters are counted, not compared.
+    """
+    failures: list[dict[str, Any]] = []
+    counts = {"exact": 0, "rounded": 0, "quantized": 0}
+    largest_ulps = 0.0
+    used: set[str] = set()
+    expected_names: set[str] = set()
+    for row in rows(config):
+        sources: tuple[str, ...] = getattr(row, naming)
+        used.update(sources)
+        expected_names.add(row.target)
+
+        def fail(what: str, target: str = row.target, stage: str = row.stage) -> None:
+            failures.append({"name": target, "stage": stage, "what": what})
+
+        absent = [name for name in sources if name not in originals]
+        if absent:
+            fail(f"the original has no {absent[0]}")
+            continue
+        if row.target not in parameters:
+            fail(f"{sources[-1]} of the original has no counterpart in the MLX model")
+            continue
+        loaded = parameters[row.target]
+        if row.target.removesuffix(".weight") + ".scales" in parameters:
+            counts["quantized"] += 1
+            continue
+        exact = LAYOUTS[row.layout](*(originals[name].astype(np.float64) for name in sources))
+        if loaded.shape != exact.shape:
+            fail(f"shape {loaded.shape} instead of {exact.shape}")
+            continue
+        expected = exact.astype(loaded.dtype)
+        if np.array_equal(loaded, expected):
+            counts["exact"] += 1
+            continue
+        off = np.abs(loaded.astype(np.float64) - exact)
+        if row.layout in ROUNDED_LAYOUTS:
+            units = float((off / np.spacing(np.abs(expected)).astype(np.float64)).max())
+            largest_ulps = max(largest_ulps, units)
+            if units <= ROUNDED_LAYOUTS[row.layout]:
+                counts["rounded"] += 1
+                continue
+        at = tuple(int(i) for i in np.unravel_index(int(np.nanargmax(off)), off.shape))
+        wrong = int((loaded != expected).sum())
+        fail(
+            f"differs from {' and '.join(sources)} in {wrong:,} of {off.size:,} values, "
+            f"by up to {off[at]:.3g} (at {at})"
+        )
+    for name in originals:
+        if name not in used and name not in UNREAD:
+            failures.append(
+                {"name": name, "stage": None, "what": "a tensor of the original that nothing reads"}
+            )
+    for name in parameters:
+        if name not in expected_names and not name.endswith(QUANTISED):
+            failures.append(
+                {"name": name, "stage": None, "what": "a parameter that the original lacks"}
+            )
+    return {
+        "sources": len(originals),
+        "parameters": len(parameters),
+        **counts,
+        "largest_ulps": largest_ulps,
+        "unread": sorted(name for name in originals if name in UNREAD),
+        "failures": failures,
+    }

@@ -1,0 +1,348 @@
+"""Whether a run passed, and if not, which stage is to blame. Pure functions of a report.
+
+The question is never "is the error below some number" but "is MLX further from
+the truth than PyTorch is": both compute in float32, both round, and the truth is
+the same model in float64. So every limit is a ratio, error(MLX) / error(PyTorch),
+of the largest error and of the rms, for each stage over all clips together.
+
+Two things keep a ratio from meaning nothing. PyTorch's error is taken as at
+least the error of the truth rounded to float32, which is what a perfect float32
+implementation would have: so a stage where PyTorch happens to be exact cannot
+divide by zero. And clips are pooled, because the largest error of a one-frame
+clip is a lottery; a single clip still fails if it exceeds the limit
+``CLIP_SLACK`` times over. Nothing else softens a limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+#: limit on error(MLX) / error(PyTorch)
+RATIO = 2.0
+
+#: how many times the limit a single clip may reach before it fails by itself
+CLIP_SLACK = 4.0
+
+#: a stage fed the original's own input is wrong by itself beyond this ratio
+WRONG_BY_ITSELF = 4.0
+
+#: weights stored in less than float32 cannot be near float32: the signal-to-noise
+#: ratio, in dB, that the features must keep
+SNR_LIMITS = {"float16": 40.0, "bfloat16": 25.0, "q8": 20.0, "q4": 3.0}
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a run must keep to. ``None`` leaves a gate open."""
+
+    ratio: float = RATIO
+    #: largest difference from the truth, of any feature
+    max_abs: float | None = None
+    #: cosine of the worst frame with the truth
+    min_cosine: float | None = None
+
+
+Row = Mapping[str, Any]
+
+
+def _pooled(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Largest error, and rms over every value, of several clips' rows."""
+    rows = list(rows)
+    total = sum(row["values"] for row in rows)
+    found = {}
+    for who in ("candidate", "reference", "floor"):
+        squares = sum(row["values"] * row[who]["rms"] ** 2 for row in rows)
+        found[who] = {
+            "max_abs": max(row[who]["max_abs"] for row in rows),
+            "rms": math.sqrt(squares / max(total, 1)),
+        }
+    return found
+
+
+def ratio(candidate: float, reference: float, floor: float) -> float:
+    """error(MLX) / error(PyTorch), PyTorch's being taken as at least ``floor``."""
+    allowed = max(reference, floor)
+    if allowed == 0:
+        return 1.0 if candidate == 0 else math.inf
+    return candidate / allowed
+
+
+def _ratios(pool: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {
+        metric: ratio(pool["candidate"][metric], pool["reference"][metric], pool["floor"][metric])
+        for metric in ("max_abs", "rms")
+    }
+
+
+def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One entry per kind and stage: pooled errors, their ratios, and the worst clip.
+
+    Rows that could not be compared (other shapes, NaN) make the ratios infinite.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["kind"], row["name"]), []).append(row)
+    found = []
+    for (kind, name), group in groups.items():
+        sound = [row for row in group if row["comparable"]]
+        broken = [row for row in group if not row["comparable"]]
+        entry: dict[str, Any] = {
+            "kind": kind,
+            "name": name,
+            "stage": group[0]["stage"],
+            "clips": len(group),
+            "broken": [row["clip"] for row in broken],
+        }
+        if sound:
+            entry.update(_pooled(sound))
+            entry["ratio"] = _ratios(_pooled(sound))
+            worst = max(sound, key=lambda row: max(_ratios(_pooled([row])).values()))
+            entry["worst_clip"] = {"clip": worst["clip"], "ratio": _ratios(_pooled([worst]))}
+        if broken:
+            entry["ratio"] = {"max_abs": math.inf, "rms": math.inf}
+            entry["worst_clip"] = {"clip": broken[0]["clip"], "ratio": entry["ratio"]}
+        found.append(entry)
+    return found
+
+
+def worst(entry: Mapping[str, Any]) -> float:
+    """The larger of an entry's two ratios."""
+    return float(max(entry["ratio"].values()))
+
+
+def judge(report: Mapping[str, Any], gates: Gates) -> dict[str, Any]:
+    """The verdict on a report: ``passed``, ``reason``, every failure, and who is to blame.
+
+    Needs only what a saved report holds, so a run can be judged again with
+    other gates.
+    """
+    summary = summarise(report["stages"])
+    failures = [
+        *_broken(report["stages"]),
+        *_tensor_failures(report["tensors"]),
+        *_mask_failures(report["clips"]),
+    ]
+    precision = report["weights"]["precision"]
+    if precision in SNR_LIMITS:
+        failures += _snr_failures(report["stages"], precision)
+    else:
+        failures += _ratio_failures(summary, gates)
+    failures += _absolute_failures(report["stages"], gates)
+    blame = _blame(report, summary) if failures else None
+    verdict = {
+        "passed": not failures,
+        "gates": asdict(gates),
+        "limits": {
+            "clip_slack": CLIP_SLACK,
+            "wrong_by_itself": WRONG_BY_ITSELF,
+            "min_snr_db": SNR_LIMITS.get(precision),
+        },
+        "failures": failures,
+        "blame": blame,
+        "summary": summary,
+    }
+    verdict["reason"] = _reason(report, verdict)
+    return verdict
+
+
+def _broken(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    found = []
+    for row in rows:
+        if row["comparable"]:
+            continue
+        if row["shape"] != row["expected_shape"]:
+            what = f"shape {tuple(row['shape'])} instead of {tuple(row['expected_shape'])}"
+        else:
+            what = "values that are not finite numbers"
+        found.append(
+            {"gate": "shape", "kind": row["kind"], "name": row["name"], "clip": row["clip"]}
+            | {"what": what}
+        )
+    return found
+
+
+def _tensor_failures(tensors: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return [
+        {"gate": "tensor", "kind": "tensor", "name": item["name"], "what": item["what"]}
+        for item in (tensors or {}).get("failures", [])
+    ]
+
+
+def _mask_failures(clips: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "gate": "mask",
+            "kind": "mask",
+            "name": "padding mask",
+            "clip": clip["name"],
+            "what": "the returned padding mask differs from the original's",
+        }
+        for clip in clips
+        if clip.get("mask_agrees") is False
+    ]
+
+
+def _ratio_failures(summary: Iterable[Mapping[str, Any]], gates: Gates) -> list[dict[str, Any]]:
+    found = []
+    for entry in summary:
+        if entry["broken"]:
+            continue
+        local = entry["kind"] == "local"
+        limit = max(gates.ratio, WRONG_BY_ITSELF) if local else gates.ratio
+        for metric, value in entry["ratio"].items():
+            clip = entry["worst_clip"]["ratio"][metric]
+            if value > limit:
+                what = f"{metric} error {value:.3g} x PyTorch's, the limit is {limit:g} x"
+            elif clip > limit * CLIP_SLACK and not local:
+                what = (
+                    f"{metric} error {clip:.3g} x PyTorch's on the clip "
+                    f"{entry['worst_clip']['clip']}, the limit for one clip is "
+                    f"{limit * CLIP_SLACK:g} x"
+                )
+            else:
+                continue
+            found.append(
+                {"gate": "ratio", "kind": entry["kind"], "name": entry["name"], "what": what}
+            )
+    return found
+
+
+def _snr_failures(rows: Iterable[Row], precision: str) -> list[dict[str, Any]]:
+    limit = SNR_LIMITS[precision]
+    return [
+        {
+            "gate": "snr",
+            "kind": row["kind"],
+            "name": row["name"],
+            "clip": row["clip"],
+            "what": f"{row['candidate']['snr_db']:.1f} dB, at least {limit:g} dB is expected "
+            f"of {precision} weights",
+        }
+        for row in rows
+        if row["kind"] == "features"
+        and row["comparable"]
+        and row["candidate"]["snr_db"] is not None
+        and row["candidate"]["snr_db"] < limit
+    ]
+
+
+def _absolute_failures(rows: Iterable[Row], gates: Gates) -> list[dict[str, Any]]:
+    found = []
+    for row in rows:
+        if row["kind"] != "features" or not row["comparable"]:
+            continue
+        where = {"kind": row["kind"], "name": row["name"], "clip": row["clip"]}
+        off, cosine = row["candidate"]["max_abs"], row["candidate"]["worst_frame_cosine"]
+        if gates.max_abs is not None and off > gates.max_abs:
+            what = f"off by {off:.3g}, at most {gates.max_abs:g} was asked for"
+            found.append({"gate": "max_abs", **where, "what": what})
+        if gates.min_cosine is not None and cosine < gates.min_cosine:
+            what = f"worst frame's cosine {cosine:.9f}, at least {gates.min_cosine:g} was asked for"
+            found.append({"gate": "min_cosine", **where, "what": what})
+    return found
+
+
+def _blame(report: Mapping[str, Any], summary: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first stage, in the order they run, that is wrong by itself.
+
+    A stage is wrong by itself if a tensor it reads differs from the original's,
+    or if its output is, on the very input the original's stage was given. Later
+    stages may look worse only because they are fed what it spoiled.
+    """
+    order = report["reference"]["stages"]
+    reads = report["reference"]["reads"]
+    tensors = {item["name"]: item for item in (report["tensors"] or {}).get("failures", [])}
+    local = {entry["name"]: entry for entry in summary if entry["kind"] == "local"}
+    wrong: list[dict[str, Any]] = []
+    for stage in order:
+        differing = [name for name in reads[stage] if name in tensors]
+        entry = local.get(stage)
+        computes_wrong = entry is not None and worst(entry) > WRONG_BY_ITSELF
+        if differing or computes_wrong:
+            wrong.append(
+                {
+                    "stage": stage,
+                    "differing_tensors": differing,
+                    "local_ratio": None if entry is None else worst(entry),
+                    "reads": list(reads[stage]),
+                }
+            )
+    found: dict[str, Any] = {"wrong": wrong}
+    accumulated = {entry["name"]: entry for entry in summary if entry["kind"] == "stage"}
+    limit = WRONG_BY_ITSELF
+    calls = [
+        {"name": entry["name"], "stage": entry["stage"]}
+        for entry in summary
+        if entry["kind"] == "features"
+        and worst(entry) > limit
+        and worst(accumulated[entry["stage"]]) <= limit
+    ]
+    if calls:
+        looks_like = {
+            row["name"]: row["nearest"]
+            for row in report["stages"]
+            if row["kind"] == "features" and row.get("nearest")
+        }
+        found["calls"] = [{**call, "looks_like": looks_like.get(call["name"])} for call in calls]
+    if not wrong and not calls:
+        ranked = sorted(local.values(), key=worst, reverse=True)
+        found["largest_local"] = [
+            {"stage": entry["name"], "ratio": worst(entry)} for entry in ranked[:3]
+        ]
+    return found
+
+
+def _reason(report: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
+    features = [entry for entry in verdict["summary"] if entry["kind"] == "features"]
+    if verdict["passed"]:
+        if report["weights"]["precision"] in SNR_LIMITS:
+            lowest = min(
+                row["candidate"]["snr_db"]
+                for row in report["stages"]
+                if row["kind"] == "features" and row["candidate"]["snr_db"] is not None
+            )
+            return (
+                f"{report['weights']['precision']} weights keep the features at {lowest:.1f} dB "
+                f"or better (at least {SNR_LIMITS[report['weights']['precision']]:g} dB expected)"
+            )
+        entry = max(features, key=worst)
+        return (
+            "every feature is as near the float64 truth as PyTorch's own float32: at most "
+            f"{worst(entry):.2f} x its error ({entry['name']}; "
+            f"the limit is {verdict['gates']['ratio']:g} x)"
+        )
+    blame = verdict["blame"]
+    if blame["wrong"]:
+        first = blame["wrong"][0]
+        if first["differing_tensors"]:
+            names = first["differing_tensors"]
+            return (
+                f"{first['stage']} is the first stage that is wrong by itself: it reads "
+                f"{names[0]}"
+                + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+                + ", which is not what the original holds"
+            )
+        return (
+            f"{first['stage']} is the first stage that is wrong by itself: on the original's own "
+            f"input its error is {first['local_ratio']:.3g} x PyTorch's, with tensors that are "
+            "the original's, so the arithmetic differs"
+        )
+    if blame.get("calls"):
+        call = blame["calls"][0]
+        like = call["looks_like"]
+        return (
+            f"asking for {call['name']} gives something else than the stage {call['stage']}, "
+            "which is right" + (f": it is nearest to {like}" if like else "")
+        )
+    first = verdict["failures"][0]
+    text = f"{first['name']}: {first['what']}"
+    if blame.get("largest_local"):
+        largest = blame["largest_local"][0]
+        text += (
+            "; no stage is wrong by itself, the errors add up "
+            f"(the largest is {largest['stage']}'s own, {largest['ratio']:.2g} x PyTorch's)"
+        )
+    return text
