@@ -399,7 +399,7 @@ class LabelDictionary:
 _PythonPickler: Any = pickle._Pickler  # the stubs know little of it
 
 
-class _Pickler(_PythonPickler):  # type: ignore[misc]
+class _Pickler(_PythonPickler):
     """Python's own pickler, which names LabelDictionary what fairseq calls it.
 
     The C pickler would import ``fairseq.data.dictionary`` to check the name.

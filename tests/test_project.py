@@ -1,0 +1,213 @@
+"""The project as a package: what is in it, what it imports, and that it is in order."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlx_contentvec
+from mlx_contentvec.cli import COMMANDS
+
+PROJECT = Path(__file__).resolve().parent.parent
+#: package -> its folder, lowest first: each may import itself and those above it in this table
+ROOMS = {
+    "mlx_contentvec": PROJECT / "mlx_contentvec",
+    "contentvec_convert": PROJECT / "convert" / "contentvec_convert",
+    "contentvec_parity": PROJECT / "parity" / "contentvec_parity",
+}
+MODULES = sorted(path for folder in ROOMS.values() for path in folder.rglob("*.py"))
+#: no command needs these to say what it does
+HEAVY = ("mlx", "torch", "transformers", "fairseq", "scipy", "matplotlib", "huggingface_hub")
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """The output of a command that must succeed."""
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def contents(wheel: Path) -> set[str]:
+    """The files in a wheel, without its metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that ``pip install .`` would install."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=PROJECT)
+    return next(folder.glob("*.whl"))
+
+
+# -- packages --------------------------------------------------------------------------
+
+
+def test_the_wheel_holds_the_three_packages_whole_and_nothing_else(wheel: Path) -> None:
+    expected = {
+        str(Path(package) / path.relative_to(folder))
+        for package, folder in ROOMS.items()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert contents(wheel) == expected
+    assert "contentvec_parity/standin_config.json" in expected
+    assert "mlx_contentvec/py.typed" in expected
+
+
+def test_the_wheel_installed_elsewhere_runs_from_there(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site-packages"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
+    run(*pip, "--target", target, wheel, cwd=tmp_path)
+    program = (
+        "import mlx_contentvec, contentvec_convert, contentvec_parity.standin\n"
+        "contentvec_parity.standin.checkpoint_config('base')\n"
+        "print(mlx_contentvec.__file__, contentvec_convert.__file__, contentvec_parity.__file__)"
+    )
+    where = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(target))
+    assert all(path.startswith(str(target)) for path in where.split())
+    version = run(
+        sys.executable, "-m", "mlx_contentvec", "--version", cwd=tmp_path, PYTHONPATH=str(target)
+    )
+    assert version == f"mlx-contentvec, version {mlx_contentvec.__version__}\n"
+    assert (target / "bin" / "mlx-contentvec").exists()
+
+
+def test_a_wheel_made_from_the_source_distribution_is_the_same(wheel: Path, tmp_path: Path) -> None:
+    hatchling = (sys.executable, "-m", "hatchling", "build", "-d", tmp_path)
+    run(*hatchling, "-t", "sdist", cwd=PROJECT)
+    shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path)
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    for needed in ("scripts/test", "requirements/constraints.txt", "tests/conftest.py", "LICENSE"):
+        assert (unpacked / needed).exists(), needed
+    run(*hatchling, "-t", "wheel", cwd=unpacked)
+    assert contents(next(tmp_path.glob("*.whl"))) == contents(wheel)
+
+
+def test_the_changelog_tells_of_this_version() -> None:
+    headings = re.findall(
+        r"^## (\S+)", (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert headings[0] in ("Unreleased", mlx_contentvec.__version__)
+    assert mlx_contentvec.__version__ in headings
+
+
+# -- imports ---------------------------------------------------------------------------
+
+
+def imported(tree: ast.Module, *, at_import_time: bool) -> Iterator[str]:
+    """Top-level packages that a module imports; at_import_time leaves out those in functions."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield str(node.module).split(".")[0]
+        elif at_import_time and (
+            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        ):
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_imports_go_down_only(module: Path) -> None:
+    rooms = list(ROOMS)
+    (room,) = (name for name, folder in ROOMS.items() if module.is_relative_to(folder))
+    above = set(rooms[rooms.index(room) + 1 :])
+    # the command table names the upper rooms as text, and loads what is asked for
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    assert not above & set(imported(tree, at_import_time=False))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [path for path in MODULES if path.is_relative_to(ROOMS["mlx_contentvec"])],
+    ids=lambda path: path.name,
+)
+def test_running_the_model_needs_mlx_and_numpy_only(module: Path) -> None:
+    allowed = {"mlx", "numpy", "mlx_contentvec", *sys.stdlib_module_names}
+    if module.stem in ("cli", "commands") or module.stem.endswith("_command"):
+        allowed.add("click")
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    assert set(imported(tree, at_import_time=True)) <= allowed
+
+
+def modules_loaded_by(*arguments: str) -> set[str]:
+    """Top-level packages in memory after the command line ran with these arguments."""
+    program = (
+        "import sys\n"
+        "from mlx_contentvec.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:], prog_name='mlx-contentvec')\n"
+        "except SystemExit as done:\n"
+        "    assert not done.code, done.code\n"
+        "print('LOADED', *sys.modules)"
+    )
+    roots = os.pathsep.join(str(folder.parent) for folder in ROOMS.values())
+    output = run(sys.executable, "-c", program, *arguments, cwd=PROJECT, PYTHONPATH=roots)
+    help_text, _, loaded = output.rpartition("LOADED")
+    assert "Usage: mlx-contentvec" in help_text
+    return {name.split(".")[0] for name in loaded.split()}
+
+
+def test_help_imports_none_of_the_rooms_above_nor_anything_heavy() -> None:
+    loaded = modules_loaded_by("--help")
+    assert not loaded & {*HEAVY, "numpy", "contentvec_convert", "contentvec_parity"}
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_a_commands_help_imports_nothing_heavy(command: str) -> None:
+    assert not modules_loaded_by(command, "--help") & set(HEAVY)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_the_line_in_the_list_of_commands_fits(command: str) -> None:
+    _, line = COMMANDS[command]
+    assert line.endswith(".")
+    assert len(line) <= 60
+
+
+# -- order -----------------------------------------------------------------------------
+
+CHECKS: dict[str, tuple[Any, ...]] = {
+    "lint": ("ruff", "check", "."),
+    "format": ("ruff", "format", "--check", "."),
+    "types": ("mypy",),
+}
+
+
+@pytest.mark.parametrize("check", list(CHECKS))
+def test_the_code_is_in_order(check: str, need: Any) -> None:
+    tool, *arguments = CHECKS[check]
+    need(tool, "pip install -r requirements/development.txt")
+    run(sys.executable, "-m", tool, *arguments, cwd=PROJECT)
+
+
+@pytest.mark.parametrize("script", ["scripts/environment", "scripts/quickstart", "scripts/test"])
+def test_scripts_are_executable_and_posix(script: str) -> None:
+    path = PROJECT / script
+    assert os.access(path, os.X_OK)
+    assert path.read_text(encoding="utf-8").startswith("#!/bin/sh\n")
+    run("sh", "-n", path, cwd=PROJECT)
