@@ -7,7 +7,11 @@ arranged so that the BLAS sees plain row-major operands.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from .backend import device_kind, mx
 
@@ -15,6 +19,18 @@ Array = Any
 
 #: epsilon of every normalisation in fairseq (torch.nn's default)
 EPS = 1e-5
+
+#: input channels that one product of a sum takes on a CPU. OpenBLAS adds up to 384
+#: products in a row; short runs added to each other lose less.
+PART = 64
+#: rows of a convolution in work at once on a CPU: they stay in the second-level cache
+TILE = 256
+#: scores of one head in work at once on a CPU: a quarter of a megabyte
+SCORES = 1 << 16
+#: length of the FFT of the positional convolution, in kernels
+FFT_KERNELS = 4
+#: below this many frames the FFT of the kernel costs more than it saves
+FFT_LEAST_FRAMES = 64
 
 # erf(z) ~ z P(z^2) / Q(z^2) on [-4, 4], the float32 minimax fit that Eigen and XLA use
 # (Eigen/src/Core/MathFunctionsImpl.h, generic_fast_erf_float)
@@ -33,6 +49,17 @@ _ERF_Q = (
     -1.68282697438203e-03,
     -7.37332916720468e-03,
     -1.42647390514189e-02,
+)
+
+# 2**f on [-0.5, 0.5], the polynomial of mx.exp (mlx/backend/cpu/simd/math.h)
+_EXP2 = (
+    1.535336188319500e-4,
+    1.339887440266574e-3,
+    9.618437357674640e-3,
+    5.550332471162809e-2,
+    2.402264791363012e-1,
+    6.931472028550421e-1,
+    1.0,
 )
 
 
@@ -74,21 +101,113 @@ def windows(x: Array, kernel: int, stride: int) -> Array:
     )
 
 
-def conv1d(x: Array, weight: Array, bias: Array | None, stride: int) -> Array:
-    """A convolution without padding, channels last.
+def arrange(weight: Array) -> Array:
+    """``weight`` stored as this device's products read it; shape and values stay.
+
+    On a CPU a product takes the weight's transpose some input channels at a
+    time: stored by columns, these are plain row-major blocks that the BLAS
+    reads in place.
+    """
+    if device_kind() != "cpu" or weight.ndim < 2 or weight.dtype != mx.float32:
+        return weight
+    inputs_first = weight.transpose(*range(1, weight.ndim), 0)
+    return mx.contiguous(inputs_first).transpose(weight.ndim - 1, *range(weight.ndim - 1))
+
+
+def linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    """x: (..., in)    weight: (out, in)    bias: (out,) or None    returns (..., out)."""
+    if device_kind() == "cpu" and x.dtype == mx.float32:
+        rows = x.reshape(-1, x.shape[-1])
+        return _summed_in_parts([rows], [weight.T], bias).reshape(*x.shape[:-1], -1)
+    if bias is None:
+        return x @ weight.T
+    return mx.addmm(bias, x, weight.T)
+
+
+def _summed_in_parts(terms: list[Array], matrices: list[Array], bias: Array | None) -> Array:
+    """``sum(term @ matrix) + bias``, each product at most ``PART`` inputs at a time.
+
+    terms: (rows, in) each    matrices: (in, out) each
+    """
+    total = bias
+    for term, matrix in zip(terms, matrices, strict=True):
+        for start in range(0, term.shape[1], PART):
+            part = slice(start, start + PART)
+            if total is None:
+                total = term[:, part] @ matrix[part]
+            else:
+                total = mx.addmm(total, term[:, part], matrix[part])
+    return total
+
+
+def by_rows(function: Callable[[Array], Array], x: Array) -> Array:
+    """``function`` of ``x``, (batch, rows, channels), where rows do not see each other.
+
+    On a CPU a few rows at a time, so that what lies between the first and the
+    last operation never leaves the cache.
+    """
+    if device_kind() != "cpu" or x.shape[1] <= TILE:
+        return function(x)
+    return mx.concatenate(
+        [function(x[:, start : start + TILE]) for start in range(0, x.shape[1], TILE)], axis=1
+    )
+
+
+def conv1d(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    stride: int,
+    finish: Callable[[Array], Array],
+) -> Array:
+    """A convolution without padding, channels last, and what follows it frame by frame.
 
     x: (batch, time, in)    weight: (out, kernel, in)    bias: (out,) or None
+    finish: from (batch, frames, out) to the same shape, frames independent
     returns: (batch, (time - kernel) // stride + 1, out)
     """
-    if device_kind() == "cpu":
-        out, kernel, _ = weight.shape
-        y = windows(x, kernel, stride) @ weight.reshape(out, -1).T
-    else:
+    if device_kind() != "cpu" or x.dtype != mx.float32:
         y = mx.conv1d(x, weight, stride)
-    return y if bias is None else y + bias
+        return finish(y if bias is None else y + bias)
+    kernel = weight.shape[1]
+    count = (x.shape[1] - kernel) // stride + 1
+    taps = [weight[:, tap].T for tap in range(kernel)]
+    clips = []
+    for clip in x:
+        tiles = []
+        for start in range(0, count, TILE):
+            stop = min(start + TILE, count)
+            terms = [
+                clip[start * stride + tap : (stop - 1) * stride + tap + 1 : stride]
+                for tap in range(kernel)
+            ]
+            tiles.append(finish(_summed_in_parts(terms, taps, bias)[None]))
+        clips.append(mx.concatenate(tiles, axis=1))
+    return mx.concatenate(clips)
 
 
-def grouped_conv1d(x: Array, weight: Array, bias: Array) -> Array:
+class Spectrum:
+    """The frequency response of a grouped convolution's kernel, computed once per kernel."""
+
+    def __init__(self) -> None:
+        self._kernel: Array = None
+        self._response: Array = None
+
+    def of(self, kernel: Array) -> Array:
+        """kernel: (channels, length, in)    returns: (bins, groups, in, out), complex64."""
+        if self._kernel is not kernel:
+            channels, length, per_group = kernel.shape
+            flipped = np.array(kernel.astype(mx.float32))[:, ::-1].astype(np.float64)
+            response = np.fft.rfft(flipped, FFT_KERNELS * length, axis=1)
+            groups = response.reshape(channels // per_group, per_group, -1, per_group)
+            self._response = mx.array(
+                np.ascontiguousarray(groups.transpose(2, 0, 3, 1)).astype(np.complex64)
+            )
+            self._kernel = kernel
+        return self._response
+
+
+def grouped_conv1d(x: Array, weight: Array, bias: Array, spectrum: Spectrum) -> Array:
     """A grouped convolution of as many frames out as in, the last of an even kernel dropped.
 
     x: (batch, frames, channels)    weight: (channels, kernel, channels / groups)
@@ -97,9 +216,26 @@ def grouped_conv1d(x: Array, weight: Array, bias: Array) -> Array:
     Source: fairseq/models/wav2vec/wav2vec2.py, ``make_conv_pos``;
     fairseq/modules/same_pad.py.
     """
-    channels, kernel, per_group = weight.shape
-    padded = mx.pad(x, ((0, 0), (kernel // 2, (kernel - 1) // 2), (0, 0)))
-    return mx.conv1d(padded, weight, groups=channels // per_group) + bias
+    kernel, per_group = weight.shape[1:]
+    frames = x.shape[1]
+    left, right = kernel // 2, (kernel - 1) // 2
+    if device_kind() != "cpu" or x.dtype != mx.float32 or frames < FFT_LEAST_FRAMES:
+        padded = mx.pad(x, ((0, 0), (left, right), (0, 0)))
+        return mx.conv1d(padded, weight, groups=weight.shape[0] // per_group) + bias
+    # overlap-save: blocks of `size` frames give `step` each
+    batch, _, channels = x.shape
+    size = FFT_KERNELS * kernel
+    step = size - kernel + 1
+    blocks = -(-frames // step)
+    padded = mx.pad(x, ((0, 0), (left, right + blocks * step - frames), (0, 0)))
+    blocked = windows(padded, size, step).reshape(batch * blocks, size, channels)
+    bins = mx.fft.rfft(blocked, axis=1).reshape(
+        batch * blocks, -1, channels // per_group, per_group
+    )
+    product = bins.transpose(1, 2, 0, 3) @ spectrum.of(weight)
+    product = product.transpose(2, 0, 1, 3).reshape(batch * blocks, -1, channels)
+    y = mx.fft.irfft(product, n=size, axis=1)[:, kernel - 1 :]
+    return y.reshape(batch, blocks * step, channels)[:, :frames] + bias
 
 
 def attention(queries: Array, keys: Array, values: Array, mask: Array | None) -> Array:
@@ -108,9 +244,45 @@ def attention(queries: Array, keys: Array, values: Array, mask: Array | None) ->
     queries, keys, values: (batch, heads, frames, head width)
     mask: (batch, 1, 1, frames), true where a key may be attended to, or None
     """
-    return mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=queries.shape[-1] ** -0.5, mask=mask
-    )
+    scale = queries.shape[-1] ** -0.5
+    if device_kind() != "cpu" or queries.dtype != mx.float32:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    # powers of two instead of e: the factor goes where the scale goes anyway
+    queries = queries * (scale * math.log2(math.e))
+    keys = mx.contiguous(keys.swapaxes(2, 3))
+    values = mx.contiguous(values)
+    rows = max(16, SCORES // keys.shape[-1])
+    clips = []
+    for clip in range(queries.shape[0]):
+        heads = []
+        for head in range(queries.shape[1]):
+            pieces = []
+            for start in range(0, queries.shape[2], rows):
+                scores = queries[clip, head, start : start + rows] @ keys[clip, head]
+                if mask is not None:
+                    scores = mx.where(mask[clip, 0], scores, mx.array(-1e9, scores.dtype))
+                weights = _exp2(scores - scores.max(axis=-1, keepdims=True))
+                pieces.append((weights @ values[clip, head]) / weights.sum(axis=-1, keepdims=True))
+            heads.append(mx.concatenate(pieces))
+        clips.append(mx.stack(heads))
+    return mx.stack(clips)
+
+
+def _exp2(x: Array) -> Array:
+    """2 to the power of ``x``, at most 0, in float32; below 2 ** -125 that.
+
+    mx.exp takes the same polynomial, but its floor and fma are calls of the C
+    library, element by element, where the wheel was built for plain x86-64.
+    """
+    x = mx.maximum(x, -125.0)
+    # adding 1.5 * 2**23 leaves the nearest integer in the low bits
+    shifted = x + 12582912.0
+    fraction = x - (shifted - 12582912.0)
+    power: Any = _EXP2[0]
+    for coefficient in _EXP2[1:]:
+        power = power * fraction + coefficient
+    exponent = mx.left_shift(shifted.view(mx.int32), 23)
+    return (power.view(mx.int32) + exponent).view(mx.float32)
 
 
 def window_moments(

@@ -29,6 +29,10 @@ class Linear(nn.Linear):
         if bias:
             self.bias = placeholder(outputs)
 
+    def __call__(self, x: Array) -> Array:
+        """(..., inputs) to (..., outputs)."""
+        return kernels.linear(x, self.weight, self.get("bias"))
+
 
 class Norm(nn.Module):
     """The weight and bias of a normalisation over ``width`` channels."""
@@ -121,14 +125,17 @@ class ConvBlock(nn.Module):
         if self.over_time:
             if moments is None:
                 moments = kernels.window_moments(x[..., 0], lengths, self.kernel, self.stride)
-            return kernels.gelu(self._normalised_over_time(x, *moments))
-        y = kernels.conv1d(x, self.conv.weight, self.conv.get("bias"), self.stride)
-        return kernels.gelu(self.norm(y) if "norm" in self else y)
+            return self._normalised_over_time(x, *moments)
+
+        def finish(y: Array) -> Array:
+            return kernels.gelu(self.norm(y) if "norm" in self else y)
+
+        return kernels.conv1d(x, self.conv.weight, self.conv.get("bias"), self.stride, finish)
 
     def _normalised_over_time(
         self, waveform: Array, offset: Array, mean: Array, covariance: Array
     ) -> Array:
-        """The first convolution and its group norm as one affine map of the waveform.
+        """The first convolution, its group norm as one affine map with it, and GELU.
 
         ``GroupNorm(channels, channels)`` normalises each channel over time; its
         statistics come from the waveform (``kernels.window_moments``).
@@ -145,8 +152,10 @@ class ConvBlock(nn.Module):
             folded = (weight[None] * scale[..., None]).swapaxes(1, 2).astype(mx.float32)
             shift = self.norm.bias.astype(mx.float64) - channel_mean * scale
             shift = shift.astype(mx.float32)[:, None]
-        rows = kernels.windows(waveform - offset[..., None], self.kernel, self.stride)
-        return (rows @ folded + shift).astype(dtype)
+        return kernels.by_rows(
+            lambda rows: kernels.gelu((rows @ folded + shift).astype(dtype)),
+            kernels.windows(waveform - offset[..., None], self.kernel, self.stride),
+        )
 
 
 class FeatureExtractor(nn.Module):
@@ -168,10 +177,11 @@ class PositionalConv(nn.Module):
         width = config.encoder_embed_dim
         self.weight = placeholder(width, config.conv_pos, width // config.conv_pos_groups)
         self.bias = placeholder(width)
+        self._spectrum = kernels.Spectrum()
 
     def __call__(self, x: Array) -> Array:
         """(batch, frames, width) in and out."""
-        return kernels.gelu(kernels.grouped_conv1d(x, self.weight, self.bias))
+        return kernels.gelu(kernels.grouped_conv1d(x, self.weight, self.bias, self._spectrum))
 
 
 class SelfAttention(nn.Module):
@@ -229,8 +239,8 @@ class EncoderLayer(nn.Module):
         return norm(x, speaker) if self.conditioned else norm(x)
 
     def feed_forward(self, x: Array) -> Array:
-        """(..., width) in and out."""
-        return self.fc2(kernels.gelu(self.fc1(x)))
+        """(batch, frames, width) in and out."""
+        return kernels.by_rows(lambda rows: self.fc2(kernels.gelu(self.fc1(rows))), x)
 
     def __call__(self, x: Array, mask: Array | None, speaker: Array | None = None) -> Array:
         """x: (batch, frames, width)    speaker: (batch, speaker_dim), conditioned layers only."""

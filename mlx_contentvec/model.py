@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import kernels
+from .audio import LOUDEST_PEAK
 from .backend import mx, nn
 from .config import ModelConfig, parameter_shapes
 from .errors import AudioError, ConfigError, WeightsError, name_list
@@ -21,9 +22,6 @@ Array = Any
 
 #: the layer that RVC v1 projects; v2 takes the last one unprojected
 V1_LAYER = 9
-
-#: a float waveform beyond this is not one in [-1, 1]: int16 samples, most likely
-LOUDEST_PEAK = 100.0
 
 
 class ContentvecModel(nn.Module):
@@ -141,7 +139,8 @@ class ContentvecModel(nn.Module):
                 found=f"{len(wrong)} of another shape: {name_list(wrong)}",
                 hint="ContentvecModel.from_file(path) builds the model that a file describes",
             )
-        super().load_weights([(k, v) for k, v in arrays.items() if k in expected], strict=False)
+        taken = [(name, kernels.arrange(arrays[name])) for name in expected if name in arrays]
+        super().load_weights(taken, strict=False)
 
     def _require_same_config(self, stored: ModelConfig, origin: str) -> None:
         differing = [
@@ -330,6 +329,20 @@ class ContentvecModel(nn.Module):
         """fairseq's own call, as RVC makes it: features and their padding mask."""
         result = self(source, spk_emb, padding_mask, output_layer=output_layer)
         return result["x"], result["padding_mask"]
+
+    def extract(self, waveform: Any, **options: Any) -> np.ndarray[Any, Any]:
+        """Features of one clip of any length: ``mlx_contentvec.features.extract``."""
+        from .features import extract
+
+        return extract(self, waveform, **options)
+
+    def extract_many(
+        self, waveforms: Iterable[Any], **options: Any
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """Features of many clips, in order: ``mlx_contentvec.features.extract_many``."""
+        from .features import extract_many
+
+        return extract_many(self, waveforms, **options)
 
     def _run(
         self,
