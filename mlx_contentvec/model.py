@@ -344,20 +344,6 @@ class ContentvecModel(nn.Module):
 
         return extract_many(self, waveforms, **options)
 
-    def extract(self, waveform: Any, **options: Any) -> np.ndarray[Any, Any]:
-        """Features of one clip of any length: ``mlx_contentvec.features.extract``."""
-        from .features import extract
-
-        return extract(self, waveform, **options)
-
-    def extract_many(
-        self, waveforms: Iterable[Any], **options: Any
-    ) -> Iterator[np.ndarray[Any, Any]]:
-        """Features of many clips, in order: ``mlx_contentvec.features.extract_many``."""
-        from .features import extract_many
-
-        return extract_many(self, waveforms, **options)
-
     def _run(
         self,
         source: Array,
