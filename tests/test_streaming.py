@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_contentvec.backend import mx
+from mlx_contentvec.config import ModelConfig, parameter_shapes
+from mlx_contentvec.errors import ConfigError
+from mlx_contentvec.model import ContentvecModel
+from mlx_contentvec.streaming import (
+    Pieces,
+    plan_pieces,
+    streamed,
+    streamed_bytes,
+    whole_clip_bytes,
+)
+
+TINY = ModelConfig(
+    conv_layers=((32, 10, 5), *(((32, 3, 2),) * 4), *(((32, 2, 2),) * 2)),
+    encoder_embed_dim=96,
+    encoder_ffn_embed_dim=192,
+    encoder_layers=3,
+    encoder_attention_heads=4,
+    conv_pos=16,
+    conv_pos_groups=4,
+    final_dim=32,
+)
+LARGE = dataclasses.replace(
+    TINY, extractor_norm="layer", layer_norm_first=True, normalize=True, conv_bias=True
+)
+MULTILINGUAL = dataclasses.replace(TINY, conv_pos=15, conv_pos_batch_norm=True, normalize=True)
+CONFIGS = {"base": TINY, "large": LARGE, "batch norm, odd kernel, normalised": MULTILINGUAL}
+PIECES = Pieces(frames=32, heads=3, queries=16)
+
+
+def random_model(config: ModelConfig, dtype: Any = mx.float32) -> ContentvecModel:
+    """A model with weights that keep signals near 1 and matter everywhere."""
+    rng = np.random.default_rng(7)
+    weights = []
+    for name, shape in parameter_shapes(config).items():
+        values = rng.standard_normal(shape)
+        if len(shape) > 1:
+            values /= np.sqrt(np.prod(shape[1:]))
+        elif name.endswith("running_var") or ("norm" in name and name.endswith("weight")):
+            values = 1 + 0.2 * np.abs(values)
+        else:
+            values *= 0.2
+        weights.append((name, mx.array(values.astype(np.float32)).astype(dtype)))
+    return ContentvecModel(config).load_weights(weights)
+
+
+def noise(samples: int, seed: int = 0) -> np.ndarray:
+    """Noise that grows louder, with an offset: windows of it differ."""
+    rng = np.random.default_rng(seed)
+    swell = np.linspace(0.02, 0.4, samples)
+    return (rng.standard_normal(samples) * swell + 0.05).astype(np.float32)
+
+
+def in_one_go(model: ContentvecModel, waveform: np.ndarray, **options: Any) -> np.ndarray:
+    return np.array(model(waveform[None], **options)["x"][0].astype(mx.float32))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("samples", [400, 719, 720, 32 * 320 + 79, 32 * 320 + 80, 47123])
+def test_a_streamed_clip_is_the_clip_in_one_go(config: ModelConfig, samples: int) -> None:
+    model = random_model(config)
+    waveform = noise(samples)
+    whole = in_one_go(model, waveform, output_layer=3)
+    pieces = streamed(model, waveform, 3, False, PIECES)
+    assert pieces.shape == whole.shape == (config.frames(samples), 96)
+    np.testing.assert_allclose(pieces, whole, atol=2e-5, rtol=0)
+
+
+def test_the_projection_is_streamed_too() -> None:
+    model = random_model(TINY)
+    waveform = noise(40000)
+    whole = in_one_go(model, waveform, output_layer=2, project=True)
+    np.testing.assert_allclose(streamed(model, waveform, 2, True, PIECES), whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("queries", [16, 256])
+def test_the_size_of_the_pieces_changes_nothing(heads: int, queries: int) -> None:
+    model = random_model(TINY)
+    waveform = noise(50000)
+    reference = streamed(model, waveform, 3, False, PIECES)
+    pieces = Pieces(frames=64, heads=heads, queries=queries)
+    np.testing.assert_allclose(
+        streamed(model, waveform, 3, False, pieces), reference, atol=2e-5, rtol=0
+    )
+
+
+def test_half_precision_weights_are_streamed_in_half_precision() -> None:
+    model = random_model(TINY, mx.float16)
+    waveform = noise(40000)
+    whole = in_one_go(model, waveform, output_layer=3)
+    pieces = streamed(model, waveform, 3, False, PIECES)
+    np.testing.assert_allclose(pieces, whole, atol=3e-2, rtol=0)
+
+
+def test_quantised_weights_are_streamed() -> None:
+    from mlx import nn
+
+    model = random_model(TINY)
+    nn.quantize(model, group_size=32, bits=8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
+    waveform = noise(40000)
+    whole = in_one_go(model, waveform, output_layer=3)
+    np.testing.assert_allclose(
+        streamed(model, waveform, 3, False, PIECES), whole, atol=2e-5, rtol=0
+    )
+
+
+def test_progress_rises_to_the_end() -> None:
+    heard: list[float] = []
+    streamed(random_model(TINY), noise(40000), 3, False, PIECES, heard.append)
+    assert heard == sorted(heard)
+    assert 0 < heard[0] < 0.5
+    assert heard[-1] == 1.0
+
+
+def test_short_clips_go_in_one_go_and_long_ones_are_streamed() -> None:
+    base = ModelConfig()
+    assert plan_pieces(base, 16000, None) is None
+    assert plan_pieces(base, 16000 * 1800, None) is not None
+
+
+def test_a_cap_on_memory_makes_pieces_smaller_until_it_cannot() -> None:
+    base = ModelConfig()
+    samples = 16000 * 300
+    roomy = plan_pieces(base, samples, 2 << 30)
+    tight = plan_pieces(base, samples, 256 << 20)
+    assert roomy is not None and tight is not None
+    assert roomy.frames > tight.frames or roomy.heads > tight.heads
+    assert streamed_bytes(base, samples, tight) <= 256 << 20
+    with pytest.raises(ConfigError, match="MiB or more"):
+        plan_pieces(base, samples, 32 << 20)
+
+
+def test_half_an_hour_is_planned_into_one_and_a_half_gigabytes() -> None:
+    base = ModelConfig()
+    samples = 16000 * 1800
+    pieces = plan_pieces(base, samples, None)
+    assert pieces is not None
+    assert streamed_bytes(base, samples, pieces) + 4 * samples < 1.5e9
+    assert whole_clip_bytes(base, samples) > 100e9
