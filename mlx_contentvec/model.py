@@ -141,6 +141,12 @@ class ContentvecModel(nn.Module):
             )
         taken = [(name, kernels.arrange(arrays[name])) for name in expected if name in arrays]
         super().load_weights(taken, strict=False)
+        # a placeholder that is gone may leave its id to an array made later
+        self._placeholders = {
+            id(array): name
+            for name, array in self._flat_parameters()
+            if id(array) in self._placeholders
+        }
 
     def _require_same_config(self, stored: ModelConfig, origin: str) -> None:
         differing = [
