@@ -273,12 +273,22 @@ class Encoder(nn.Module):
         if config.encoder_layers_1:
             self.cond_layer_norm = ConditionalNorm(config.encoder_embed_dim, config.speaker_dim)
 
-    def positional(self, x: Array, padding_mask: Array | None) -> Array:
+    def positional(self, x: Array, padding_mask: Array | None, exact: bool = False) -> Array:
         """What the first layer is given: frames with position, normalised in base models.
 
         x: (batch, frames, width)    padding_mask: (batch, frames), true where padded
+        exact: padding reaches the positional convolution as zeros even behind a
+            batch norm, as the end of a clip does; the original zeroes it before
         """
+        normalised = "pos_conv_norm" in self
         if padding_mask is not None:
-            x = mx.where(padding_mask[..., None], mx.zeros_like(x), x)
-        x = x + self.pos_conv(self.pos_conv_norm(x) if "pos_conv_norm" in self else x)
+            x = _without(x, padding_mask)
+        y = self.pos_conv_norm(x) if normalised else x
+        if normalised and exact and padding_mask is not None:
+            y = _without(y, padding_mask)
+        x = x + self.pos_conv(y)
         return x if self.norm_first else self.layer_norm(x)
+
+
+def _without(x: Array, padding_mask: Array) -> Array:
+    return mx.where(padding_mask[..., None], mx.zeros_like(x), x)

@@ -244,7 +244,7 @@ class ContentvecModel(nn.Module):
         x: what the stage before it gave, (batch, frames, channels); for ``conv.0``
            the waveform, (batch, samples), normalised already if the model wants that
         padding_mask: (batch, frames), true where padded
-        lengths: (batch,) samples of each clip that count, for ``conv.0``
+        lengths: (batch,) samples of each clip that count, for ``conv.0`` and ``positional``
         spk_emb: (batch, speaker_dim), for speaker-conditioned layers
         """
         kind, _, number = name.partition(".")
@@ -256,7 +256,7 @@ class ContentvecModel(nn.Module):
         if kind == "projection":
             return self.post_extract_proj(self.layer_norm(x))
         if kind == "positional":
-            return self.encoder.positional(x, padding_mask)
+            return self.encoder.positional(x, padding_mask, exact=lengths is not None)
         if kind == "layer":
             mask = None if padding_mask is None else ~padding_mask[:, None, None, :]
             return self.encoder.layers[int(number) - 1](x, mask, spk_emb)

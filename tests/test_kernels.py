@@ -1,0 +1,165 @@
+"""Each operation against plain float64 numpy, in every form that it takes here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from mlx_contentvec import kernels
+from mlx_contentvec.backend import mx
+
+erf = np.vectorize(math.erf)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(3)
+
+
+def array(values: np.ndarray) -> mx.array:
+    return mx.array(values.astype(np.float32))
+
+
+def closeness(got: mx.array, expected: np.ndarray) -> float:
+    return float(np.abs(np.array(got) - expected).max())
+
+
+@pytest.fixture(params=["cpu", "native"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The arrangement for a CPU, and MLX's own primitives as they run on a GPU."""
+    kind = "cpu" if request.param == "cpu" else "metal"
+    monkeypatch.setattr(kernels, "device_kind", lambda: kind)
+    return request.param
+
+
+@pytest.mark.usefixtures("form")
+class TestEveryForm:
+    def test_gelu_is_the_exact_one(self) -> None:
+        x = np.linspace(-12, 12, 40_001).astype(np.float32)
+        exact = 0.5 * x.astype(np.float64) * (1 + erf(x.astype(np.float64) / math.sqrt(2)))
+        # tanh GELU is off by 4.7e-4, sigmoid GELU by 2e-2
+        assert closeness(kernels.gelu(mx.array(x)), exact) < 1.5e-6
+        assert closeness(kernels.gelu(mx.array(x[np.abs(x) < 1])), exact[np.abs(x) < 1]) < 2e-7
+
+    @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (10, 5), (4, 1)])
+    def test_a_convolution_is_the_sum_over_its_taps(
+        self, kernel: int, stride: int, rng: np.random.Generator
+    ) -> None:
+        x = rng.standard_normal((2, 1300, 96))
+        weight = rng.standard_normal((40, kernel, 96)) / math.sqrt(96 * kernel)
+        bias = rng.standard_normal(40)
+        count = (1300 - kernel) // stride + 1
+        expected = bias + sum(
+            x[:, tap : tap + stride * (count - 1) + 1 : stride] @ weight[:, tap].T
+            for tap in range(kernel)
+        )
+        got = kernels.conv1d(
+            array(x), kernels.arrange(array(weight)), array(bias), stride, lambda y: y * 2
+        )
+        assert got.shape == (2, count, 40)
+        assert closeness(got, 2 * expected) < 2e-5
+
+    @pytest.mark.parametrize("frames", [1, 2, 63, 64, 65, 130, 700])
+    @pytest.mark.parametrize("kernel", [16, 15])
+    def test_the_positional_convolution_keeps_the_frames_and_drops_the_last(
+        self, frames: int, kernel: int, rng: np.random.Generator
+    ) -> None:
+        x = rng.standard_normal((2, frames, 12))
+        weight = rng.standard_normal((12, kernel, 4)) / 8
+        bias = rng.standard_normal(12)
+        padded = np.pad(x, ((0, 0), (kernel // 2, kernel // 2), (0, 0)))
+        expected = np.zeros((2, frames, 12)) + bias
+        for frame in range(frames):
+            window = padded[:, frame : frame + kernel]
+            for channel in range(12):
+                group = channel // 4
+                expected[:, frame, channel] += np.einsum(
+                    "bki,ki->b", window[..., 4 * group : 4 * group + 4], weight[channel]
+                )
+        got = kernels.grouped_conv1d(array(x), array(weight), array(bias), kernels.Spectrum())
+        assert got.shape == x.shape
+        assert closeness(got, expected) < 5e-6
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("frames", [1, 40, 700])
+    def test_attention_is_a_softmax_over_all_keys(
+        self, frames: int, masked: bool, rng: np.random.Generator
+    ) -> None:
+        q, k, v = 3 * rng.standard_normal((3, 2, 3, frames, 16))
+        valid = np.ones((2, 1, 1, frames), bool)
+        if masked and frames > 1:
+            valid[1, ..., frames // 2 :] = False
+        scores = np.where(valid, q @ k.swapaxes(2, 3) / 4, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        expected = weights / weights.sum(-1, keepdims=True) @ v
+        mask = mx.array(valid) if masked else None
+        got = kernels.attention(array(q), array(k), array(v), mask)
+        # scores reach 50: half a float32 ulp there is 2e-6, in each weight's exponent
+        assert closeness(got, expected) < 1e-4
+
+    def test_a_linear_layer_adds_its_bias_once(self, rng: np.random.Generator) -> None:
+        x = rng.standard_normal((2, 5, 200))
+        weight, bias = rng.standard_normal((30, 200)) / 14, rng.standard_normal(30)
+        got = kernels.linear(array(x), kernels.arrange(array(weight)), array(bias))
+        assert closeness(got, x @ weight.T + bias) < 5e-6
+        got = kernels.linear(array(x), array(weight), None)
+        assert closeness(got, x @ weight.T) < 5e-6
+
+    def test_arranging_changes_neither_shape_nor_values(self, rng: np.random.Generator) -> None:
+        for shape in ((7,), (6, 4), (6, 3, 4)):
+            weight = array(rng.standard_normal(shape))
+            arranged = kernels.arrange(weight)
+            assert arranged.shape == shape
+            assert bool((arranged == weight).all())
+
+    def test_work_by_rows_is_the_same_work(self, rng: np.random.Generator) -> None:
+        x = array(rng.standard_normal((2, 700, 3)))
+        assert bool((kernels.by_rows(lambda rows: rows * 3, x) == x * 3).all())
+
+
+def test_short_runs_lose_less_than_one_long_sum(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((64, 3072)).astype(np.float32)
+    weight = rng.standard_normal((64, 3072)).astype(np.float32)
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+
+    def rms(y: mx.array) -> float:
+        return float(np.sqrt(np.mean((np.array(y) - exact) ** 2)))
+
+    summed = kernels.linear(mx.array(x), kernels.arrange(mx.array(weight)), None)
+    if kernels.device_kind() != "cpu":
+        pytest.skip("sums are split on a CPU only: mx.set_default_device(mx.cpu)")
+    assert rms(summed) < 0.95 * rms(mx.array(x) @ mx.array(weight).T)
+
+
+def test_powers_of_two_come_out_to_the_last_bits() -> None:
+    x = -np.linspace(0, 124, 100_001).astype(np.float32)
+    exact = np.exp2(x.astype(np.float64))
+    assert float((np.abs(np.array(kernels._exp2(mx.array(x))) - exact) / exact).max()) < 3e-7
+
+
+class TestWindowMoments:
+    def expected(self, waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.lib.stride_tricks.sliding_window_view(waveform.astype(np.float64), 10)[::5]
+        return rows.mean(0), np.cov(rows.T, bias=True)
+
+    def test_they_are_mean_and_covariance_of_the_windows(self, rng: np.random.Generator) -> None:
+        waveform = rng.standard_normal((1, 4003)).astype(np.float32) + 0.5
+        offset, mean, covariance = kernels.window_moments(mx.array(waveform), None, 10, 5)
+        expected_mean, expected_covariance = self.expected(waveform[0])
+        assert closeness(mean[0].astype(mx.float32) + offset, expected_mean) < 1e-6
+        with mx.stream(mx.cpu):
+            difference = covariance[0] - mx.array(expected_covariance, mx.float64)
+            assert float(mx.abs(difference).max()) < 1e-12
+
+    def test_what_lies_beyond_a_clip_does_not_count(self, rng: np.random.Generator) -> None:
+        waveform = rng.standard_normal((2, 3000)).astype(np.float32)
+        waveform[1, 2111:] = 99.0
+        offset, mean, covariance = kernels.window_moments(
+            mx.array(waveform), mx.array([3000, 2111]), 10, 5
+        )
+        alone = kernels.window_moments(mx.array(waveform[1:, :2111]), None, 10, 5)
+        for padded, single in zip((offset, mean, covariance), alone, strict=True):
+            with mx.stream(mx.cpu):
+                assert float(mx.abs(padded[1] - single[0]).max()) < 1e-12
