@@ -224,7 +224,6 @@ def grouped_conv1d(x: Array, weight: Array, bias: Array, spectrum: Spectrum) -> 
         return mx.conv1d(padded, weight, groups=weight.shape[0] // per_group) + bias
     # overlap-save: blocks of `size` frames give `step` each
     batch, _, channels = x.shape
-    groups = channels // per_group
     size = FFT_KERNELS * kernel
     step = size - kernel + 1
     blocks = -(-frames // step)
