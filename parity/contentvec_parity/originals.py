@@ -18,14 +18,14 @@ from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, MissingDependency
 
 #: as deep and as wide as a path needs to be exercised, and no more
-TINY_CONV = ((32, 10, 5), (32, 3, 2), (48, 3, 2), (48, 2, 2))
+TINY_CONV = ((48, 10, 5), *(((48, 3, 2),) * 4), *(((64, 2, 2),) * 2))
 TINY_BASE = ModelConfig(
     conv_layers=TINY_CONV,
-    encoder_embed_dim=64,
-    encoder_ffn_embed_dim=96,
+    encoder_embed_dim=96,
+    encoder_ffn_embed_dim=160,
     encoder_layers=3,
     encoder_attention_heads=4,
-    conv_pos=16,
+    conv_pos=32,
     conv_pos_groups=4,
     final_dim=24,
 )
@@ -78,9 +78,13 @@ def randomize(model: Any, seed: int) -> Any:
                 uniform(tensor, 0.5, 2.5)
             elif tensor.ndim == 1:
                 normal(tensor, 0.2, 1.0 if name.endswith("weight") else 0.0)
+            elif tensor.ndim == 3:
+                normal(tensor, 1.8 / math.sqrt(math.prod(tensor.shape[1:])))
+                if tensor.shape[1] > 1:
+                    # no answer to the positive mean that a GELU leaves: frames stay different
+                    tensor.sub_(tensor.mean(dim=(1, 2), keepdim=True))
             else:
-                fan_in = math.prod(tensor.shape[1:])
-                normal(tensor, 1.4 / math.sqrt(fan_in))
+                normal(tensor, 0.9 / math.sqrt(tensor.shape[1]))
     return model
 
 
@@ -300,20 +304,3 @@ def save_transformers(
     transformers.Wav2Vec2FeatureExtractor(do_normalize=config.normalize).save_pretrained(folder)
     model.float()
     return folder
-
-
-def true_float64(model: Any) -> Any:
-    """``model`` with every operation in float64.
-
-    ``model.double()`` alone is not enough for fairseq: its Fp32GroupNorm,
-    Fp32LayerNorm and gelu round through float32
-    (fairseq/modules/fp32_group_norm.py, layer_norm.py, gelu.py).
-    """
-    torch = _torch()
-    plain = {"Fp32GroupNorm": torch.nn.GroupNorm, "Fp32LayerNorm": torch.nn.LayerNorm}
-    model = model.double().eval()
-    for module in model.modules():
-        module.__class__ = plain.get(type(module).__name__, module.__class__)
-        if hasattr(module, "activation_fn"):
-            module.activation_fn = torch.nn.functional.gelu
-    return model
