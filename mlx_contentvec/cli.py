@@ -24,6 +24,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "extract": ("mlx_contentvec.commands:extract", "Extract features from audio files."),
     "inspect": ("contentvec_convert.commands:inspect", "Say what a file is, without converting."),
     "parity": ("contentvec_parity.commands:parity", "Compare the MLX model with the original."),
+    "package": (
+        "contentvec_parity.publish_commands:package",
+        "Put converted weights and their evidence into a folder.",
+    ),
+    "publish": (
+        "contentvec_parity.publish_commands:publish",
+        "Publish such a folder on the Hugging Face Hub.",
+    ),
+    "verify": (
+        "contentvec_parity.publish_commands:verify",
+        "Check published weights on this machine.",
+    ),
     "standin": (
         "contentvec_parity.standin_command:standin",
         "Make a checkpoint with synthetic weights.",

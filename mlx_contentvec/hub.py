@@ -62,13 +62,18 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
     path = Path(name).expanduser()
     if path.is_dir():
         return FolderFiles(path)
-    if isinstance(name, Path) or not _REPO_ID.fullmatch(name):
+    if isinstance(name, Path) or not is_repo_id(name):
         raise HubError(
             f"there are no weights at {name}",
             expected="a .safetensors file, a folder with one, or a repository like owner/name",
             hint="a local path is taken from the current folder: " + str(Path.cwd()),
         )
     return RepositoryFiles(name, revision)
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether ``name`` can be that of a repository on the Hub: ``owner/name``."""
+    return _REPO_ID.fullmatch(name) is not None and "--" not in name and ".." not in name
 
 
 def read_checksums(path: Path) -> dict[str, str]:
