@@ -114,7 +114,9 @@ class StoredTensor:
         view: Array = np.ndarray(
             self.shape,
             DTYPES[self.dtype],
-            buffer=self.storage.file.mapped(),
+            # numpy lets go of the buffer it is given, and of the map with it; a
+            # memoryview holds on to it for as long as the array lives
+            buffer=memoryview(self.storage.file.mapped()),
             offset=self.storage.start + self.offset,
             strides=self.strides,
         )
