@@ -80,7 +80,15 @@ def gelu(x: Array) -> Array:
         for coefficient in _ERF_Q[1:]:
             q = q * z2 + coefficient
         return half + half * (z * p / q)
+    return _gelu_plain(x) if device_kind() == "cpu" else _gelu_fused(x)
+
+
+def _gelu_plain(x: Array) -> Array:
     return x * (1 + mx.erf(x * 0.7071067811865476)) * 0.5
+
+
+# one pass over memory instead of four; on a CPU mx.compile would call the C++ compiler
+_gelu_fused = mx.compile(_gelu_plain, shapeless=True)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
@@ -323,3 +331,51 @@ def window_moments(
         second = (rows.swapaxes(1, 2) @ rows) / valid_windows[..., None]
         covariance = second - mean[:, :, None] * mean[:, None, :]
     return offset, mean, covariance
+
+
+def channel_statistics(
+    waveform: Array,
+    lengths: Array | None,
+    weight: Array,
+    stride: int,
+    moments: tuple[Array, Array, Array] | None = None,
+) -> tuple[Array, Array, Array]:
+    """Mean and variance over time of each channel of a convolution of a waveform.
+
+    waveform: (batch, samples)    lengths: (batch,) samples that count, or None for all
+    weight:   (channels, kernel)
+    moments:  ``window_moments`` of the whole waveform, where this is a piece of it
+    returns:  offset (batch, 1), to be subtracted from the waveform first, mean and
+              variance (batch, channels) of what is convolved then, all float32
+
+    On a CPU they follow from the moments of the windows. A GPU would wait for
+    that; it has the bandwidth to look at the channels themselves, in two passes.
+    """
+    kernel = weight.shape[1]
+    if moments is not None or device_kind() == "cpu":
+        offset, mean, covariance = moments or window_moments(waveform, lengths, kernel, stride)
+        with mx.stream(mx.cpu):
+            exact = weight.astype(mx.float64)
+            variance = ((exact[None] @ covariance) * exact[None]).sum(axis=-1)
+            return (
+                offset,
+                (mean @ exact.T).astype(mx.float32),
+                mx.maximum(variance, 0.0).astype(mx.float32),
+            )
+    samples = waveform.shape[1]
+    valid_samples: Any = samples
+    valid_windows: Any = (samples - kernel) // stride + 1
+    if lengths is not None:
+        waveform = mx.where(mx.arange(samples)[None] < lengths[:, None], waveform, 0.0)
+        valid_samples = lengths[:, None]
+        valid_windows = ((lengths - kernel) // stride + 1)[:, None]
+    offset = waveform.sum(axis=1, keepdims=True) / valid_samples
+    rows = windows((waveform - offset)[..., None], kernel, stride)
+    if lengths is not None:
+        counted = mx.arange(rows.shape[1])[None, :, None] < valid_windows[..., None]
+        rows = mx.where(counted, rows, 0.0)
+    row_mean = rows.sum(axis=1) / valid_windows
+    channels = (rows - row_mean[:, None]) @ weight.T
+    if lengths is not None:
+        channels = mx.where(counted, channels, 0.0)
+    return offset, row_mean @ weight.T, (channels * channels).sum(axis=1) / valid_windows

@@ -123,9 +123,7 @@ class ConvBlock(nn.Module):
         changes anything.
         """
         if self.over_time:
-            if moments is None:
-                moments = kernels.window_moments(x[..., 0], lengths, self.kernel, self.stride)
-            return self._normalised_over_time(x, *moments)
+            return self._normalised_over_time(x, lengths, moments)
 
         def finish(y: Array) -> Array:
             return kernels.gelu(self.norm(y) if "norm" in self else y)
@@ -133,25 +131,24 @@ class ConvBlock(nn.Module):
         return kernels.conv1d(x, self.conv.weight, self.conv.get("bias"), self.stride, finish)
 
     def _normalised_over_time(
-        self, waveform: Array, offset: Array, mean: Array, covariance: Array
+        self,
+        waveform: Array,
+        lengths: Array | None,
+        moments: tuple[Array, Array, Array] | None,
     ) -> Array:
         """The first convolution, its group norm as one affine map with it, and GELU.
 
-        ``GroupNorm(channels, channels)`` normalises each channel over time; its
-        statistics come from the waveform (``kernels.window_moments``).
+        ``GroupNorm(channels, channels)`` normalises each channel over time. A
+        bias of the convolution shifts a channel's mean and nothing else: it cancels.
         """
+        weight = self.conv.weight[..., 0].astype(mx.float32)
+        offset, mean, variance = kernels.channel_statistics(
+            waveform[..., 0], lengths, weight, self.stride, moments
+        )
+        scale = self.norm.weight.astype(mx.float32) / mx.sqrt(variance + kernels.EPS)
+        folded = (weight * scale[..., None]).swapaxes(1, 2)
+        shift = (self.norm.bias.astype(mx.float32) - mean * scale)[:, None]
         dtype = self.conv.weight.dtype
-        with mx.stream(mx.cpu):
-            weight = self.conv.weight.astype(mx.float64)[..., 0]
-            # a bias shifts a channel's mean and nothing else, so it cancels
-            channel_mean = mean @ weight.T
-            variance = ((weight[None] @ covariance) * weight[None]).sum(axis=-1)
-            scale = self.norm.weight.astype(mx.float64) / mx.sqrt(
-                mx.maximum(variance, 0.0) + kernels.EPS
-            )
-            folded = (weight[None] * scale[..., None]).swapaxes(1, 2).astype(mx.float32)
-            shift = self.norm.bias.astype(mx.float64) - channel_mean * scale
-            shift = shift.astype(mx.float32)[:, None]
         return kernels.by_rows(
             lambda rows: kernels.gelu((rows @ folded + shift).astype(dtype)),
             kernels.windows(waveform - offset[..., None], self.kernel, self.stride),

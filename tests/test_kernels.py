@@ -31,6 +31,8 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The arrangement for a CPU, and MLX's own primitives as they run on a GPU."""
     kind = "cpu" if request.param == "cpu" else "metal"
     monkeypatch.setattr(kernels, "device_kind", lambda: kind)
+    # here it would be compiled for the CPU, by a C++ compiler that need not be there
+    monkeypatch.setattr(kernels, "_gelu_fused", kernels._gelu_plain)
     return request.param
 
 
@@ -163,3 +165,25 @@ class TestWindowMoments:
         for padded, single in zip((offset, mean, covariance), alone, strict=True):
             with mx.stream(mx.cpu):
                 assert float(mx.abs(padded[1] - single[0]).max()) < 1e-12
+
+
+@pytest.mark.usefixtures("form")
+class TestChannelStatistics:
+    @pytest.mark.parametrize("offset", [0.0, 0.5])
+    @pytest.mark.parametrize("lengths", [None, [3000, 2111]])
+    def test_they_are_those_of_the_convolved_waveform(
+        self, offset: float, lengths: list[int] | None, rng: np.random.Generator
+    ) -> None:
+        clips = np.cumsum(rng.standard_normal((2, 3000)), axis=1) / 40
+        clips = (clips - clips.mean(axis=1, keepdims=True) + offset).astype(np.float32)
+        weight = rng.standard_normal((6, 10)).astype(np.float32)
+        got = kernels.channel_statistics(
+            mx.array(clips), None if lengths is None else mx.array(lengths), mx.array(weight), 5
+        )
+        for row, length in enumerate(lengths or [3000, 3000]):
+            clip = clips[row, :length].astype(np.float64)
+            assert abs(float(got[0][row, 0]) - clip.mean()) < 1e-6
+            windows = np.lib.stride_tricks.sliding_window_view(clip - float(got[0][row, 0]), 10)
+            channels = windows[::5] @ weight.T.astype(np.float64)
+            assert closeness(got[1][row], channels.mean(axis=0)) < 2e-6
+            assert closeness(got[2][row] / mx.array(channels.var(axis=0)), np.ones(6)) < 2e-6
