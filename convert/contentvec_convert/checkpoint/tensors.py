@@ -114,9 +114,9 @@ class StoredTensor:
         view: Array = np.ndarray(
             self.shape,
             DTYPES[self.dtype],
-            # numpy lets go of the buffer it is given, and of the map with it; a
-            # memoryview holds on to it for as long as the array lives
-            buffer=memoryview(self.storage.file.mapped()),
+            # given the map itself, numpy would not keep it from being closed
+            # under the array; what frombuffer makes does
+            buffer=np.frombuffer(self.storage.file.mapped(), np.uint8),
             offset=self.storage.start + self.offset,
             strides=self.strides,
         )
