@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import numpy as np
 import pytest
 
 from mlx_contentvec.backend import mx
-from mlx_contentvec.config import ModelConfig, parameter_shapes
+from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError
-from mlx_contentvec.model import ContentvecModel
 from mlx_contentvec.streaming import (
     Pieces,
     plan_pieces,
@@ -17,50 +13,9 @@ from mlx_contentvec.streaming import (
     streamed_bytes,
     whole_clip_bytes,
 )
+from tests.small_models import CONFIGS, TINY, in_one_go, noise, random_model
 
-TINY = ModelConfig(
-    conv_layers=((32, 10, 5), *(((32, 3, 2),) * 4), *(((32, 2, 2),) * 2)),
-    encoder_embed_dim=96,
-    encoder_ffn_embed_dim=192,
-    encoder_layers=3,
-    encoder_attention_heads=4,
-    conv_pos=16,
-    conv_pos_groups=4,
-    final_dim=32,
-)
-LARGE = dataclasses.replace(
-    TINY, extractor_norm="layer", layer_norm_first=True, normalize=True, conv_bias=True
-)
-MULTILINGUAL = dataclasses.replace(TINY, conv_pos=15, conv_pos_batch_norm=True, normalize=True)
-CONFIGS = {"base": TINY, "large": LARGE, "batch norm, odd kernel, normalised": MULTILINGUAL}
 PIECES = Pieces(frames=32, heads=3, queries=16)
-
-
-def random_model(config: ModelConfig, dtype: Any = mx.float32) -> ContentvecModel:
-    """A model with weights that keep signals near 1 and matter everywhere."""
-    rng = np.random.default_rng(7)
-    weights = []
-    for name, shape in parameter_shapes(config).items():
-        values = rng.standard_normal(shape)
-        if len(shape) > 1:
-            values /= np.sqrt(np.prod(shape[1:]))
-        elif name.endswith("running_var") or ("norm" in name and name.endswith("weight")):
-            values = 1 + 0.2 * np.abs(values)
-        else:
-            values *= 0.2
-        weights.append((name, mx.array(values.astype(np.float32)).astype(dtype)))
-    return ContentvecModel(config).load_weights(weights)
-
-
-def noise(samples: int, seed: int = 0) -> np.ndarray:
-    """Noise that grows louder, with an offset: windows of it differ."""
-    rng = np.random.default_rng(seed)
-    swell = np.linspace(0.02, 0.4, samples)
-    return (rng.standard_normal(samples) * swell + 0.05).astype(np.float32)
-
-
-def in_one_go(model: ContentvecModel, waveform: np.ndarray, **options: Any) -> np.ndarray:
-    return np.array(model(waveform[None], **options)["x"][0].astype(mx.float32))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
