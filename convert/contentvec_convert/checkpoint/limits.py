@@ -13,7 +13,7 @@ PICKLE_BYTES = 64 * MIB
 #: instructions of one pickle: 12 thousand in RVC's file, 100 thousand with Adam state
 PICKLE_OPERATIONS = 4_000_000
 #: lists, dicts, sets and records that one pickle makes (an empty set alone takes 216 bytes)
-PICKLE_CONTAINERS = 500_000
+PICKLE_CONTAINERS = 300_000
 #: bytes of one integer: torch's magic number has 10
 INTEGER_BYTES = 32
 #: dict keys and set members that are tuples: their hashes can be made to collide on purpose
@@ -29,7 +29,7 @@ DIMENSIONS = 32
 #: values nested inside each other, at the end of reading
 NESTING = 64
 #: values of the finished structure, counted as often as they are reachable
-VALUES = 4_000_000
+VALUES = 2_000_000
 #: entries of a zip archive
 ZIP_ENTRIES = 100_000
 #: its table of contents: about 90 bytes for each entry

@@ -138,12 +138,9 @@ class SourceFile:
             return
         self._open = False
         os.close(self._descriptor)
-        if self._map is not None:
-            try:
-                self._map.close()
-            except BufferError:
-                # arrays still view it: it goes when the last of them goes
-                self._map = None
+        # Dropped, not closed: numpy's views hold a reference to the mapping but
+        # no lock on it, and closing it under them would crash the process.
+        self._map = None
 
     def _require_open(self) -> None:
         if not self._open:

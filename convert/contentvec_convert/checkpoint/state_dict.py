@@ -226,17 +226,16 @@ class _Settler:
         plain = _omegaconf_content(record)
         if plain is not record:
             return self._copy(plain, name, depth + 1)
-        parts: list[Any] = [
-            record.args, record.keywords, record.state, record.items, record.entries
-        ]  # fmt: skip
+        made = InertRecord(record.module, record.name, record.args, state=record.state)
         count, below = 1, 0
-        copies = []
-        for part in parts:
-            copy, its_count, its_depth = self._copy(part, name, depth + 1)
-            copies.append(copy)
-            count += its_count
-            below = max(below, its_depth + 1)
-        return InertRecord(record.module, record.name, *copies), count, below
+        for part in ("args", "keywords", "state", "items", "entries"):
+            stored = getattr(record, part)
+            if stored:
+                copy, its_count, its_depth = self._copy(stored, name, depth + 1)
+                setattr(made, part, copy)
+                count += its_count
+                below = max(below, its_depth + 1)
+        return made, count, below
 
 
 def _omegaconf_content(record: InertRecord) -> Any:

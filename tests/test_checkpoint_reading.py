@@ -1,0 +1,657 @@
+"""The reader gives what torch.load gives, tensor by tensor and bit by bit."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import json
+import os
+import pickle
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from contentvec_convert.checkpoint import InertRecord, StoredTensor, open_checkpoint
+from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
+from tests.checkpoint_files import (
+    SIX_FLOATS,
+    Call,
+    Name,
+    assemble,
+    storage,
+    tensor,
+    torch_legacy,
+    torch_zip,
+)
+
+Save = Callable[..., Path]
+
+CONTAINERS = {"torch zip": True, "torch legacy": False}
+
+
+@pytest.fixture(params=CONTAINERS)
+def container(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def save(torch: ModuleType, container: str, tmp_path: Path) -> Save:
+    def write(value: object, **options: Any) -> Path:
+        path = tmp_path / "model.pt"
+        torch.save(value, path, _use_new_zipfile_serialization=CONTAINERS[container], **options)
+        return path
+
+    return write
+
+
+def bits(torch: ModuleType, value: Any) -> bytes:
+    """A torch tensor's elements in order, as bytes."""
+    flat = value.detach().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""
+
+
+def assert_same(torch: ModuleType, stored: dict[str, StoredTensor], truth: dict[str, Any]) -> None:
+    assert list(stored) == list(truth)
+    for name, expected in truth.items():
+        found = stored[name]
+        assert found.name == name
+        assert found.dtype == str(expected.dtype).removeprefix("torch.")
+        assert found.shape == tuple(expected.shape)
+        assert found.array().shape == found.shape
+        assert found.array().tobytes() == bits(torch, expected), name
+        assert found.read().tobytes() == bits(torch, expected), name
+        if expected.dtype.is_floating_point and expected.element_size() > 1:
+            assert bits(torch, torch.from_numpy(found.float32())) == bits(torch, expected.float())
+            assert bits(torch, torch.from_numpy(found.float64())) == bits(torch, expected.double())
+
+
+def test_every_dtype_arrives_bit_by_bit(torch: ModuleType, save: Save, container: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    real = torch.randn(3, 5, generator=generator, dtype=torch.float64) * 300
+    dtypes = (
+        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 "
+        "float8_e4m3fn float8_e5m2"
+    )
+    if container == "torch legacy":
+        # torch itself cannot load these from its older container
+        dtypes = " ".join(
+            name for name in dtypes.split() if not name.startswith(("uint", "float8"))
+        )
+    truth = {name: real.abs().to(getattr(torch, name)) for name in dtypes.split()}
+    truth["bool"] = real > 0
+    truth["complex64"] = torch.complex(real.float(), -real.float())
+    truth["complex128"] = torch.complex(real, -real)
+    path = save(truth)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.container == container
+        assert checkpoint.files == (path,)
+        assert_same(torch, checkpoint.tensors, torch.load(path))
+
+
+def test_special_numbers_survive_widening(torch: ModuleType, save: Save) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    truth = {
+        "half": patterns.clone().view(torch.float16),
+        "brain": patterns.clone().view(torch.bfloat16),
+    }
+    with open_checkpoint(save(truth)) as checkpoint:
+        for name, expected in truth.items():
+            np.testing.assert_array_equal(
+                checkpoint.tensors[name].float32(), expected.float().numpy()
+            )
+
+
+def test_views_offsets_and_shared_storages_are_respected(torch: ModuleType, save: Save) -> None:
+    base = torch.randn(6, 8, 4, generator=torch.Generator().manual_seed(2)).half()
+    truth = {
+        "whole": base,
+        "transposed": base.transpose(0, 2),
+        "rows": base[2:4],
+        "every other": base[:, ::2, 1:],
+        "one": base[5, 7, 3],
+        "column": base[:, 3, :].t(),
+        "diagonal": base[0, :4].diagonal(),
+    }
+    path = save(truth)
+    with open_checkpoint(path) as checkpoint:
+        assert_same(torch, checkpoint.tensors, torch.load(path))
+        storages = {id(tensor.storage) for tensor in checkpoint.tensors.values()}
+        assert len(storages) == 1
+        assert checkpoint.tensors["transposed"].array().strides == (2, 8, 64)
+    assert path.stat().st_size < 2 * base.numel() + 4000
+
+
+def test_empty_and_scalar_tensors_are_read(torch: ModuleType, save: Save) -> None:
+    truth = {
+        "none": torch.zeros(0),
+        "no rows": torch.zeros(0, 7, dtype=torch.float16),
+        "between": torch.ones(3, 0, 2, dtype=torch.int64),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "single": torch.tensor([7]),
+    }
+    with open_checkpoint(save(truth)) as checkpoint:
+        assert_same(torch, checkpoint.tensors, truth)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_pickle_protocol_that_torch_can_load_is_read(
+    torch: ModuleType, save: Save, protocol: int
+) -> None:
+    truth = OrderedDict(weight=torch.arange(6.0).reshape(2, 3), bias=torch.ones(3).bfloat16())
+    path = save({"model": truth, "epoch": 3, "name": "näme", "set": {1}}, pickle_protocol=protocol)
+    with open_checkpoint(path) as checkpoint:
+        assert_same(torch, checkpoint.tensors, truth)
+        assert checkpoint.extra == {"epoch": 3, "name": "näme", "set": {1}}
+
+
+def test_parameters_and_tensors_with_attributes_are_tensors(torch: ModuleType, save: Save) -> None:
+    plain = torch.nn.Parameter(torch.arange(4.0))
+    marked = torch.nn.Parameter(torch.arange(5.0))
+    marked.partition = 3
+    path = save({"plain": plain, "marked": marked})
+    with open_checkpoint(path) as checkpoint:
+        assert_same(torch, checkpoint.tensors, {"plain": plain, "marked": marked})
+
+
+def test_a_real_state_dict_keeps_its_order_and_loses_its_metadata(
+    torch: ModuleType, save: Save
+) -> None:
+    module = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(4, 6, 3), dim=2)
+    truth = module.state_dict()
+    with open_checkpoint(save(truth)) as checkpoint:
+        assert_same(torch, checkpoint.tensors, truth)
+        assert checkpoint.extra == {}
+
+
+@pytest.mark.parametrize("path", [(), ("model",), ("state_dict",), ("model", "state_dict")])
+def test_the_state_dict_is_found_where_it_is_kept(
+    torch: ModuleType, save: Save, path: tuple[str, ...]
+) -> None:
+    value: dict[str, Any] = {"a.weight": torch.ones(2)}
+    for key in reversed(path):
+        value = {"epoch": 1, key: value}
+    with open_checkpoint(save(value)) as checkpoint:
+        assert list(checkpoint.tensors) == ["a.weight"]
+        assert checkpoint.extra.get("epoch") == (1 if path else None)
+        assert checkpoint.config is None
+
+
+class Shade(enum.Enum):
+    DARK = "dark"
+
+
+def test_what_stands_beside_the_tensors_becomes_plain_values_and_records(
+    torch: ModuleType, save: Save
+) -> None:
+    extra = {
+        "numbers": [1, -5, 2**40, 1.5, True, None],
+        "shape": torch.Size([2, 3]),
+        "device": torch.device("cpu"),
+        "dtype": torch.float16,
+        "bytes": b"\x00\xff",
+        "by default": defaultdict(list, a=[1]),
+        "enum": Shade.DARK,
+        "scalar": np.float64(1.25),
+        "vector": np.arange(3),
+        "frozen": frozenset({"x"}),
+        "complex": 1 + 2j,
+        "path": Path("a/b"),
+        "nested": {"tensor": torch.arange(3)},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
+    }
+    with open_checkpoint(save({"model": {"w": torch.zeros(1)}, **extra})) as checkpoint:
+        found = checkpoint.extra
+        for key in ("numbers", "bytes", "by default", "frozen", "complex"):
+            assert found[key] == extra[key], key
+        assert found["shape"] == (2, 3)
+        for key, name in (
+            ("device", "torch.device"), ("dtype", "torch.float16"), ("scalar", ".scalar"),
+            ("vector", "._reconstruct"), ("path", "Path"),
+        ):  # fmt: skip
+            assert isinstance(found[key], InertRecord), key
+            assert f"{found[key].module}.{found[key].name}".endswith(name)
+        assert found["device"].args == ("cpu",)
+        assert "dark" in str(found["enum"].args).lower()
+        assert found["nested"]["tensor"].name == "nested.tensor"
+        assert found["nested"]["tensor"].array().tolist() == [0, 1, 2]
+        moment = found["optimizer"]["state"][0]["exp_avg"]
+        assert moment.float32().tolist() == [1, 1]
+
+
+def test_a_namespace_of_old_fairseq_is_the_configuration(torch: ModuleType, save: Save) -> None:
+    args = argparse.Namespace(arch="hubert", encoder_layers=12, normalize=False)
+    with open_checkpoint(save({"args": args, "model": {"w": torch.zeros(1)}})) as checkpoint:
+        assert checkpoint.config == {
+            "model": {"arch": "hubert", "encoder_layers": 12, "normalize": False}
+        }
+        assert checkpoint.extra["args"].name == "Namespace"
+
+
+def test_a_dict_of_newer_fairseq_is_the_configuration(torch: ModuleType, save: Save) -> None:
+    cfg = {"model": {"encoder_layers": 12}, "task": {"normalize": False}}
+    value = {"args": None, "cfg": cfg, "model": {"w": torch.zeros(1)}}
+    with open_checkpoint(save(value)) as checkpoint:
+        assert checkpoint.config == cfg
+
+
+def test_an_omegaconf_configuration_is_unwrapped(
+    torch: ModuleType, save: Save, need: Callable[[str, str], ModuleType]
+) -> None:
+    omegaconf = need("omegaconf", "scripts/test installs it with fairseq")
+    cfg = {"model": {"layers": 12, "none": None, "list": [1, "x", {"y": 0.5}]}, "task": {"n": True}}
+    value = {"cfg": omegaconf.OmegaConf.create(cfg), "model": {"w": torch.zeros(1)}}
+    with open_checkpoint(save(value)) as checkpoint:
+        assert checkpoint.config == cfg
+
+
+def test_a_value_that_contains_itself_is_cut_where_it_does(torch: ModuleType, save: Save) -> None:
+    loop: dict[str, Any] = {"depth": 1}
+    loop["again"] = [loop]
+    with open_checkpoint(save({"model": {"w": torch.zeros(1)}, "loop": loop})) as checkpoint:
+        (inner,) = checkpoint.extra["loop"]["again"]
+        assert checkpoint.extra["loop"]["depth"] == 1
+        assert repr(inner) == "InertRecord(.enclosing value)"
+
+
+def test_opening_a_zip_reads_nothing_of_the_tensors(
+    torch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pt"
+    moments = {"state": {0: {"exp_avg": torch.ones(50_000)}}}
+    torch.save({"model": {"w": torch.ones(50_000)}, "last_optimizer_state": moments}, path)
+    spans: list[tuple[int, int]] = []
+    pread = os.pread
+
+    def recorded(descriptor: int, length: int, offset: int) -> bytes:
+        spans.append((offset, offset + length))
+        return pread(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", recorded)
+    with open_checkpoint(path) as checkpoint:
+        moment = checkpoint.extra["last_optimizer_state"]["state"][0]["exp_avg"]
+        for tensor in (checkpoint.tensors["w"], moment):
+            start, end = tensor.storage.start, tensor.storage.start + tensor.storage.length
+            # the last bytes of the file, where its table of contents is sought, may overlap
+            touched = [span for span in spans if span[0] < end and start < span[1]]
+            assert all(length - offset <= 22 + 65535 for offset, length in touched)
+            assert len(touched) <= 1
+        assert checkpoint._sources[0]._map is None
+
+
+def test_opening_the_older_container_skips_gigabytes_of_optimizer_state(tmp_path: Path) -> None:
+    count = 2**33
+    state = tensor((count,), (1,), of=storage(key="1", count=count))
+    value = {"model": {"w": tensor()}, "last_optimizer_state": {"exp_avg": state}}
+    path = tmp_path / "model.pt"
+    content = torch_legacy(assemble(value), {"0": (6, SIX_FLOATS), "1": (count, b"")})
+    path.write_bytes(content)
+    os.truncate(path, len(content) + 4 * count)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors["w"].float32().tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert checkpoint.extra["last_optimizer_state"]["exp_avg"].nbytes == 2**35
+    assert path.stat().st_blocks * 512 < 2**20
+
+
+def test_views_are_read_only_and_outlive_the_checkpoint(torch: ModuleType, save: Save) -> None:
+    with open_checkpoint(save({"w": torch.arange(4.0)})) as checkpoint:
+        view = checkpoint.tensors["w"].array()
+        with pytest.raises(ValueError, match="read-only"):
+            view[0] = 1
+    assert view.tolist() == [0, 1, 2, 3]
+    with pytest.raises(CheckpointError, match="has been closed"):
+        checkpoint.tensors["w"].read()
+
+
+def test_a_file_cut_short_after_opening_is_an_error_and_not_a_crash(
+    torch: ModuleType, save: Save
+) -> None:
+    path = save({"w": torch.zeros(10_000)})
+    with open_checkpoint(path) as checkpoint:
+        os.truncate(path, 2000)
+        with pytest.raises(CorruptCheckpoint, match="ends in the middle"):
+            checkpoint.tensors["w"].float32()
+
+
+def test_a_wrong_byte_in_a_tensor_is_found_by_its_checksum(
+    torch: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"good": torch.zeros(100), "bad": torch.full((100,), 7.0)}, path)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.verify()
+        place = checkpoint.tensors["bad"].storage.start + 5
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors["good"].verify()
+        with pytest.raises(CorruptCheckpoint, match="the bytes of bad do not have the checksum"):
+            checkpoint.verify()
+
+
+def test_a_file_saved_without_checksums_says_so(torch: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(3)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with open_checkpoint(path) as checkpoint:
+        assert not checkpoint.verify()
+        assert checkpoint.tensors["w"].float32().tolist() == [1, 1, 1]
+
+
+def test_wide_floats_are_rounded_and_what_is_no_real_number_is_refused(
+    torch: ModuleType, save: Save
+) -> None:
+    third = torch.tensor([1 / 3, 1e300], dtype=torch.float64)
+    value = {"third": third, "complex": torch.complex(third, third)}
+    with open_checkpoint(save(value)) as checkpoint:
+        assert checkpoint.tensors["third"].float32().tolist() == third.float().tolist()
+        with pytest.raises(UnsupportedCheckpoint, match="tensor complex is of dtype complex128"):
+            checkpoint.tensors["complex"].float32()
+
+
+@pytest.mark.parametrize("root", ["archive", "model", "hübert 500", "モデル"])
+def test_the_archive_may_be_called_anything(torch: ModuleType, tmp_path: Path, root: str) -> None:
+    path = tmp_path / f"{root}.pt"
+    torch.save({"w": torch.ones(3)}, path)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors["w"].shape == (3,)
+
+
+@pytest.mark.parametrize("write", [torch_zip, torch_legacy])
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(tensor(function="_rebuild_tensor"), id="torch 0.1"),
+        pytest.param(
+            Call("torch._utils", "_rebuild_parameter", (tensor(), True, Call("a", "b"))),
+            id="parameter",
+        ),
+        pytest.param(
+            Call(
+                "torch._utils",
+                "_rebuild_tensor_v3",
+                (
+                    storage("UntypedStorage", count=24), 0, (2, 3), (3, 1), False, None,
+                    Name("torch", "float32"),
+                ),
+            ),
+            id="untyped",
+        ),
+    ],
+)  # fmt: skip
+def test_every_way_of_writing_a_tensor_is_read(
+    tmp_path: Path, write: Callable[..., bytes], value: Call
+) -> None:
+    path = tmp_path / "model.pt"
+    if "UntypedStorage" in repr(value) and write is torch_legacy:
+        content = torch_legacy(assemble({"w": value}), {"0": (24, SIX_FLOATS)})
+    else:
+        content = write(assemble({"w": value}))
+    path.write_bytes(content)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors["w"].float32().tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_storages_of_a_gpu_are_read_like_any(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    for module in ("torch", "torch.cuda"):
+        identity = ("storage", Name(module, "FloatStorage"), "0", "cuda:3", 6)
+        of = storage()
+        of = type(of)(identity)
+        path.write_bytes(torch_zip(assemble({"w": tensor(of=of)})))
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.tensors["w"].size == 6
+
+
+# ---- safetensors
+
+
+@pytest.fixture
+def safetensors(need: Callable[[str, str], ModuleType]) -> ModuleType:
+    return need("safetensors.torch", "pip install safetensors")
+
+
+def test_safetensors_are_read_bit_by_bit(
+    torch: ModuleType, safetensors: ModuleType, tmp_path: Path
+) -> None:
+    real = torch.randn(3, 5, generator=torch.Generator().manual_seed(3)) * 50
+    dtypes = (
+        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool "
+        "float8_e4m3fn float8_e5m2"
+    )
+    truth = {name: real.abs().to(getattr(torch, name)) for name in dtypes.split()}
+    truth["empty"] = torch.zeros(0, 4)
+    truth["scalar"] = torch.tensor(3.5)
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file(truth, path, {"format": "pt", "note": "näme"})
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.container == "safetensors"
+        assert checkpoint.metadata == {"format": "pt", "note": "näme"}
+        assert (checkpoint.extra, checkpoint.config) == ({}, None)
+        starts = [tensor.storage.start for tensor in checkpoint.tensors.values()]
+        assert starts == sorted(starts)
+        assert_same(
+            torch,
+            dict(sorted(checkpoint.tensors.items())),
+            dict(sorted(safetensors.load_file(path).items())),
+        )
+        assert not checkpoint.verify()
+
+
+# ---- Hugging Face folders
+
+
+@pytest.fixture
+def folder(torch: ModuleType, safetensors: ModuleType, tmp_path: Path) -> Path:
+    """Two shards of safetensors, their index, and a config.json."""
+    path = tmp_path / "hubert"
+    path.mkdir()
+    safetensors.save_file({"a": torch.zeros(2), "b": torch.ones(3)}, path / "one.safetensors")
+    safetensors.save_file({"c": torch.full((4,), 2.0)}, path / "two.safetensors")
+    places = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 36}, "weight_map": places})
+    )
+    (path / "config.json").write_text('{"model_type": "hubert", "hidden_size": 96}')
+    return path
+
+
+def edit_index(folder: Path, **places: str | None) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for name, shard in places.items():
+        if shard is None:
+            del index["weight_map"][name]
+        else:
+            index["weight_map"][name] = shard
+    path.write_text(json.dumps(index))
+
+
+def test_a_folder_of_shards_is_one_checkpoint(folder: Path) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.files == (folder / "one.safetensors", folder / "two.safetensors")
+        assert checkpoint.config == {"model_type": "hubert", "hidden_size": 96}
+        assert {name: tensor.shape for name, tensor in checkpoint.tensors.items()} == {
+            "a": (2,), "b": (3,), "c": (4,)
+        }  # fmt: skip
+        assert checkpoint.tensors["c"].float32().tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_folder_of_one_file_is_read_by_folder_and_by_file(
+    torch: ModuleType, safetensors: ModuleType, tmp_path: Path, name: str
+) -> None:
+    write = torch.save if name.endswith(".bin") else safetensors.save_file
+    write({"w": torch.ones(2)}, tmp_path / name)
+    (tmp_path / "config.json").write_text('{"model_type": "hubert"}')
+    for path in (tmp_path, tmp_path / name):
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.path == path
+            assert checkpoint.files == (tmp_path / name,)
+            assert list(checkpoint.tensors) == ["w"]
+            assert checkpoint.config == {"model_type": "hubert"}
+
+
+def test_a_folder_that_holds_both_forms_gives_the_safetensors(
+    torch: ModuleType, safetensors: ModuleType, tmp_path: Path
+) -> None:
+    torch.save({"from bin": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    safetensors.save_file({"from safetensors": torch.ones(2)}, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == ["from safetensors"]
+        assert checkpoint.config is None
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../one.safetensors", "/etc/passwd", "sub/one.safetensors", "..", ".", "",
+        "..\\one.safetensors", "one.safetensors\n", "C:\\one.safetensors",
+    ],
+)  # fmt: skip
+def test_an_index_cannot_lead_out_of_its_folder(folder: Path, shard: str) -> None:
+    (folder.parent / "one.safetensors").write_bytes((folder / "one.safetensors").read_bytes())
+    edit_index(folder, c=shard)
+    with pytest.raises(CorruptCheckpoint, match="names a file outside its folder"):
+        open_checkpoint(folder)
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(folder: Path) -> None:
+    edit_index(folder, c="one.safetensors")
+    with pytest.raises(CorruptCheckpoint, match="not in the files that the index gives") as refused:
+        open_checkpoint(folder)
+    assert refused.value.expected == "c"
+    edit_index(folder, c="two.safetensors", b="two.safetensors")
+    with pytest.raises(CorruptCheckpoint, match="does not say that b is in one"):
+        open_checkpoint(folder)
+    edit_index(folder, b="one.safetensors", a=None)
+    with pytest.raises(CorruptCheckpoint, match="does not say that a is in one"):
+        open_checkpoint(folder)
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    (folder / "two.safetensors").unlink()
+    with pytest.raises(UnsupportedCheckpoint, match="lacks weight files") as refused:
+        open_checkpoint(folder)
+    assert refused.value.expected == "two.safetensors"
+
+
+def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "hubert_base.pt").write_bytes(b"")
+    with pytest.raises(UnsupportedCheckpoint, match="no weights that can be read") as refused:
+        open_checkpoint(tmp_path)
+    assert refused.value.found == "hubert_base.pt"
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ("", "not JSON"),
+        ("[1]", "not an object"),
+        ('{"a": 1, "a": 2}', "the name a occurs twice"),
+        ('{"a": ' * 2000 + "1" + "}" * 2000, "nests too deeply"),
+        ('{"a": ' * 100 + "1" + "}" * 100, "nests too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "integer that is too long"),
+        ('{"a": NaN}', "it has a NaN"),
+        ('{"a": "\udcff"}', "not UTF-8"),
+    ],
+)
+def test_a_config_that_is_no_honest_json_is_refused(
+    folder: Path, content: str, fragment: str
+) -> None:
+    (folder / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CorruptCheckpoint, match=fragment):
+        open_checkpoint(folder)
+
+
+# ---- what cannot be opened at all
+
+
+def test_what_is_not_there_or_not_a_file_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "missing.pt", tmp_path / "pipe", Path("a\0b"), Path("n" * 5000)):
+        with pytest.raises(CheckpointError, match=r"cannot open|not a file"):
+            open_checkpoint(path)
+
+
+def test_a_whole_pickled_model_is_named_and_refused(torch: ModuleType, save: Save) -> None:
+    module = torch.nn.Linear(2, 3)
+    for value in (module, {"model": module, "epoch": 1}):
+        with pytest.raises(UnsupportedCheckpoint, match="a whole pickled model") as refused:
+            open_checkpoint(save(value))
+        assert "torch.nn.modules.linear.Linear" in str(refused.value)
+
+
+def test_a_checkpoint_without_a_state_dict_says_what_it_holds(
+    torch: ModuleType, save: Save
+) -> None:
+    for value, found in (
+        ({"epoch": 1, "lr": 0.5}, "a dict of epoch, lr"),
+        ([torch.ones(1)], "(TensorView)"),
+        (torch.ones(1), "TensorView"),
+        ({}, "a dict of nothing"),
+        (None, "None"),
+    ):
+        with pytest.raises(UnsupportedCheckpoint, match="holds no state dict") as refused:
+            open_checkpoint(save(value))
+        assert refused.value.found == found
+
+
+@pytest.mark.filterwarnings("ignore:.*[Qq]uantize:")
+def test_a_tensor_of_another_kind_is_named(torch: ModuleType, save: Save) -> None:
+    sparse = torch.eye(3).to_sparse()
+    with pytest.raises(UnsupportedCheckpoint, match="the tensor odd is of a kind"):
+        open_checkpoint(save({"w": torch.ones(1), "odd": sparse}))
+    quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    with pytest.raises(UnsupportedCheckpoint, match="QInt8Storage"):
+        open_checkpoint(save({"w": torch.ones(1), "odd": quantized}))
+
+
+def test_a_stand_in_is_read_as_torch_reads_it(torch: ModuleType, tiny_checkpoint: Path) -> None:
+    dictionary = type("Dictionary", (), {})
+    with torch.serialization.safe_globals([(dictionary, "fairseq.data.dictionary.Dictionary")]):
+        truth = torch.load(tiny_checkpoint)
+    with open_checkpoint(tiny_checkpoint) as checkpoint:
+        assert_same(torch, checkpoint.tensors, truth["model"])
+        assert checkpoint.config == truth["cfg"]
+        assert checkpoint.verify()
+        assert set(checkpoint.extra) == set(truth) - {"model"}
+        (labels,) = checkpoint.extra["task_state"]["dictionaries"]
+        assert labels.state == vars(truth["task_state"]["dictionaries"][0])
+
+
+@pytest.mark.fullsize
+def test_the_full_size_stand_in_is_read_as_torch_reads_it(torch: ModuleType, standin: Path) -> None:
+    dictionary = type("Dictionary", (), {})
+    with torch.serialization.safe_globals([(dictionary, "fairseq.data.dictionary.Dictionary")]):
+        truth = torch.load(standin, mmap=True)
+    with open_checkpoint(standin) as checkpoint:
+        assert list(checkpoint.tensors) == list(truth["model"])
+        assert len(checkpoint.tensors) == 214
+        for name, expected in truth["model"].items():
+            assert checkpoint.tensors[name].array().tobytes() == bits(torch, expected), name
+        assert checkpoint.config == truth["cfg"]
+        assert checkpoint.verify()
+
+
+def test_reading_imports_nothing_that_a_pickle_names(tmp_path: Path) -> None:
+    """The same names that Python's own unpickler would import stay text."""
+    assert "antlr" not in sys.modules
+    path = tmp_path / "model.pt"
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "x": Call("antlr.deep", "Thing", (1,))})))
+    before = set(sys.modules)
+    with open_checkpoint(path) as checkpoint:
+        record = checkpoint.extra["x"]
+        assert (record.module, record.name, record.args) == ("antlr.deep", "Thing", (1,))
+    assert set(sys.modules) == before
+    with pytest.raises(ModuleNotFoundError):
+        pickle.loads(assemble(Call("antlr.deep", "Thing", (1,))))
