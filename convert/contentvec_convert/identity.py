@@ -121,7 +121,9 @@ class Identification:
 
         For laying out a header before the checksums are known.
         """
-        candidates = (row for row in KNOWN_FILES if row.size in (None, self.size))
+        candidates = (
+            row for row in KNOWN_FILES if row.verifiable and row.size in (None, self.size)
+        )
         known = max(candidates, key=lambda row: len(row.key), default=None)
         files = tuple(
             FileIdentity(path.name, state[0], "0" * 32, "0" * 64)

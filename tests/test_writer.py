@@ -1,0 +1,347 @@
+"""The writer: files that other readers agree with, that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from contentvec_convert.writer import Draft, Entry, check_target, header, lay_out, publish
+from mlx_contentvec.errors import OutputError
+
+METADATA = {"format": "mlx", "note": 'ä "quoted" \n'}
+
+
+def write(path: Path, arrays: dict[str, np.ndarray[Any, Any]], *, force: bool = False) -> None:
+    names = {"float32": "F32", "float16": "F16", "uint32": "U32"}
+    entries = [Entry(name, names[str(a.dtype)], a.shape) for name, a in arrays.items()]
+    layout = lay_out(entries, METADATA)
+    with Draft(path) as draft, Draft(path.with_suffix(".ledger.json")) as paper:
+        draft.write(0, header(layout, METADATA))
+        for name, array in arrays.items():
+            draft.write(layout.starts[name], np.ascontiguousarray(array).data)
+        paper.write(0, b"{}")
+        publish(draft, paper, force=force)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+ARRAYS = {
+    "b.odd": np.arange(3, dtype=np.float16),
+    "a.wide": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "c.packed": np.arange(4, dtype=np.uint32),
+    "z.scalar": np.float32(7).reshape(()),
+}
+
+
+# ---- the format
+
+
+def test_the_safetensors_library_and_mlx_read_what_is_written(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.numpy import load_file
+
+    path = tmp_path / "out.safetensors"
+    write(path, ARRAYS)
+    loaded = load_file(path)
+    assert set(loaded) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert loaded[name].dtype == array.dtype
+        assert np.array_equal(loaded[name], array)
+    with safe_open(path, "numpy") as opened:
+        assert opened.metadata() == METADATA
+
+    from mlx_contentvec.backend import mx
+
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    assert metadata["format"] == "mlx"
+    assert np.array_equal(np.array(arrays["a.wide"]), ARRAYS["a.wide"])
+
+
+def test_data_is_aligned_and_without_gaps(tmp_path: Path) -> None:
+    path = tmp_path / "out.safetensors"
+    write(path, ARRAYS)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    fields = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    assert next(iter(fields)) == "__metadata__"
+    del fields["__metadata__"]
+    position = 0
+    for row in fields.values():
+        begin, end = row["data_offsets"]
+        size = {"F32": 4, "F16": 2, "U32": 4}[row["dtype"]]
+        assert begin == position and begin % size == 0
+        position = end
+    assert 8 + length + position == len(data)
+
+
+def test_the_order_of_the_tensors_given_does_not_show(tmp_path: Path) -> None:
+    write(tmp_path / "1.safetensors", ARRAYS)
+    write(tmp_path / "2.safetensors", dict(reversed(ARRAYS.items())))
+    first, second = ((tmp_path / f"{i}.safetensors").read_bytes() for i in (1, 2))
+    assert first == second
+
+
+def test_a_header_may_shrink_after_the_data_was_placed_and_may_not_grow() -> None:
+    layout = lay_out([Entry("a", "F32", (1,))], {"k": "x" * 50})
+    assert len(header(layout, {"k": "x"})) == layout.header_bytes
+    with pytest.raises(OutputError, match="header grew"):
+        header(layout, {"k": "x" * 70})
+
+
+# ---- whole or not at all
+
+
+def test_nothing_is_visible_before_it_is_published(tmp_path: Path) -> None:
+    final = tmp_path / "out.safetensors"
+    with Draft(final) as draft:
+        draft.write(0, b"half")
+        assert not final.exists()
+        assert names(tmp_path)[0].startswith(".out.safetensors.")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OutputError("no")])
+def test_whatever_ends_a_draft_leaves_no_debris(tmp_path: Path, error: Any) -> None:
+    final = tmp_path / "out.safetensors"
+    final.write_bytes(b"old")
+    with pytest.raises(BaseException), Draft(final) as draft:  # noqa: B017
+        draft.write(0, b"half")
+        raise error
+    assert names(tmp_path) == ["out.safetensors"]
+    assert final.read_bytes() == b"old"
+
+
+def test_what_a_killed_run_left_behind_is_removed_by_the_next(tmp_path: Path) -> None:
+    final = tmp_path / "out.safetensors"
+    code = (
+        "import os, sys, signal; from pathlib import Path\n"
+        "from contentvec_convert.writer import Draft\n"
+        "draft = Draft(Path(sys.argv[1])).__enter__(); draft.write(0, b'half')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, final], env=environment, check=False)
+    (leftover,) = names(tmp_path)
+    assert leftover.endswith(".partial")
+    (tmp_path / ".other.safetensors.0.partial").touch()
+    write(final, ARRAYS)
+    assert names(tmp_path) == [
+        ".other.safetensors.0.partial",
+        "out.ledger.json",
+        "out.safetensors",
+    ]
+
+
+def test_a_run_under_way_is_not_mistaken_for_a_leftover(tmp_path: Path) -> None:
+    final = tmp_path / "out.safetensors"
+    with Draft(final) as first:
+        first.write(0, b"first")
+        with Draft(final) as second:
+            second.write(0, b"second")
+            second.rename(force=True)
+        first.rename(force=True)
+    assert final.read_bytes() == b"first"
+    assert names(tmp_path) == ["out.safetensors"]
+
+
+def test_two_runs_without_force_do_not_replace_each_other(tmp_path: Path) -> None:
+    final = tmp_path / "out.safetensors"
+    with Draft(final) as draft:
+        draft.write(0, b"mine")
+        final.write_bytes(b"somebody else's")
+        with pytest.raises(OutputError, match="appeared"):
+            draft.rename(force=False)
+    assert final.read_bytes() == b"somebody else's"
+    assert names(tmp_path) == ["out.safetensors"]
+
+
+def test_a_file_system_without_second_names_is_served_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    write(tmp_path / "out.safetensors", ARRAYS)
+    assert names(tmp_path) == ["out.ledger.json", "out.safetensors"]
+
+
+@pytest.mark.parametrize("steps", range(3))
+def test_an_interrupted_publication_never_leaves_a_foreign_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Stop after so many of: old ledger gone, output renamed, ledger renamed."""
+    final, ledger = tmp_path / "out.safetensors", tmp_path / "out.ledger.json"
+    final.write_bytes(b"old")
+    ledger.write_bytes(b"ledger of old")
+    done = 0
+    rename, unlink = Draft.rename, Path.unlink
+
+    def step() -> None:
+        nonlocal done
+        if done == steps:
+            raise KeyboardInterrupt
+        done += 1
+
+    def counted_rename(self: Draft, **options: Any) -> None:
+        step()
+        rename(self, **options)
+
+    def counted_unlink(self: Path, **options: Any) -> None:
+        if self == ledger:
+            step()
+        unlink(self, **options)
+
+    monkeypatch.setattr(Draft, "rename", counted_rename)
+    monkeypatch.setattr(Path, "unlink", counted_unlink)
+    with pytest.raises(KeyboardInterrupt), Draft(final) as draft, Draft(ledger) as paper:
+        draft.write(0, b"new")
+        paper.write(0, b"ledger of new")
+        publish(draft, paper, force=True)
+    pair = (final.read_bytes(), ledger.read_bytes() if ledger.exists() else None)
+    assert pair == [(b"old", b"ledger of old"), (b"old", None), (b"new", None)][steps]
+    assert len(names(tmp_path)) == 1 + (pair[1] is not None)
+
+
+# ---- refusals
+
+
+def test_an_existing_file_is_not_replaced_unasked(tmp_path: Path) -> None:
+    final = tmp_path / "out.safetensors"
+    final.write_bytes(b"old")
+    with pytest.raises(OutputError, match="already exists"):
+        check_target(final, force=False)
+    check_target(final, force=True)
+    final.unlink()
+    final.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="already exists"):
+        check_target(final, force=False)
+
+
+def test_a_missing_folder_is_said(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="does not exist"):
+        check_target(tmp_path / "none" / "out.safetensors", force=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        check_target(tmp_path / "file" / "out.safetensors", force=False)
+
+
+def test_a_folder_in_the_way_is_said(tmp_path: Path) -> None:
+    (tmp_path / "out.safetensors").mkdir()
+    with pytest.raises(OutputError, match="it is a folder"):
+        check_target(tmp_path / "out.safetensors", force=True)
+
+
+def test_a_disk_too_small_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 5000, 5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    check_target(tmp_path / "out.safetensors", force=False, needed=5000)
+    with pytest.raises(OutputError) as caught:
+        check_target(tmp_path / "out.safetensors", force=False, needed=5001)
+    assert "5,000 bytes free" in str(caught.value) and "5,001 bytes" in str(caught.value)
+
+
+def test_a_disk_that_fills_up_gives_one_error_and_no_debris(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 10
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = real(descriptor, data[:room], offset)
+        room -= count
+        return count
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OutputError) as caught:
+        write(tmp_path / "out.safetensors", ARRAYS)
+    assert "No space left on device" in str(caught.value) and "hint" in str(caught.value)
+    assert names(tmp_path) == []
+
+
+def test_a_disk_that_fails_to_flush_gives_an_error_and_no_debris(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OutputError, match="cannot write"):
+        write(tmp_path / "out.safetensors", ARRAYS)
+    assert names(tmp_path) == []
+
+
+def test_a_limit_on_file_size_gives_one_error_and_no_debris(tmp_path: Path) -> None:
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, old[1]))
+    try:
+        with pytest.raises(OutputError) as caught:
+            write(tmp_path / "out.safetensors", ARRAYS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "File too large" in str(caught.value)
+    assert names(tmp_path) == []
+
+
+@pytest.fixture
+def read_only_folder() -> Iterator[Path]:
+    """A folder that may not be written to, for root as well (as somebody else)."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    somebody = 65534
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(somebody)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_folder_without_permission_is_said(read_only_folder: Path) -> None:
+    with pytest.raises(OutputError) as caught, Draft(read_only_folder / "out.safetensors"):
+        pass
+    assert "Permission denied" in str(caught.value)
+    assert "another folder" in str(caught.value)
+
+
+def test_what_comes_back_short_is_noticed(tmp_path: Path) -> None:
+    with Draft(tmp_path / "out") as draft:
+        draft.write(0, b"1234")
+        found = bytearray(8)
+        with pytest.raises(OutputError, match="shorter"):
+            draft.read_into(0, memoryview(found))
+
+
+def test_large_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda d, data, at: real(d, data[:7], at))
+    data = os.urandom(100)
+    with Draft(tmp_path / "out") as draft:
+        draft.write(3, data)
+        found = bytearray(100)
+        draft.read_into(3, memoryview(found))
+    assert found == data
