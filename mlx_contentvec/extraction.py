@@ -436,7 +436,8 @@ class Extraction:
         return results
 
     def _keep(self, item: Work, clip: Clip, features: Features) -> None:
-        features = features.astype(self.settings.dtype)
+        with np.errstate(over="ignore"):
+            features = features.astype(self.settings.dtype)
         if not np.isfinite(features).all():
             self._fail(item, AudioError("its features are not finite numbers"))
             return

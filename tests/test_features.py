@@ -103,7 +103,7 @@ def test_a_model_that_wants_normalised_input_gets_it() -> None:
     model = random_model(CONFIGS["large"])
     waveform = noise(48000)
     features = extract(model, waveform, layer=3)
-    np.testing.assert_allclose(extract(model, waveform * 0.5 + 0.1, layer=3), features, atol=2e-3)
+    np.testing.assert_allclose(extract(model, waveform * 0.5 + 0.1, layer=3), features, atol=1e-2)
     streamed = extract(model, waveform, layer=3, max_memory=3 << 20)
     np.testing.assert_allclose(streamed, features, atol=2e-5)
 
