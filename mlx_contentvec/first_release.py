@@ -24,6 +24,8 @@ BIAS = f"{POSITIONAL}.module.bias"
 COMPUTED_KERNEL = f"{POSITIONAL}.module.weight"
 #: where its conversion script put the direction, losing the magnitude
 LOST_MAGNITUDE = "encoder.pos_conv.0.module.weight"
+#: what its model did not have
+HEAD = frozenset({"final_proj.weight", "final_proj.bias"})
 
 
 def is_first_release(names: Container[str]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import kernels
+from . import first_release, kernels
 from .audio import LOUDEST_PEAK
 from .backend import mx, nn
 from .config import ModelConfig, parameter_shapes
@@ -113,7 +113,16 @@ class ContentvecModel(nn.Module):
             self._require_same_config(_stored_config(origin, metadata), origin)
         if "quantization" in metadata:
             self._quantize(json.loads(metadata["quantization"]))
-        expected = dict(self._flat_parameters())
+        headless = False
+        if first_release.is_first_release(arrays):
+            arrays = first_release.renamed(arrays)
+            # that release had no final_proj: there is nothing to wait for
+            headless = not first_release.HEAD & arrays.keys()
+        expected = {
+            name: array
+            for name, array in self._flat_parameters()
+            if not (headless and name in first_release.HEAD)
+        }
         missing = [name for name in expected if name not in arrays]
         surplus = [name for name in arrays if name not in expected]
         if strict and (missing or surplus):
@@ -139,6 +148,9 @@ class ContentvecModel(nn.Module):
                 found=f"{len(wrong)} of another shape: {name_list(wrong)}",
                 hint="ContentvecModel.from_file(path) builds the model that a file describes",
             )
+        if headless:
+            self.config = dataclasses.replace(self.config, final_dim=None)
+            self.pop("final_proj", None)
         taken = [(name, kernels.arrange(arrays[name])) for name in expected if name in arrays]
         super().load_weights(taken, strict=False)
         # a placeholder that is gone may leave its id to an array made later

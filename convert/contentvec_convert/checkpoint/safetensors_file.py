@@ -62,7 +62,9 @@ def read_safetensors(file: SourceFile) -> Contents:
             expected=f"at most {limits.JSON_BYTES:,}",
         )
     header = parse_object(file, file.read(_LENGTH.size, length), "its header")
-    metadata = _metadata(file, header.pop("__metadata__", {}))
+    # mlx.core.save_safetensors writes null where there is none
+    stored = header.pop("__metadata__", None)
+    metadata = {} if stored is None else _metadata(file, stored)
     if len(header) > limits.TENSORS:
         raise file.corrupt("it has too many tensors", expected=f"at most {limits.TENSORS:,}")
     start = _LENGTH.size + length
