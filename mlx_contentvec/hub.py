@@ -353,7 +353,8 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
     def first(kind: type[BaseException]) -> BaseException | None:
         return next((e for e in chain if isinstance(e, kind)), None)
 
-    answer = first(hub_errors.HfHubHTTPError)
+    # not every client wraps the answer in an error of its own, nor fills it in
+    answer = next((e for e in chain if getattr(e, "response", None) is not None), None)
     if answer is not None:
         return _explain_answer(answer, repo_id, doing)
     if first(hub_errors.OfflineModeIsEnabled) or (

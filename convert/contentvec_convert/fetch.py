@@ -150,22 +150,33 @@ def _obtain(row: KnownFile, part: Path, progress: Checked | None) -> Identity:
 
 
 def _download(row: KnownFile, part: Path) -> None:
+    """Go on from what ``part`` holds, again and again as long as something arrives."""
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        if row.size is not None and before > row.size:
+            part.unlink()
+            before = 0
+        if before and before == row.size:
+            return
+        try:
+            _download_from(row, part, before)
+        except HubError:
+            if part.stat().st_size <= before:
+                raise
+        else:
+            return
+
+
+def _download_from(row: KnownFile, part: Path, done: int) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     repo_id = _repository(row)
-    done = part.stat().st_size if part.exists() else 0
-    if row.size is not None and done > row.size:
-        part.unlink()
-        done = 0
-    if done and done == row.size:
-        return
     with part.open("ab") as file, hub.plain_words(repo_id, f"download {row.hub_path} from"):
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled
-        file.seek(0, os.SEEK_END)
         http_get(
             hf_hub_url(repo_id, row.hub_path or ""),
             file,
