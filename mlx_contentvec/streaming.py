@@ -55,6 +55,8 @@ DEFAULT_MEMORY = 512 << 20
 #: sizes that a piece may have, the first being the least that works
 FRAMES = (32, 64, 128, 256)
 QUERIES = (16, 32, 64, 128, 256)
+#: keys that queries are scored against at once on a CPU: their scores stay in cache
+KEYS = 8192
 #: arrays of its output's size that a computation holds at its peak (measured)
 COPIES = 6
 
@@ -81,8 +83,9 @@ def streamed_bytes(config: ModelConfig, samples: int, pieces: Pieces) -> int:
     buffers = 2 * frames * width
     # keys and values, twice while their pieces are joined
     keys_and_values = 4 * pieces.heads * frames * head_width
-    at_once = 1 if device_kind() == "cpu" else pieces.heads
-    scores = 2 * at_once * pieces.queries * frames
+    on_cpu = device_kind() == "cpu"
+    scored = 3 * min(KEYS, frames) if on_cpu else 2 * pieces.heads * frames
+    scores = scored * pieces.queries
     return 4 * (buffers + max(_values_at_once(config, pieces.frames), keys_and_values + scores))
 
 
@@ -315,15 +318,53 @@ def _attend_fused(queries: Array, keys: Array, values: Array) -> Buffer:
 
 
 def _attend_on_cpu(queries: Array, keys: Array, values: Array) -> Buffer:
-    """The same with the softmax in numpy, on MLX's memory: its exp is vectorised, MLX's is not."""
+    """The same, some keys at a time; MLX computes scores while numpy is at the ones before."""
     queries = queries.astype(mx.float32) * queries.shape[-1] ** -0.5
-    attended = []
-    for head in range(queries.shape[1]):
-        scores = queries[0, head] @ keys[0, head].T
+    heads, width = queries.shape[1], values.shape[-1]
+    work = [(head, *span) for head in range(heads) for span in _spans(keys.shape[2], KEYS)]
+
+    def scored(head: int, start: int, stop: int) -> Array:
+        scores = queries[0, head] @ keys[0, head, start:stop].T
+        mx.async_eval(scores)
+        return scores
+
+    mixtures = [_Mixture(queries.shape[2], width) for _ in range(heads)]
+    upcoming = scored(*work[0])
+    for index, (head, start, stop) in enumerate(work):
+        scores = upcoming
         mx.eval(scores)
+        if index + 1 < len(work):
+            upcoming = scored(*work[index + 1])
+        mixtures[head].add(scores, values[0, head, start:stop])
+    return np.concatenate([mixture.result() for mixture in mixtures], axis=1)
+
+
+class _Mixture:
+    """Values mixed by the softmax of their scores, a part of the keys at a time.
+
+    The exponential is numpy's, in place on MLX's memory: on x86 it is vectorised
+    where MLX's is not. How a softmax is put together from parts: Milakov and
+    Gimelshein, "Online normalizer calculation for softmax" (arXiv:1805.02867).
+    """
+
+    def __init__(self, queries: int, width: int) -> None:
+        self.highest = np.full((queries, 1), -np.inf, np.float32)
+        self.total = np.zeros((queries, 1), np.float32)
+        self.mixed = mx.zeros((queries, width))
+
+    def add(self, scores: Array, values: Array) -> None:
+        """scores: (queries, keys), overwritten    values: (keys, width)."""
         weights = np.asarray(scores)
-        weights -= weights.max(axis=-1, keepdims=True)
+        highest = np.maximum(self.highest, weights.max(axis=-1, keepdims=True))
+        weights -= highest
         np.exp(weights, out=weights)
-        total = weights.sum(axis=-1, keepdims=True)
-        attended.append(np.asarray(scores @ values[0, head]) / total)
-    return np.concatenate(attended, axis=1)
+        shrunk = np.exp(self.highest - highest)
+        self.total = self.total * shrunk + weights.sum(axis=-1, keepdims=True)
+        self.mixed = self.mixed * mx.array(shrunk) + scores @ values
+        mx.async_eval(self.mixed)
+        self.highest = highest
+
+    def result(self) -> Buffer:
+        """(queries, width)."""
+        mixed: Buffer = np.asarray(self.mixed) / self.total
+        return mixed

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mlx_contentvec import streaming
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError
@@ -46,6 +47,16 @@ def test_the_size_of_the_pieces_changes_nothing(heads: int, queries: int) -> Non
     np.testing.assert_allclose(
         streamed(model, waveform, 3, False, pieces), reference, atol=2e-5, rtol=0
     )
+
+
+def test_scoring_some_keys_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(TINY)
+    waveform = noise(50000)
+    reference = streamed(model, waveform, 3, False, PIECES)
+    monkeypatch.setattr(streaming, "KEYS", 37)
+    parts = streamed(model, waveform, 3, False, PIECES)
+    assert np.abs(parts - reference).max() > 0 or streaming.device_kind() != "cpu"
+    np.testing.assert_allclose(parts, reference, atol=2e-5, rtol=0)
 
 
 def test_half_precision_weights_are_streamed_in_half_precision() -> None:
