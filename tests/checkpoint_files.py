@@ -130,19 +130,8 @@ class Entry:
     before: bytes = b""
 
 
-_LOCAL = ["signature", "version", "flags", "method", "time", "date", "crc", "packed", "length"]
-_CENTRAL = [
-    "signature",
-    "made",
-    "version",
-    "flags",
-    "method",
-    "time",
-    "date",
-    "crc",
-    "packed",
-    "length",
-]
+_LOCAL = ("signature", "version", "flags", "method", "time", "date", "crc", "packed", "length")
+_CENTRAL = ("signature", "made", *_LOCAL[1:])
 
 
 def zip_archive(
@@ -152,8 +141,15 @@ def zip_archive(
     suffix: bytes = b"",
     comment: bytes = b"",
     end: Mapping[str, int] | None = None,
+    end64: Mapping[str, int] | None = None,
+    locator: Mapping[str, int] | None = None,
 ) -> bytes:
-    """A zip archive of stored entries, as given."""
+    """A zip archive of stored entries, as given.
+
+    ``end``, ``end64`` and ``locator`` override fields of the records at its
+    end; with one of the last two it has the larger records of zip64 as well,
+    as every file of torch's has.
+    """
     body, table = bytearray(prefix), bytearray()
     for entry in entries:
         name = entry.name.encode() if isinstance(entry.name, str) else entry.name
@@ -173,11 +169,17 @@ def zip_archive(
         table += struct.pack("<2I", 0, central["offset"]) + central["name"] + central["extra"]
     facts = {
         "disk": 0, "start_disk": 0, "here": len(entries), "count": len(entries),
-        "length": len(table), "start": len(body), "comment": len(comment), **(end or {}),
+        "length": len(table), "start": len(body),
     }  # fmt: skip
-    return bytes(
-        body + table + struct.pack("<4s4H2IH", b"PK\x05\x06", *facts.values()) + comment + suffix
-    )
+    large = b""
+    if end64 is not None or locator is not None:
+        wide = {"size": 44, "made": 45, "version": 45, **facts, **(end64 or {})}
+        place = {"disk": 0, "at": len(body) + len(table), "disks": 1, **(locator or {})}
+        large = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", *wide.values())
+        large += struct.pack("<4sIQI", b"PK\x06\x07", *place.values())
+    small = {**facts, "comment": len(comment), **(end or {})}
+    record = struct.pack("<4s4H2IH", b"PK\x05\x06", *small.values())
+    return bytes(body + table + large + record + comment + suffix)
 
 
 def torch_zip(pickle: bytes, storages: Mapping[str, bytes] | None = None, **options: Any) -> bytes:
