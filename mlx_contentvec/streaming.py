@@ -348,17 +348,17 @@ class _Mixture:
     """
 
     def __init__(self, queries: int, width: int) -> None:
-        self.highest = np.full((queries, 1), -np.inf, np.float32)
-        self.total = np.zeros((queries, 1), np.float32)
+        self.highest: Buffer = np.full((queries, 1), -np.inf, np.float32)
+        self.total: Buffer = np.zeros((queries, 1), np.float32)
         self.mixed = mx.zeros((queries, width))
 
     def add(self, scores: Array, values: Array) -> None:
         """scores: (queries, keys), overwritten    values: (keys, width)."""
-        weights = np.asarray(scores)
-        highest = np.maximum(self.highest, weights.max(axis=-1, keepdims=True))
+        weights: Buffer = np.asarray(scores)
+        highest: Buffer = np.maximum(self.highest, weights.max(axis=-1, keepdims=True))
         weights -= highest
         np.exp(weights, out=weights)
-        shrunk = np.exp(self.highest - highest)
+        shrunk: Buffer = np.exp(self.highest - highest)
         self.total = self.total * shrunk + weights.sum(axis=-1, keepdims=True)
         self.mixed = self.mixed * mx.array(shrunk) + scores @ values
         mx.async_eval(self.mixed)
