@@ -71,6 +71,12 @@ class MlxCandidate:
         mask = result["padding_mask"]
         return _array(result["x"]), None if mask is None else np.array(mask).astype(bool)
 
+    def project(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``final_proj`` on features that were returned, as RVC v1 calls it."""
+        from mlx_contentvec.backend import mx
+
+        return _array(self.model.final_proj(mx.array(features).astype(self._compute_dtype())))
+
     def parameters(self) -> dict[str, NDArray[Any]]:
         """Every parameter as it was loaded, by its name; bfloat16 widened to float32."""
         from mlx.utils import tree_flatten

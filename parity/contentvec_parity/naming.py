@@ -52,7 +52,7 @@ def _fold_per_tap(magnitude: Array, direction: Array) -> Array:
     return _taps_second(kernel)
 
 
-#: layout -> the float64 value the parameter must have, from its source tensors in float64
+#: layout -> the value the parameter must have, from its source tensors
 LAYOUTS: dict[str, Callable[..., Array]] = {
     "as it is": lambda tensor: tensor,
     "taps second": _taps_second,
@@ -198,23 +198,32 @@ class Output:
     label: str
     #: the stage of the original it must equal
     stage: str
-    #: how ``ContentvecModel`` is called for it
-    call: tuple[tuple[str, object], ...]
+    #: keyword arguments of ``ContentvecModel.__call__``
+    call: tuple[tuple[str, object], ...] = ()
+    #: whether ``final_proj`` is then called on the result, as RVC does for v1
+    projected: bool = False
+    #: another way to ask for the same features: checked on clips of a second at most
+    variant: bool = False
 
 
 def outputs(config: ModelConfig) -> tuple[Output, ...]:
-    """Layer 9, its projection (RVC v1) and the last layer (RVC v2), and the default call.
+    """Layer 9, its projection (RVC v1) and the last layer (RVC v2), and other ways to ask.
 
     A model of fewer layers gives its last one in the place of layer 9.
+    Source: RVC, infer/modules/vc/pipeline.py, ``vc``.
     """
     last = config.encoder_layers
     first = min(V1_LAYER, last)
     found = [Output(f"layer {first}", f"layer.{first}", (("output_layer", first),))]
     if config.final_dim is not None:
-        call = (("output_layer", first), ("project", True))
-        found.append(Output(f"layer {first} + projection", "final_proj", call))
+        call = (("output_layer", first),)
+        label = f"layer {first} + projection"
+        found.append(Output(label, "final_proj", call, projected=True))
+        found.append(Output("project=True", "final_proj", (*call, ("project", True)), variant=True))
     if last != first:
         found.append(Output(f"layer {last}", f"layer.{last}", (("output_layer", last),)))
-    default = "final_norm" if config.layer_norm_first else f"layer.{last}"
-    found.append(Output("default", default, ()))
+    if config.layer_norm_first:
+        found.append(Output("final norm", "final_norm"))
+    else:
+        found.append(Output("model(source)", f"layer.{last}", variant=True))
     return tuple(found)

@@ -21,7 +21,8 @@ The document, ``schema`` "mlx-contentvec-parity/1":
                ``torch_threads``
 ``config``     the model's configuration (``mlx_contentvec.config``)
 ``reference``  ``name`` ("fairseq", "transformers", "recording"), ``versions`` of what
-               computed it, ``stages`` in the order they run, ``reads``: stage ->
+               computed it, ``stages`` in the order they run, ``inputs``: stage ->
+               the stage it is fed by (None: the waveform), ``reads``: stage ->
                parameters it reads
 ``clips``      one entry per input: ``name``, ``about``, ``origin`` (seed or file and
                resampler), ``batch``, ``samples``, ``seconds``, ``frames``,

@@ -34,6 +34,9 @@ ARCHITECTURE = (
     "normalize",
 )
 
+#: other ways to ask for the same features are tried on clips of at most this length
+VARIANT_SECONDS = 1.0
+
 #: called with a clip's name before it is run
 Progress = Callable[[str], None]
 
@@ -117,12 +120,17 @@ def _measure_clip(
             )
         )
     mask_agrees = None
+    returned_by: dict[Any, tuple[NDArray[np.float32], NDArray[np.bool_] | None]] = {}
     for output in outputs(config):
-        if output.stage not in truth or (
-            output.stage == "final_proj" and candidate.config.final_dim is None
-        ):
+        if output.stage not in truth or (output.variant and clip.seconds > VARIANT_SECONDS):
             continue
-        features, returned = candidate.features(clip, dict(output.call))
+        if output.stage == "final_proj" and candidate.config.final_dim is None:
+            continue
+        if output.call not in returned_by:
+            returned_by[output.call] = candidate.features(clip, dict(output.call))
+        features, returned = returned_by[output.call]
+        if output.projected:
+            features = candidate.project(features)
         if mask is not None:
             mask_agrees = (
                 mask_agrees is not False and returned is not None and np.array_equal(returned, mask)

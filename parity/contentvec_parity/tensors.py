@@ -60,7 +60,10 @@ def prove(
         if row.target.removesuffix(".weight") + ".scales" in parameters:
             counts["quantized"] += 1
             continue
-        exact = LAYOUTS[row.layout](*(originals[name].astype(np.float64) for name in sources))
+        if row.layout in ROUNDED_LAYOUTS:
+            exact = LAYOUTS[row.layout](*(originals[name].astype(np.float64) for name in sources))
+        else:
+            exact = LAYOUTS[row.layout](*(originals[name] for name in sources))
         if loaded.shape != exact.shape:
             fail(f"shape {loaded.shape} instead of {exact.shape}")
             continue
@@ -68,7 +71,7 @@ def prove(
         if np.array_equal(loaded, expected):
             counts["exact"] += 1
             continue
-        off = np.abs(loaded.astype(np.float64) - exact)
+        off = np.abs(loaded.astype(np.float64) - exact.astype(np.float64))
         if row.layout in ROUNDED_LAYOUTS:
             units = float((off / np.spacing(np.abs(expected)).astype(np.float64)).max())
             largest_ulps = max(largest_ulps, units)

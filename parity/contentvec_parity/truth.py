@@ -25,7 +25,12 @@ def true_double(model: Any) -> Any:
             if isinstance(hook, WeightNorm):
                 # the kernel it computed while gradients were on cannot be copied
                 hook(module, ())
-    double = copy.deepcopy(model).double().eval()
+    # the copy takes these in the parameters' place: float32 is not copied only to be widened
+    widened = {
+        id(parameter): torch.nn.Parameter(parameter.double(), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    double = copy.deepcopy(model, widened).double().eval()
     exact = {"Fp32GroupNorm": torch.nn.GroupNorm, "Fp32LayerNorm": torch.nn.LayerNorm}
     for module in double.modules():
         module.__class__ = exact.get(type(module).__name__, module.__class__)

@@ -273,6 +273,8 @@ def _blame(report: Mapping[str, Any], summary: Iterable[Mapping[str, Any]]) -> d
     found: dict[str, Any] = {"wrong": wrong}
     accumulated = {entry["name"]: entry for entry in summary if entry["kind"] == "stage"}
     limit = WRONG_BY_ITSELF
+    if not wrong:
+        found["handover"] = _handover(report["reference"], accumulated, local)
     calls = [
         {"name": entry["name"], "stage": entry["stage"]}
         for entry in summary
@@ -287,12 +289,35 @@ def _blame(report: Mapping[str, Any], summary: Iterable[Mapping[str, Any]]) -> d
             if row["kind"] == "features" and row.get("nearest")
         }
         found["calls"] = [{**call, "looks_like": looks_like.get(call["name"])} for call in calls]
-    if not wrong and not calls:
+    if not wrong and not calls and not found["handover"]:
         ranked = sorted(local.values(), key=worst, reverse=True)
         found["largest_local"] = [
             {"stage": entry["name"], "ratio": worst(entry)} for entry in ranked[:3]
         ]
     return found
+
+
+def _handover(
+    reference: Mapping[str, Any],
+    accumulated: Mapping[str, Mapping[str, Any]],
+    local: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any] | None:
+    """A stage that is right by itself, fed by one that is right, and wrong in the whole model.
+
+    What it is given on the way is not what the original gives it: the waveform
+    was altered, a padding mask differs, or another stage's output was passed on.
+    """
+    for stage in reference["stages"]:
+        if stage not in accumulated or stage not in local:
+            continue
+        before = reference["inputs"][stage]
+        if (
+            worst(accumulated[stage]) > WRONG_BY_ITSELF
+            and worst(local[stage]) <= WRONG_BY_ITSELF
+            and (before is None or worst(accumulated[before]) <= WRONG_BY_ITSELF)
+        ):
+            return {"stage": stage, "input": before or "the waveform"}
+    return None
 
 
 def _reason(report: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
@@ -329,6 +354,12 @@ def _reason(report: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
             f"{first['stage']} is the first stage that is wrong by itself: on the original's own "
             f"input its error is {first['local_ratio']:.3g} x PyTorch's, with tensors that are "
             "the original's, so the arithmetic differs"
+        )
+    if blame.get("handover"):
+        stage, before = blame["handover"]["stage"], blame["handover"]["input"]
+        return (
+            f"{stage} is right by itself and {before} is right, but in the whole model {stage} "
+            "is given something else: look at what happens between the two"
         )
     if blame.get("calls"):
         call = blame["calls"][0]
