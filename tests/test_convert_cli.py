@@ -95,7 +95,12 @@ def test_a_refusal_is_one_error_and_exit_status_1(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["standin.pt", "--dtype", "float8"], ["standin.pt", "--heads", "0"], ["standin.pt", "-x"]],
+    [
+        [],
+        ["standin.pt", "--dtype", "float8", "--allow-unknown"],
+        ["standin.pt", "--heads", "0"],
+        ["standin.pt", "-x"],
+    ],
 )
 def test_wrong_usage_is_exit_status_2(run_cli: RunCli, here: Path, arguments: list[str]) -> None:
     run = run_cli("convert", *arguments, cwd=here)

@@ -14,14 +14,13 @@ import click
 
 from mlx_contentvec.errors import name_list
 
-from . import conversion, inspection
-from .precision import PRECISIONS
-from .rules import TRANSFORMS
-from .transfer import Progress
+# Nothing here imports numpy: hashing the source takes longest and begins first.
+from .identity import Identification, Identity
 
 if TYPE_CHECKING:
-    from .identity import Identity
+    from .inspection import Inspection
     from .ledger import Ledger
+    from .transfer import Progress
 
 #: a bar appears when something takes longer than this, in seconds
 _PATIENCE = 1.0
@@ -50,10 +49,11 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 )
 @click.option(
     "--dtype",
-    type=click.Choice(list(PRECISIONS)),
+    metavar="FORMAT",
     default="float32",
-    show_default=True,
-    help="; ".join(f"{row.name}: {row.summary}" for row in PRECISIONS.values()) + ".",
+    help="float32 (default) holds every bit of any checkpoint; float16 every bit of a float16 "
+    "one but in the folded kernel; bfloat16 rounds; q8 and q4 quantise the linear weights to 8 "
+    "or 4 bits.",
 )
 @click.option("--allow-unknown", is_flag=True, help="Convert a file that is not a known one.")
 @click.option("--expect-md5", metavar="HEX", help="Convert only the file with this MD5.")
@@ -62,16 +62,25 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @_HEADS
 @_NORMALIZE
 @_JSON
-def convert(source: Path, output: Path | None, as_json: bool, **options: Any) -> None:
+def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SOURCE, a file or a Hugging Face folder, to MLX safetensors.
 
     Only a known file is converted unasked. Every tensor is accounted for in a
     ledger beside the output, and nothing appears before it has been written,
     flushed, read back and compared.
     """
-    output = output if output is not None else conversion.default_output(source)
-    with _late_bar() as progress:
-        ledger = conversion.convert(source, output, progress=progress, **options)
+    with contextlib.ExitStack() as stack:
+        options["identification"] = (
+            stack.enter_context(Identification(source)) if not source.is_dir() else None
+        )
+        from . import conversion
+        from .precision import PRECISIONS
+
+        if dtype not in PRECISIONS:
+            raise click.BadParameter(f"not one of {', '.join(PRECISIONS)}", param_hint="--dtype")
+        output = output if output is not None else conversion.default_output(source)
+        progress = stack.enter_context(_late_bar())
+        ledger = conversion.convert(source, output, dtype=dtype, progress=progress, **options)
     if as_json:
         click.echo(json.dumps({"path": str(output), **ledger.to_dict()}, ensure_ascii=False))
     else:
@@ -88,7 +97,9 @@ def inspect(
     path: Path, heads: int | None, normalize: bool | None, tensors: bool, as_json: bool
 ) -> None:
     """Say what FILE is, a checkpoint or a converted file: nothing is converted or written."""
-    found = inspection.inspect(path, heads=heads, normalize=normalize)
+    from .inspection import inspect as inspect_file
+
+    found = inspect_file(path, heads=heads, normalize=normalize)
     if as_json:
         click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
     else:
@@ -131,6 +142,9 @@ def _describe(config: dict[str, Any]) -> str:
 
 
 def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
+    from .conversion import ledger_path
+    from .rules import TRANSFORMS
+
     facts = ledger.to_dict()
     counts, made, origin = facts["counts"], facts["output"], facts["source"]
     click.echo(f"{source} -> {output}")
@@ -156,10 +170,10 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
     click.echo("output")
     _line("size", f"{made['size']:,} bytes")
     _line("sha256", made["sha256"])
-    _line("ledger", str(conversion.ledger_path(output)))
+    _line("ledger", str(ledger_path(output)))
 
 
-def _show_inspection(found: inspection.Inspection, path: Path, tensors: bool) -> None:
+def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
     click.echo(f"{path}  {found.identity.size:,} bytes, {found.container}")
     if found.provenance is None:
         _show_identity(found.identity, found.stand_in)
@@ -182,7 +196,7 @@ def _show_inspection(found: inspection.Inspection, path: Path, tensors: bool) ->
         click.echo(f"    {row['name']} {row['dtype']} {tuple(row['shape'])}{fate}")
 
 
-def _show_provenance(found: inspection.Inspection) -> None:
+def _show_provenance(found: Inspection) -> None:
     """What a converted file says about where it comes from; the ledger can bear it out."""
     said = found.provenance or {}
     source = said.get("source")

@@ -70,6 +70,7 @@ def convert(
     force: bool = False,
     heads: int | None = None,
     normalize: bool | None = None,
+    identification: Identification | None = None,
     progress: Progress | None = None,
 ) -> Ledger:
     """Convert a checkpoint to MLX safetensors; the same input always gives the same bytes.
@@ -82,6 +83,7 @@ def convert(
     expect_md5, expect_sha256: accept exactly the file with this checksum.
     force: replace an output that exists.
     heads, normalize: what no tensor shows, for a source that does not say it.
+    identification: the source's, if it is under way already (of a file, not a folder).
     progress: called with ("writing" or "checking", bytes done, bytes in all).
 
     Returns the ledger that was written. The output appears complete, flushed
@@ -95,7 +97,9 @@ def convert(
     _check_output(source, output, force)
 
     with contextlib.ExitStack() as stack:
-        checkpoint, identification = stack.enter_context(opened(source, expectation))
+        checkpoint, identification = stack.enter_context(
+            opened(source, expectation, identification)
+        )
         with identity_first(source, expectation, identification):
             plan = planned(checkpoint, identification, heads=heads, normalize=normalize)
             account(plan, checkpoint.tensors)
@@ -165,7 +169,9 @@ def ledger_path(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def opened(source: Path, expectation: Expectation) -> Iterator[tuple[Checkpoint, Identification]]:
+def opened(
+    source: Path, expectation: Expectation, identification: Identification | None = None
+) -> Iterator[tuple[Checkpoint, Identification]]:
     """The checkpoint and its identification under way.
 
     A file that nobody expects and whose size is no known file's is not opened
@@ -177,7 +183,7 @@ def opened(source: Path, expectation: Expectation) -> Iterator[tuple[Checkpoint,
             beside = [source / name for name in _BESIDE if (source / name).is_file()]
             identification = stack.enter_context(Identification(source, checkpoint.files, beside))
         else:
-            identification = stack.enter_context(Identification(source))
+            identification = stack.enter_context(identification or Identification(source))
             hoped_for = is_known_size(identification.size) or expectation.stated
             if not hoped_for and not expectation.allow_unknown:
                 expectation.check(source, identification.result())

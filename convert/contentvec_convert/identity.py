@@ -24,7 +24,8 @@ from .known_files import CONTENTVEC, KNOWN_FILES, KnownFile, known_as, named
 #: called with the bytes hashed so far and the bytes there are
 Hashed = Callable[[int, int], None]
 
-BLOCK_BYTES = 2 << 20
+#: large enough that a thread busy with Python delays hashing little
+BLOCK_BYTES = 8 << 20
 _ZIP_MAGIC = b"PK\x03\x04"
 _ZIP_END_MAGIC = b"PK\x05\x06"
 #: a zip's end record is the last thing in it: 22 bytes and a comment of at most 65,535

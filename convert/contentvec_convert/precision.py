@@ -76,20 +76,19 @@ def _half_values() -> npt.NDArray[np.float32]:
     return values
 
 
-def widen(elements: Array, dtype: str) -> npt.NDArray[np.float32]:
+def widen(elements: Array, dtype: str) -> Array:
     """A checkpoint's ``elements`` of ``dtype`` as float32.
 
     bfloat16 comes as its bits (uint16). Exact but for float64, which is
     rounded to nearest. MappingError if ``dtype`` is not a floating-point format.
     """
     if dtype == "float16":
-        widened: npt.NDArray[np.float32] = _half_values().take(
-            elements.view(np.uint16), mode="clip"
-        )
+        widened: Array = _half_values().take(elements.view(np.uint16), mode="clip")
         return widened
     if dtype == "bfloat16":
         # a bfloat16 is the upper half of a float32
-        return (elements.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        bits: Array = elements.astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32)
     if dtype == "float32":
         return elements
     if dtype == "float64":

@@ -10,7 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -121,7 +121,7 @@ def write_tensors(
                 put(f"{stem}{name}", 0, array)
         elif transform.lossless:
             offset = 0
-            for elements in row_blocks(stored[0].read()):
+            for elements in row_blocks(stored[0]):
                 block = precision.recode(elements, stored[0].dtype)
                 _require_finite(block, precision.stored, rule, stored)
                 put(rule.target, offset, transform.apply(block))
@@ -165,7 +165,7 @@ def read_back(
             transform = TRANSFORMS[part.rule.transform]
             moved = part.encoding == "plain" and transform.lossless
             source = tensors[part.rule.sources[0]]
-            blocks = row_blocks(source.read()) if moved else _row_counts(entry.shape)
+            blocks = row_blocks(source) if moved else _row_counts(entry.shape)
             digest, offset = hashlib.sha256(), layout.starts[entry.name]
             for item in blocks:
                 rows = item if isinstance(item, int) else len(item)
@@ -191,11 +191,24 @@ def read_back(
         return hasher.whole.hexdigest(), digests
 
 
-def row_blocks(array: Array) -> Iterator[Array]:
-    """``array`` in runs of rows (its first axis) of about BLOCK_ELEMENTS elements."""
+def row_blocks(tensor: StoredTensor) -> Iterator[Array]:
+    """A tensor's stored elements in runs of rows (its first axis) of about BLOCK_ELEMENTS.
+
+    Rows that lie one after the other in the file are read as they are needed;
+    others (a tensor stored transposed) are read together, once.
+    """
+    row = sum((n - 1) * s for n, s in zip(tensor.shape[1:], tensor.strides[1:], strict=True))
+    whole = None if tensor.strides[0] > row else tensor.read()
     start = 0
-    for rows in _row_counts(array.shape):
-        yield array[start : start + rows]
+    for rows in _row_counts(tensor.shape):
+        if whole is None:
+            yield replace(
+                tensor,
+                shape=(rows, *tensor.shape[1:]),
+                offset=tensor.offset + start * tensor.strides[0],
+            ).read()
+        else:
+            yield whole[start : start + rows]
         start += rows
 
 

@@ -16,7 +16,6 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import FileIO
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +27,7 @@ except ImportError:  # Windows has no advisory locks of this kind; leftovers the
 
 from mlx_contentvec.errors import OutputError
 
+from .checkpoint.source_file import read_at
 from .precision import STORED_BYTES
 
 _SUFFIX = ".partial"
@@ -160,7 +160,6 @@ class Draft:
         self.final = final
         self._descriptor = -1
         self._temporary = final
-        self._reader: FileIO | None = None
 
     def __enter__(self) -> Draft:
         with _explained(self.final):
@@ -209,10 +208,7 @@ class Draft:
         """Fill ``target`` (bytes) with what was written from ``offset`` on."""
         with _explained(self.final):
             while target:
-                if self._reader is None:
-                    self._reader = FileIO(self._descriptor, "rb", closefd=False)
-                self._reader.seek(offset)
-                count = self._reader.readinto(target)
+                count = read_at(self._descriptor, target, offset)
                 if not count:
                     raise OutputError(
                         f"{self.final.name} came back shorter than it was written",

@@ -34,6 +34,18 @@ def _kind(path: Path, is_kind: Callable[[int], bool]) -> bool:
         return False
 
 
+def read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    """Read at most ``len(target)`` bytes at ``offset`` into ``target``; how many there were.
+
+    The descriptor's position is neither used nor moved, so threads can share it.
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    piece = os.pread(descriptor, len(target), offset)
+    target[: len(piece)] = piece
+    return len(piece)
+
+
 class SourceFile:
     """A file opened for reading, with a descriptor of its own.
 
@@ -97,17 +109,16 @@ class SourceFile:
         done = 0
         while done < len(target):
             try:
-                piece = os.pread(self._descriptor, min(_CHUNK, len(target) - done), offset + done)
+                count = read_at(self._descriptor, target[done : done + _CHUNK], offset + done)
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-            if not piece:
+            if not count:
                 raise self.corrupt(
                     "it ends in the middle of its data",
                     found=f"{offset + done:,} bytes",
                     expected=f"at least {offset + len(target):,} bytes",
                 )
-            target[done : done + len(piece)] = piece
-            done += len(piece)
+            done += count
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on; CorruptCheckpoint if the file ends before that."""
