@@ -366,5 +366,5 @@ class _Mixture:
 
     def result(self) -> Buffer:
         """(queries, width)."""
-        mixed: Buffer = np.asarray(self.mixed) / self.total
-        return mixed
+        mixed: Buffer = np.asarray(self.mixed)
+        return mixed / self.total
