@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.conversion import convert
-from contentvec_convert.ledger import Ledger
+from contentvec_convert.ledger import Ledger, account
 from contentvec_convert.recognition import describe
 from contentvec_convert.sources import plan_for
 from contentvec_parity.originals import (
@@ -23,7 +26,12 @@ from contentvec_parity.originals import (
     transformers_hubert,
 )
 from mlx_contentvec.config import BASE_CONV_LAYERS
-from mlx_contentvec.errors import ConfigError, MappingError, UnsupportedCheckpoint
+from mlx_contentvec.errors import (
+    ConfigError,
+    ContentvecError,
+    MappingError,
+    UnsupportedCheckpoint,
+)
 
 WITH_HEAD = "HubertModelWithFinalProj"
 
@@ -247,6 +255,38 @@ def test_a_bare_file_of_the_large_kind_needs_its_configuration(tmp_path: Path) -
         pytest.raises(ConfigError, match=r"config.json is missing"),
     ):
         plan_for(checkpoint, heads=4, normalize=True)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2000) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_configuration_whatever_ends_in_anything_but_an_explanation(
+    folder: Path, data: st.DataObject
+) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    extractor = json.loads((folder / "preprocessor_config.json").read_text())
+    for stored in (fields, extractor):
+        for key in data.draw(st.lists(st.sampled_from(sorted(stored)), max_size=2)):
+            stored[key] = data.draw(JSON)
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "model.safetensors").symlink_to(folder / "model.safetensors")
+        (Path(place) / "config.json").write_text(json.dumps(fields))
+        (Path(place) / "preprocessor_config.json").write_text(json.dumps(extractor))
+        try:
+            with open_checkpoint(place) as checkpoint:
+                plan = plan_for(checkpoint)
+                account(plan, checkpoint.tensors)
+        except ContentvecError:
+            return
+        # what was accepted is what the tensors are
+        assert plan.config.encoder_layers == TINY_BASE.encoder_layers
+        assert plan.config.encoder_embed_dim == TINY_BASE.encoder_embed_dim
 
 
 def test_an_unknown_folder_is_described_in_one_line(folder: Path) -> None:

@@ -153,6 +153,8 @@ def plan(
     prefix = _prefix(tensors)
     if prefix is None:
         raise UnsupportedCheckpoint(f"{checkpoint.path.name} has no HuBERT of transformers in it")
+    if checkpoint.config is not None:
+        _require_hubert(checkpoint.config)
     head = next((p for p in ("final_proj", f"{prefix}final_proj") if f"{p}.weight" in tensors), "")
     kernel = _kernel(tensors, prefix)
     normalize = told("normalize", normalize, _stored_normalization(checkpoint))
@@ -219,24 +221,27 @@ def _stored_normalization(checkpoint: Checkpoint) -> bool | None:
             extractor = fields.get(section) if section else fields
             if extractor is not None:
                 # the extractor normalises unless it is told not to
-                return bool(extractor.get("do_normalize", True))
+                return _flag(name, "do_normalize", extractor.get("do_normalize", True))
         except (ValueError, AttributeError) as error:
             raise CorruptCheckpoint(f"{name} cannot be read", found=str(error)) from error
     return None
 
 
-def _read_config(
-    stored: dict[str, Any], heads: int | None, normalize: bool, final_dim: int | None
-) -> ModelConfig:
-    model_type = stored.get("model_type")
-    if model_type != "hubert":
+def _require_hubert(stored: dict[str, Any]) -> None:
+    model_type = json.dumps(stored.get("model_type"))
+    if model_type != '"hubert"':
         raise UnsupportedCheckpoint(
-            f"this is a {MODEL_TYPES.get(model_type, model_type)} model, not HuBERT or ContentVec",
-            found=f'config.json with "model_type": {json.dumps(model_type)}',
+            f"this is {MODEL_TYPES.get(model_type, 'another')} model, not HuBERT or ContentVec",
+            found=f'config.json with "model_type": {model_type[:80]}',
             expected='"model_type": "hubert"',
             hint="its encoder has the same tensor names, but its features are not those that "
             "RVC voices were trained on",
         )
+
+
+def _read_config(
+    stored: dict[str, Any], heads: int | None, normalize: bool, final_dim: int | None
+) -> ModelConfig:
     required = [*FIELDS.values(), "conv_dim", "conv_kernel", "conv_stride"]
     if missing := [key for key in required if key not in stored]:
         raise ConfigError(
@@ -252,15 +257,19 @@ def _read_config(
                 expected=f"{json.dumps(value)}, as every published HuBERT has it",
             )
     conv = [stored[key] for key in ("conv_dim", "conv_kernel", "conv_stride")]
-    if len({len(numbers) for numbers in conv}) != 1:
+    if not all(isinstance(numbers, list) for numbers in conv) or len(set(map(len, conv))) != 1:
         raise ConfigError(
             "config.json contradicts itself",
-            found="conv_dim, conv_kernel and conv_stride of different lengths",
+            found="conv_dim, conv_kernel and conv_stride are not lists of one length",
         )
+    for key in ("conv_bias", "do_stable_layer_norm"):
+        _flag("config.json", key, stored[key])
     return ModelConfig(
         conv_layers=tuple(zip(*conv, strict=True)),
         encoder_attention_heads=told("heads", heads, stored.get(HEADS)),
-        conv_pos_batch_norm=bool(stored.get("conv_pos_batch_norm", False)),
+        conv_pos_batch_norm=_flag(
+            "config.json", "conv_pos_batch_norm", stored.get("conv_pos_batch_norm", False)
+        ),
         final_dim=final_dim,
         normalize=normalize,
         **{field: stored[key] for field, key in FIELDS.items()},
@@ -268,13 +277,23 @@ def _read_config(
 
 
 #: "model_type" of relatives whose encoders carry the same names
-MODEL_TYPES: dict[Any, str] = {
-    "wav2vec2": "wav2vec 2.0",
-    "wavlm": "WavLM",
-    "data2vec-audio": "data2vec",
-    "unispeech": "UniSpeech",
-    "unispeech-sat": "UniSpeech-SAT",
+MODEL_TYPES = {
+    '"wav2vec2"': "a wav2vec 2.0",
+    '"wavlm"': "a WavLM",
+    '"data2vec-audio"': "a data2vec",
+    '"unispeech"': "a UniSpeech",
+    '"unispeech-sat"': "a UniSpeech-SAT",
 }
+
+
+def _flag(file: str, key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"{file} does not say {key}",
+            found=json.dumps(value)[:80],
+            expected="true or false",
+        )
+    return value
 
 
 def _require_layers(config: ModelConfig, names: Container[str], prefix: str) -> None:
