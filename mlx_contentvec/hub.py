@@ -31,6 +31,9 @@ CONFIG = "config.json"
 #: releases used and that their users still ask for
 WEIGHTS = ("model.safetensors", "contentvec_base.safetensors")
 
+#: number formats that any weights can be turned into after loading
+FLOATS = ("float32", "float16", "bfloat16")
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TOKEN = re.compile(r"hf_\w+")
@@ -51,7 +54,15 @@ def resolve(name: str | Path, revision: str | None = None, dtype: str | None = N
     it, or when the file is not the one whose hash is stated.
     """
     path = Path(name).expanduser()
-    return _verified_file(path) if path.is_file() else open_package(name, revision).weights(dtype)
+    if not path.is_file():
+        return open_package(name, revision).weights(dtype)
+    if dtype is not None and dtype not in FLOATS:
+        raise HubError(
+            f"{path} is one file and has no {dtype} variant",
+            hint=f"load the folder it is in, or make it with\nmlx-contentvec convert SOURCE "
+            f"--dtype {dtype}",
+        )
+    return _verified_file(path)
 
 
 def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
@@ -160,7 +171,7 @@ class PackageFiles:
         variants = config.get("variants", {})
         if dtype in variants:
             return (variants[dtype]["file"],)
-        if dtype in ("float32", "float16", "bfloat16") or dtype == config.get("dtype"):
+        if dtype in FLOATS or dtype == config.get("dtype"):
             return WEIGHTS
         raise HubError(
             f"there are no {dtype} weights in {self.where}",

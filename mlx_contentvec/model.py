@@ -85,6 +85,36 @@ class ContentvecModel(nn.Module):
         model._take(arrays, metadata, Path(path).name)
         return model
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder_or_file: str | os.PathLike[str],
+        revision: str | None = None,
+        dtype: str | None = None,
+    ) -> ContentvecModel:
+        """The model in a Hugging Face repository, a folder or a file, with its weights.
+
+        A repository is downloaded once; afterwards it comes from the Hub's cache,
+        also offline. Files are held to the SHA-256 that the repository states.
+
+        revision: branch, tag or commit of a repository
+        dtype: ``float32``, ``float16``, ``bfloat16``, or the name of a quantised
+            variant (``q8``); the repository's own variant if it has one, else its
+            main weights converted. By default the main weights as they are.
+
+        Raises HubError if there is nothing of that name, or it is not what it
+        should be, and WeightsError if the file is not one that this project wrote.
+        """
+        from .hub import resolve
+
+        name = repo_or_folder_or_file
+        path = resolve(name if isinstance(name, str) else Path(name), revision, dtype)
+        model = cls.from_file(path)
+        wanted = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+        if dtype in wanted:
+            model.set_dtype(wanted[dtype])
+        return model
+
     def load_weights(
         self,
         file_or_weights: str | os.PathLike[str] | Iterable[tuple[str, Array]],
@@ -112,7 +142,7 @@ class ContentvecModel(nn.Module):
         if "config" in metadata:
             self._require_same_config(_stored_config(origin, metadata), origin)
         if "quantization" in metadata:
-            self._quantize(json.loads(metadata["quantization"]))
+            self._quantize(json.loads(metadata["quantization"]), arrays)
         headless = False
         if first_release.is_first_release(arrays):
             arrays = first_release.renamed(arrays)
@@ -174,13 +204,15 @@ class ContentvecModel(nn.Module):
                 hint="ContentvecModel.from_file(path) builds the model that a file describes",
             )
 
-    def _quantize(self, quantization: dict[str, int]) -> None:
-        """Exchange the linear layers for quantised ones that still lack their weights."""
+    def _quantize(self, quantization: dict[str, int], arrays: dict[str, Array]) -> None:
+        """Exchange the linear layers that ``arrays`` quantises for ones that still lack weights."""
         nn.quantize(
             self,
             group_size=quantization["group_size"],
             bits=quantization["bits"],
-            class_predicate=lambda _, module: isinstance(module, Linear),
+            class_predicate=lambda name, module: (
+                isinstance(module, Linear) and f"{name}.scales" in arrays
+            ),
         )
         self._placeholders = {id(array): name for name, array in self._flat_parameters()}
 
