@@ -114,9 +114,7 @@ class StoredTensor:
         view: Array = np.ndarray(
             self.shape,
             DTYPES[self.dtype],
-            # given the map itself, numpy would not keep it from being closed
-            # under the array; what frombuffer makes does
-            buffer=np.frombuffer(self.storage.file.mapped(), np.uint8),
+            buffer=self.storage.file.mapped(),
             offset=self.storage.start + self.offset,
             strides=self.strides,
         )
