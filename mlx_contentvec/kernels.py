@@ -205,12 +205,14 @@ class Spectrum:
         """kernel: (channels, length, in)    returns: (bins, groups, in, out), complex64."""
         if self._kernel is not kernel:
             channels, length, per_group = kernel.shape
-            flipped = np.array(kernel.astype(mx.float32))[:, ::-1].astype(np.float64)
-            response = np.fft.rfft(flipped, FFT_KERNELS * length, axis=1)
-            groups = response.reshape(channels // per_group, per_group, -1, per_group)
-            self._response = mx.array(
-                np.ascontiguousarray(groups.transpose(2, 0, 3, 1)).astype(np.complex64)
-            )
+            groups, size = channels // per_group, FFT_KERNELS * length
+            flipped = np.array(kernel.astype(mx.float32))[:, ::-1]
+            response = np.empty((size // 2 + 1, groups, per_group, per_group), np.complex64)
+            # group by group: the whole in double precision is five times the kernel
+            for group in range(groups):
+                rows = flipped[group * per_group : (group + 1) * per_group].astype(np.float64)
+                response[:, group] = np.fft.rfft(rows, size, axis=1).transpose(1, 2, 0)
+            self._response = mx.array(response)
             self._kernel = kernel
         return self._response
 
@@ -228,8 +230,10 @@ def grouped_conv1d(x: Array, weight: Array, bias: Array, spectrum: Spectrum) -> 
     frames = x.shape[1]
     left, right = kernel // 2, (kernel - 1) // 2
     if device_kind() != "cpu" or x.dtype != mx.float32 or frames < FFT_LEAST_FRAMES:
-        padded = mx.pad(x, ((0, 0), (left, right), (0, 0)))
-        return mx.conv1d(padded, weight, groups=weight.shape[0] // per_group) + bias
+        # padded by the convolution itself and trimmed: given frames that were padded
+        # before, cuDNN picks an engine that reads out of bounds (mlx 0.32.4, H100)
+        y = mx.conv1d(x, weight, padding=left, groups=weight.shape[0] // per_group)
+        return y[:, :frames] + bias
     # overlap-save: blocks of `size` frames give `step` each
     batch, _, channels = x.shape
     size = FFT_KERNELS * kernel
