@@ -143,6 +143,29 @@ def converted_standin(standin: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def evidence_folder(
+    fairseq: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """``tiny_checkpoint`` converted to float32 and float16, with all that packaging asks for."""
+    from contentvec_convert.conversion import convert
+    from contentvec_parity import inputs, recording, report
+    from contentvec_parity.harness import compare_files
+
+    folder = tmp_path_factory.mktemp("evidence")
+    few = {"few": lambda: [c for c in inputs.built_in() if c.name in ("short", "min", "silence")]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "INPUT_SETS", few)
+        patch.setattr("contentvec_parity.harness.INPUT_SETS", few)
+        for dtype in ("float32", "float16"):
+            output = folder / f"{dtype}.safetensors"
+            convert(tiny_checkpoint, output, dtype=dtype, allow_unknown=True)
+            document = compare_files(tiny_checkpoint, output, inputs="few")
+            (folder / f"{dtype}.parity.json").write_text(report.to_json(document))
+        recording.record(tiny_checkpoint, folder / "float32.recording.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def run_cli() -> RunCli:
     """``run_cli("convert", path, ...)``: the command line in a process of its own, output as text.
 

@@ -134,12 +134,12 @@ def _highest(document: Mapping[str, Any], metric: str) -> float:
 
 
 def _summaries(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Call -> its entry; the call without a layer is what one of the others returns."""
-    return {
-        entry["name"]: entry
-        for entry in document["verdict"]["summary"]
-        if entry["kind"] == "features" and entry["name"] != "default"
-    }
+    """Features -> their entry; of several calls that return the same features, the first."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for entry in document["verdict"]["summary"]:
+        if entry["kind"] == "features":
+            found.setdefault(entry["stage"], entry)
+    return {entry["name"]: entry for entry in found.values()}
 
 
 def _table(
@@ -396,7 +396,7 @@ def _split(text: str) -> tuple[str | None, str]:
 
 
 def _lint_front_matter(front: str) -> Iterator[str]:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         fields = yaml.safe_load(front)
@@ -468,7 +468,7 @@ def _lint_tables(body: str, package: Package) -> Iterator[str]:
         "features": (FEATURE_COLUMNS, _summaries(main)),
     }
     if len(package.evidence) > 1:
-        formats = {e.dtype: e.parity for e in package.evidence}
+        formats: dict[str, Mapping[str, Any]] = {e.dtype: e.parity for e in package.evidence}
         wanted["format"] = (VARIANT_COLUMNS, formats)
     seen = set()
     for table in _tables(body):
@@ -538,7 +538,9 @@ _HEX = re.compile(r"\b[0-9a-f]{32,64}\b")
 
 def _lint_stray_figures(body: str, package: Package) -> Iterator[str]:
     """Every figure outside code must be one that the evidence holds."""
-    text = _INLINE_CODE.sub("", _FENCED.sub("", body))
+    # the tables of figures are held to their reports cell by cell
+    text = re.sub(r"^\| (?:features|format) \|.*\n(?:\|.*\n)+", "", body, flags=re.M)
+    text = _INLINE_CODE.sub("", _FENCED.sub("", text))
     text = re.sub(r"\]\([^)]*\)", "]", text)
     stated = _stated_numbers(package)
     words = _stated_words(package)
@@ -546,7 +548,10 @@ def _lint_stray_figures(body: str, package: Package) -> Iterator[str]:
         token = match[0]
         if any(token in word for word in words):
             continue
-        if not any(_rounds_to(token, value) for value in stated):
+        whole = re.fullmatch(r"[\d,]+", token)
+        if whole and float(token.replace(",", "")) in stated:
+            continue
+        if whole or not any(_rounds_to(token, value) for value in stated):
             line = text[: match.start()].count("\n") + 1
             around = text[max(0, match.start() - 20) : match.end() + 20].replace("\n", " ")
             yield f"{token} stands in no report (body line {line}: ...{around}...)"
@@ -561,8 +566,9 @@ def _stated_numbers(package: Package) -> set[float]:
         if isinstance(value, (int, float)):
             found.add(float(value))
         elif isinstance(value, Mapping):
-            for item in value.values():
-                collect(item)
+            for key, item in value.items():
+                if not str(key).endswith("_at"):  # places, not figures
+                    collect(item)
         elif isinstance(value, (list, tuple)):
             for item in value:
                 collect(item)
@@ -570,7 +576,8 @@ def _stated_numbers(package: Package) -> set[float]:
     collect(package.config)
     for evidence in package.evidence:
         document = evidence.parity
-        collect({key: document[key] for key in ("weights", "source", "clips", "verdict")})
+        collect({key: document[key] for key in ("weights", "source", "clips")})
+        collect(document["verdict"]["gates"])
         collect(_features(document))
         collect(evidence.ledger["counts"])
         counts = evidence.ledger["counts"]
@@ -590,7 +597,7 @@ def _stated_words(package: Package) -> list[str]:
     """Names of machines, systems and versions: they have digits and are no figures."""
     document = package.evidence[0].parity
     return [
-        *(label for label in _labels(document, package.config["features"]).values()),
+        document["verdict"]["reason"],
         document["machine"]["chip"],
         document["machine"]["system"],
         document["created"],

@@ -45,6 +45,11 @@ RECORDING = "recording.safetensors"
 CARD = "README.md"
 LICENSE = "LICENSE"
 
+#: what every package holds; SHA256SUMS lists them
+_FIXED = frozenset(
+    (MODEL, EARLIER_NAME, hub.CONFIG, LEDGER, PARITY, PAGE, PLOT, RECORDING, CARD, LICENSE)
+)
+
 #: a recording larger than this does not ship
 RECORDING_LIMIT = 10_000_000
 
@@ -206,6 +211,9 @@ def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = F
             raise HubError(f"{folder / hub.CONFIG} lists a variant that is not here", found=dtype)
         paths = [folder / name for name in names]
         evidence.append(_gather(paths[0], paths[1], paths[2], checksums[names[0]]))
+    listed = _FIXED | {n for dtype in config["variants"] for n in _variant_names(dtype)}
+    if unknown := sorted(set(checksums) - listed):
+        raise HubError(f"{folder} holds what {hub.CONFIG} does not list", found=name_list(unknown))
     _check_together(evidence, allow_stand_in)
     expected = _config(evidence, str(config.get("license")))
     if config != json.loads(json.dumps(expected)):
@@ -313,6 +321,8 @@ def _check_parity(evidence: Evidence, path: Path) -> None:
             f"the parity report {path.name} did not compare the tensors",
             hint="run it against the checkpoint itself, not against a recording\n" + again,
         )
+    if not any(row["kind"] == "features" for row in document["stages"]):
+        raise HubError(f"the parity report {path.name} measured no features", hint=again)
     # the limits of the project, whatever the run was made with
     verdict = judge(document, Gates())
     if not verdict["passed"]:
@@ -321,8 +331,6 @@ def _check_parity(evidence: Evidence, path: Path) -> None:
             found=verdict["reason"],
             hint="mlx-contentvec parity says which stage is to blame\n" + again,
         )
-    if not any(row["kind"] == "features" for row in document["stages"]):
-        raise HubError(f"the parity report {path.name} measured no features", hint=again)
 
 
 def _check_together(evidence: Sequence[Evidence], allow_stand_in: bool) -> None:
@@ -351,13 +359,12 @@ def _check_together(evidence: Sequence[Evidence], allow_stand_in: bool) -> None:
 
 
 def _check_files(folder: Path, checksums: Mapping[str, str], hashed: bool) -> None:
-    fixed = {MODEL, EARLIER_NAME, hub.CONFIG, LEDGER, PARITY, PAGE, PLOT, RECORDING, CARD, LICENSE}
-    missing = sorted(name for name in fixed | set(checksums) if not (folder / name).is_file())
+    missing = sorted(name for name in _FIXED | set(checksums) if not (folder / name).is_file())
     if missing:
         raise HubError(f"{folder} is not whole", found=f"missing: {name_list(missing)}")
     there = {path.name for path in folder.iterdir()} - {hub.CHECKSUMS}
     surplus = sorted(there - set(checksums))
-    unlisted = sorted(fixed - set(checksums))
+    unlisted = sorted(_FIXED - set(checksums))
     if surplus or unlisted:
         raise HubError(
             f"{folder / hub.CHECKSUMS} does not list every file",

@@ -86,7 +86,7 @@ def publish(
         step(f"opening {repo_id}")
         head = _open_repository(api, repo_id, package, replace)
         if head is None:
-            info = api.repo_info(repo_id)
+            info = api.model_info(repo_id)
             commit, changed = str(info.sha), False
             step("downloading it back")
             _prove(repo_id, commit, package)
@@ -99,7 +99,7 @@ def publish(
                 commit, changed = _promote(api, repo_id, package, staged, head), True
         if public:
             api.update_repo_settings(repo_id, private=False)
-        private = bool(api.repo_info(repo_id).private)
+        private = bool(api.model_info(repo_id).private)
     return Publication(repo_id, f"{constants.ENDPOINT}/{repo_id}", commit, private, changed)
 
 
@@ -129,7 +129,7 @@ def _open_repository(api: HfApi, repo_id: str, package: Package, replace: bool) 
     except HfHubHTTPError as error:
         if error.response.status_code != 409:
             raise
-    info = api.repo_info(repo_id)
+    info = api.model_info(repo_id)
     present = {sibling.rfilename for sibling in info.siblings or ()} - HUBS_OWN
     if not present:
         return str(info.sha)
@@ -169,7 +169,7 @@ def _same(api: HfApi, repo_id: str, commit: str, package: Package) -> bool:
     from huggingface_hub import hf_hub_download
 
     stated = hub.read_checksums(Path(hf_hub_download(repo_id, hub.CHECKSUMS, revision=commit)))
-    names = {sibling.rfilename for sibling in api.repo_info(repo_id).siblings or ()}
+    names = {sibling.rfilename for sibling in api.model_info(repo_id).siblings or ()}
     return stated == package.checksums and names - HUBS_OWN == set(package.names)
 
 
