@@ -50,15 +50,18 @@ class Pieces:
     queries: int
 
 
-#: what a clip may take beside model and waveform before it is streamed, in bytes
-DEFAULT_MEMORY = 512 << 20
-#: sizes that a piece may have, the first being the least that works
-FRAMES = (32, 64, 128, 256)
-QUERIES = (16, 32, 64, 128, 256)
+#: bytes beside model, waveform and the two buffers that are taken where no cap is set.
+#: A clip that needs no more in one go is not streamed
+DEFAULT_ROOM = {"cpu": 256 << 20, "metal": 2 << 30, "cuda": 4 << 30}
+#: sizes that a piece may have, the first being the least that works. A CPU is
+#: fastest while its pieces stay in cache, a GPU wants them large
+FRAMES = {"cpu": (32, 64, 128, 256), "metal": (32, 128, 512, 2048), "cuda": (32, 128, 512, 2048)}
+QUERIES = {"cpu": (16, 64, 256), "metal": (16, 64, 256, 1024), "cuda": (16, 64, 256, 1024)}
 #: keys that queries are scored against at once on a CPU: their scores stay in cache
 KEYS = 8192
-#: arrays of its output's size that a computation holds at its peak (measured)
-COPIES = 6
+#: arrays as large as its largest that a computation holds at its peak (measured).
+#: A CPU works in tiles, so that most of them are small
+COPIES = {"cpu": 3, "metal": 5, "cuda": 5}
 
 
 def whole_clip_bytes(config: ModelConfig, samples: int, batch: int = 1) -> int:
@@ -72,45 +75,50 @@ def _values_at_once(config: ModelConfig, frames: int) -> int:
     """The most numbers held while ``frames`` frames go through front end or feed-forward."""
     channels, _, stride = config.conv_layers[0]
     front_end = frames * config.hop // stride * channels
-    return COPIES * max(front_end, frames * config.encoder_ffn_embed_dim)
+    return COPIES[device_kind()] * max(front_end, frames * config.encoder_ffn_embed_dim)
 
 
 def streamed_bytes(config: ModelConfig, samples: int, pieces: Pieces) -> int:
     """About what :func:`streamed` takes beside the model and the waveform, in bytes."""
     frames = config.frames(samples)
-    width = config.encoder_embed_dim
-    head_width = width // config.encoder_attention_heads
-    buffers = 2 * frames * width
+    head_width = config.encoder_embed_dim // config.encoder_attention_heads
     # keys and values, twice while their pieces are joined
     keys_and_values = 4 * pieces.heads * frames * head_width
     on_cpu = device_kind() == "cpu"
     scored = 3 * min(KEYS, frames) if on_cpu else 2 * pieces.heads * frames
-    scores = scored * pieces.queries
-    return 4 * (buffers + max(_values_at_once(config, pieces.frames), keys_and_values + scores))
+    attention = keys_and_values + scored * pieces.queries
+    return _buffers(config, frames) + 4 * max(_values_at_once(config, pieces.frames), attention)
+
+
+def _buffers(config: ModelConfig, frames: int) -> int:
+    return 2 * 4 * frames * config.encoder_embed_dim
 
 
 def plan_pieces(config: ModelConfig, samples: int, max_memory: int | None) -> Pieces | None:
     """How to stream a clip of ``samples`` samples; None if it fits in one go.
 
-    max_memory: bytes beside the model and the waveform, :data:`DEFAULT_MEMORY` if
-                None; only a default may be exceeded, by clips that cannot do with it
+    max_memory: bytes beside the model and the waveform; None for what suits the device
 
     Raises ConfigError if ``max_memory`` is less than the clip needs.
     """
-    limit = DEFAULT_MEMORY if max_memory is None else max_memory
+    device = device_kind()
+    limit = DEFAULT_ROOM[device] if max_memory is None else max_memory
     if whole_clip_bytes(config, samples) <= limit:
         return None
-    pieces = Pieces(frames=FRAMES[0], heads=1, queries=QUERIES[0])
+    pieces = Pieces(frames=FRAMES[device][0], heads=1, queries=QUERIES[device][0])
     least = streamed_bytes(config, samples, pieces)
-    if least > limit and max_memory is not None:
+    if max_memory is None:
+        limit = max(least, limit + _buffers(config, config.frames(samples)))
+    if least > limit:
         raise ConfigError(
             f"a clip of {samples / config.sample_rate:.1f} s does not fit the memory it is given",
-            found=f"{max_memory / 2**20:.0f} MiB",
+            found=f"{limit / 2**20:.0f} MiB",
             expected=f"{least / 2**20:.0f} MiB or more",
             hint="give it more, or take windows, which changes the features around their seams",
         )
     heads = range(1, config.encoder_attention_heads + 1)
-    for field, sizes in (("queries", QUERIES), ("frames", FRAMES), ("heads", heads)):
+    choices = (("queries", QUERIES[device]), ("frames", FRAMES[device]), ("heads", heads))
+    for field, sizes in choices:
         for size in sizes:
             larger = replace(pieces, **{field: size})
             if streamed_bytes(config, samples, larger) <= limit:
@@ -271,16 +279,15 @@ def _attend(
     for first in range(0, attention.heads, pieces.heads):
         heads = min(pieces.heads, attention.heads - first)
         rows = slice(first * width, (first + heads) * width)
-
-        def split(linear: Any, piece: Array, rows: slice = rows, heads: int = heads) -> Array:
-            part = _some_outputs(linear, piece, rows)
-            return part.reshape(1, -1, heads, width).transpose(0, 2, 1, 3)
-
+        to_queries, to_keys, to_values = (
+            _some_outputs(linear, rows, heads)
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         keys, values = [], []
         for start, stop in _spans(len(x), pieces.frames):
             piece = read(start, stop)
-            keys.append(split(attention.k_proj, piece))
-            values.append(split(attention.v_proj, piece))
+            keys.append(to_keys(piece))
+            values.append(to_values(piece))
             mx.eval(keys[-1], values[-1])
         exact = mx.float32 if device_kind() == "cpu" else values[0].dtype
         all_keys = mx.concatenate(keys, axis=2).astype(exact)
@@ -288,27 +295,33 @@ def _attend(
         mx.eval(all_keys, all_values)
         del keys, values
         for start, stop in _spans(len(x), pieces.queries):
-            queries = split(attention.q_proj, read(start, stop))
-            attended = attend(queries, all_keys, all_values)
-            y[start:stop, rows] = attended
+            queries = to_queries(read(start, stop))
+            y[start:stop, rows] = attend(queries, all_keys, all_values)
             yield (first + heads * stop / len(x)) / attention.heads
 
 
-def _some_outputs(linear: Any, x: Array, rows: slice) -> Array:
-    """Some output channels of a linear layer, plain or quantised."""
-    if "scales" in linear:
-        y = mx.quantized_matmul(
-            x,
-            linear.weight[rows],
-            scales=linear.scales[rows],
-            biases=linear.biases[rows],
-            transpose=True,
-            group_size=linear.group_size,
-            bits=linear.bits,
-        )
-    else:
-        y = x @ linear.weight[rows].T
-    return y + linear.bias[rows]
+def _some_outputs(linear: Any, rows: slice, heads: int) -> Callable[[Array], Array]:
+    """A linear layer, plain or quantised, of which only the outputs of some heads are computed.
+
+    (1, frames, width) becomes (1, heads, frames, head width).
+    """
+    part = {name: mx.contiguous(array[rows]) for name, array in linear.parameters().items()}
+
+    def outputs(x: Array) -> Array:
+        if "scales" in part:
+            y = part["bias"] + mx.quantized_matmul(
+                x,
+                part["weight"],
+                scales=part["scales"],
+                biases=part["biases"],
+                group_size=linear.group_size,
+                bits=linear.bits,
+            )
+        else:
+            y = kernels.linear(x, part["weight"], part["bias"])
+        return y.reshape(1, x.shape[1], heads, -1).transpose(0, 2, 1, 3)
+
+    return outputs
 
 
 def _attend_fused(queries: Array, keys: Array, values: Array) -> Buffer:

@@ -93,6 +93,10 @@ def test_short_clips_go_in_one_go_and_long_ones_are_streamed() -> None:
     assert plan_pieces(base, 16000 * 1800, None) is not None
 
 
+def test_without_a_cap_no_clip_is_too_long() -> None:
+    assert plan_pieces(ModelConfig(), 16000 * 3600 * 24, None) is not None
+
+
 def test_a_cap_on_memory_makes_pieces_smaller_until_it_cannot() -> None:
     base = ModelConfig()
     samples = 16000 * 300
