@@ -156,7 +156,7 @@ def verify(name: str, revision: str | None, dtype: str | None, as_json: bool) ->
     from .verify import line, replay
 
     document = replay(name, revision=revision, dtype=dtype, step=_say)
-    click.echo(to_json(document) if as_json else line(document))
+    click.echo(to_json(document) if as_json else line(document, name))
     click.get_current_context().exit(0 if document["verdict"]["passed"] else 1)
 
 
