@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_contentvec.audio import RESAMPLER, as_waveform, guess_seconds, read_audio
-from mlx_contentvec.errors import AudioError
+from mlx_contentvec.audio import (
+    RESAMPLER,
+    as_waveform,
+    guess_seconds,
+    read_audio,
+    require_decoders,
+)
+from mlx_contentvec.errors import AudioError, MissingDependency
 
 soundfile = pytest.importorskip(
     "soundfile", reason="audio files need soundfile: pip install 'mlx-contentvec[audio]'"
@@ -174,3 +181,15 @@ def test_samples_in_integer_scale_are_refused(tmp_path: Path) -> None:
         read_audio(written(tmp_path / "a.wav", loud, subtype="FLOAT"))
     with pytest.raises(AudioError, match="divide by 32768"):
         as_waveform(loud, 16000)
+
+
+@pytest.mark.parametrize("name", ["soundfile", "soxr"])
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = written(tmp_path / "a.wav", tone(0.1, rate=8000), 8000)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=rf"needs {name}[\s\S]*mlx-contentvec\[audio\]"):
+        read_audio(path)
+    with pytest.raises(MissingDependency, match=name):
+        require_decoders()
