@@ -40,6 +40,12 @@ class MlxCandidate:
         """What the weights are stored as: a name in ``contentvec_convert.precision``."""
         return self.metadata.get("dtype", "float32")
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """What the file says it was made from; empty if it does not."""
+        found: dict[str, Any] = json.loads(self.metadata.get("source", "{}"))
+        return found
+
     def stages(self, clip: Clip) -> dict[str, NDArray[np.float32]]:
         """Every stage from the audio."""
         from mlx_contentvec.backend import mx

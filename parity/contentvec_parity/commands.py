@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from mlx_contentvec.errors import OutputError
+
+from .verdict import RATIO, Gates
 
 
 class RunByDefault(click.Group):
@@ -31,9 +36,41 @@ def parity() -> None:
     """Compare the MLX model with the original."""
 
 
+_FILE = click.Path(path_type=Path)
+
+_GATES = (
+    click.option(
+        "--ratio",
+        type=click.FloatRange(min=0, min_open=True),
+        default=RATIO,
+        show_default=True,
+        help="Largest allowed error of MLX, as a multiple of PyTorch's.",
+    ),
+    click.option(
+        "--max-abs",
+        type=click.FloatRange(min=0),
+        help="Largest allowed difference of any feature from the truth.",
+    ),
+    click.option(
+        "--min-cosine",
+        type=click.FloatRange(-1, 1),
+        help="Smallest allowed cosine of any frame with the truth.",
+    ),
+    click.option("--json", "json_file", metavar="FILE", help="Write the report; - for stdout."),
+    click.option("--markdown", metavar="FILE", type=_FILE, help="Write tables for a model card."),
+    click.option("--html", metavar="FILE", type=_FILE, help="Write one self-contained page."),
+)
+
+
+def _gated(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that judge a run and say where its report goes."""
+    for option in reversed(_GATES):
+        command = option(command)
+    return command
+
+
 @parity.command("run")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("converted", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, metavar="CHECKPOINT CONVERTED", type=_FILE)
 @click.option(
     "--reference",
     metavar="NAME|FILE",
@@ -41,49 +78,28 @@ def parity() -> None:
 )
 @click.option(
     "--audio",
-    "audio",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=_FILE,
     help="Also compare on this audio file; may be given several times.",
 )
 @click.option("--quick", is_flag=True, help="Only the six built-in clips; seconds, not a minute.")
 @click.option("--thorough", is_flag=True, help="Also every remainder of the hop, and 1 to 30 s.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - for stdout.")
-@click.option(
-    "--ratio",
-    type=click.FloatRange(min=0, min_open=True),
-    default=2.0,
-    show_default=True,
-    help="Largest allowed error of MLX, as a multiple of PyTorch's.",
-)
-@click.option(
-    "--max-abs",
-    type=click.FloatRange(min=0),
-    help="Largest allowed difference of any feature from the truth.",
-)
-@click.option(
-    "--min-cosine",
-    type=click.FloatRange(-1, 1),
-    help="Smallest allowed cosine of any frame with the truth.",
-)
+@_gated
 def run(
-    checkpoint: Path,
-    converted: Path,
+    files: tuple[Path, ...],
     reference: str | None,
     audio: tuple[Path, ...],
     quick: bool,
     thorough: bool,
-    json_file: str | None,
-    ratio: float,
-    max_abs: float | None,
-    min_cosine: float | None,
+    **delivery: Any,
 ) -> None:
     """Run the original and the MLX model side by side and say how far apart they are.
 
     CHECKPOINT is the original (a fairseq .pt file or a Hugging Face folder),
-    CONVERTED what `mlx-contentvec convert` made of it. Both are measured against
-    the same model in float64: MLX passes if, in every stage, it is no further
-    from that truth than --ratio times PyTorch's own float32 is.
+    CONVERTED what `mlx-contentvec convert` made of it; with a recording as the
+    reference CHECKPOINT may be left out. Both are measured against the same
+    model in float64: MLX passes if, in every stage, it is no further from that
+    truth than --ratio times PyTorch's own float32 is.
 
     Exit status: 0 passed, 1 failed or refused, 2 wrong usage.
     """
@@ -91,30 +107,94 @@ def run(
         raise click.UsageError("--quick and --thorough exclude each other")
     # read by MLX when it starts: float32 products must be float32
     os.environ["MLX_ENABLE_TF32"] = "0"
-    from .harness import compare_files
-    from .verdict import Gates
+    from .harness import compare_files, reference_named, replay
 
-    document = compare_files(
-        checkpoint,
-        converted,
-        reference=reference,
-        audio=audio,
-        inputs="built-in" if quick else "thorough" if thorough else "standard",
-        gates=Gates(ratio=ratio, max_abs=max_abs, min_cosine=min_cosine),
+    name, recording = reference_named(reference)
+    if len(files) > 2 or (len(files) == 1 and recording is None):
+        raise click.UsageError("give CHECKPOINT and CONVERTED")
+    gates = _gates(delivery)
+    if recording is not None:
+        if audio or quick or thorough:
+            raise click.UsageError("a recording has its own clips: no --audio, --quick, --thorough")
+        checkpoint = files[0] if len(files) == 2 else None
+        document = replay(recording, files[-1], checkpoint=checkpoint, gates=gates)
+    else:
+        document = compare_files(
+            *files,
+            reference=name,
+            audio=audio,
+            inputs="built-in" if quick else "thorough" if thorough else "standard",
+            gates=gates,
+        )
+    _deliver(document, **delivery)
+
+
+@parity.command("record")
+@click.argument("checkpoint", type=_FILE)
+@click.argument("output", type=_FILE)
+@click.option("--reference", type=click.Choice(["fairseq", "transformers"]))
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
+def record_command(checkpoint: Path, output: Path, reference: str | None, force: bool) -> None:
+    """Record what the original makes of six short clips, for others to compare with.
+
+    OUTPUT is a safetensors file of a few megabytes. Whoever has it can run
+    `mlx-contentvec parity CONVERTED --reference OUTPUT` without PyTorch.
+    """
+    from rich.console import Console
+
+    from .recording import record
+
+    with Console(stderr=True).status(f"recording {checkpoint.name}") as status:
+        header = record(
+            checkpoint, output, reference=reference, force=force, progress=status.update
+        )
+    click.echo(
+        f"{output}  {output.stat().st_size:,} bytes, {len(header['clips'])} clips of "
+        f"{header['source']['name']} by {header['reference']['name']}"
     )
-    _deliver(document, json_file)
 
 
-def _deliver(document: dict[str, Any], json_file: str | None) -> None:
+@parity.command("judge")
+@click.argument("saved", type=_FILE)
+@_gated
+def judge_command(saved: Path, **delivery: Any) -> None:
+    """Judge a saved run (--json FILE) by other limits, without running it again."""
+    from .report import read
+    from .verdict import judge
+
+    document = read(saved)
+    document["verdict"] = judge(document, _gates(delivery))
+    _deliver(document, **delivery)
+
+
+def _gates(options: dict[str, Any]) -> Gates:
+    return Gates(**{name: options.pop(name) for name in ("ratio", "max_abs", "min_cosine")})
+
+
+def _deliver(
+    document: dict[str, Any], json_file: str | None, markdown: Path | None, html: Path | None
+) -> None:
     """Write and print what was asked for, and end with the verdict's status."""
-    from .report import print_screen, to_json
+    from .report import print_screen, to_json, to_markdown
 
+    written = []
+    if json_file is not None and json_file != "-":
+        written.append((Path(json_file), to_json(document) + "\n"))
+    if markdown is not None:
+        written.append((markdown, to_markdown(document)))
+    if html is not None:
+        from .pages import to_html
+
+        written.append((html, to_html(document)))
+    for path, text in written:
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
     if json_file == "-":
         click.echo(to_json(document))
     else:
-        if json_file is not None:
-            Path(json_file).write_text(to_json(document) + "\n", encoding="utf-8")
         from rich.console import Console
 
-        print_screen(document, Console(width=None, soft_wrap=False))
+        print_screen(document, Console())
     click.get_current_context().exit(0 if document["verdict"]["passed"] else 1)

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from contentvec_convert.checkpoint import open_checkpoint
-from contentvec_convert.identity import Identification, Identity
+from contentvec_convert.identity import Identification
 from mlx_contentvec.errors import ParityError
 
 from . import machine, report, tensors
 from .candidate import MlxCandidate
+from .identity import checkpoint_being_identified, identify_checkpoint, weights_facts
 from .inputs import INPUT_SETS, Clip, from_files
 from .naming import stage_input, stage_names, stage_parameters
-from .references import Reference, choose, open_reference
+from .recording import Recording
+from .references import REFERENCES, Reference, choose, open_reference
 from .run import Progress, measure, require_same_architecture
 from .verdict import Gates, judge
 
 #: on these clips --quick also runs every stage by itself
 QUICK_LOCAL = ("short", "quiet", "min")
-
-STAND_IN = (
-    "the weights are synthetic, made to be loud about mistakes: these figures say how exact the "
-    "arithmetic is, not what the real weights give"
-)
 
 
 def compare_files(
@@ -42,18 +37,17 @@ def compare_files(
 ) -> report.Document:
     """Run the original at ``checkpoint`` and the MLX model of ``converted``, and report.
 
-    inputs: a name in ``contentvec_parity.inputs.INPUT_SETS``
+    reference: "fairseq" or "transformers"; the better one of those installed by default
+    inputs:    a name in ``contentvec_parity.inputs.INPUT_SETS``
 
     Raises ParityError if the two cannot be compared at all; a failed
     comparison is a report whose verdict says so.
     """
-    for path in (checkpoint, converted):
-        if not path.exists():
-            raise ParityError(f"no such file: {path}")
+    _require_files(checkpoint, converted)
     name = reference or choose(checkpoint)
     with (
         _progress(f"loading {checkpoint.name}") as show,
-        Identification(checkpoint, _weight_files(checkpoint)) as source,
+        checkpoint_being_identified(checkpoint) as source,
         Identification(converted) as weights,
     ):
         original = open_reference(name, checkpoint)
@@ -61,17 +55,75 @@ def compare_files(
         candidate = MlxCandidate.open(converted)
         clips = INPUT_SETS[inputs]()
         clips += from_files(audio, original.config.receptive_field)
-        local = QUICK_LOCAL if inputs == "built-in" else None
         return assemble(
             original,
             candidate,
             clips,
             gates=gates,
-            local=local,
+            local=QUICK_LOCAL if inputs == "built-in" else None,
             progress=show,
-            source=lambda: _source(source.result(), candidate),
-            weights=lambda: _weights(weights.result(), candidate),
+            source=source.result,
+            weights=lambda: weights_facts(weights, candidate),
         )
+
+
+def replay(
+    recording: Path,
+    converted: Path,
+    *,
+    checkpoint: Path | None = None,
+    gates: Gates | None = None,
+) -> report.Document:
+    """Hold the MLX model of ``converted`` against a recording, and report.
+
+    Needs neither torch nor fairseq nor the checkpoint; if one is given, it must
+    be the one that was recorded.
+
+    Raises ParityError if the recording is of another checkpoint than the
+    weights, saying which two do not fit.
+    """
+    _require_files(recording, converted, *([checkpoint] if checkpoint else []))
+    original = Recording(recording)
+    if checkpoint is not None:
+        found = identify_checkpoint(checkpoint)
+        if found["sha256"] != original.header["source"]["sha256"]:
+            raise ParityError(
+                f"{recording.name} is a recording of another checkpoint than {checkpoint.name}",
+                found=f"{checkpoint.name}, sha256 {found['sha256']}",
+                expected="{name}, sha256 {sha256}".format(**original.header["source"]),
+            )
+    with _progress(f"loading {converted.name}") as show, Identification(converted) as weights:
+        candidate = MlxCandidate.open(converted)
+        _require_recorded(original, candidate, converted)
+        return assemble(
+            original,
+            candidate,
+            original.clips,
+            gates=gates,
+            progress=show,
+            source=lambda: original.header["source"],
+            weights=lambda: weights_facts(weights, candidate),
+        )
+
+
+def _require_recorded(recording: Recording, candidate: MlxCandidate, converted: Path) -> None:
+    """Raise ParityError unless the weights can be those that were recorded.
+
+    Weights of another container of the same checkpoint have another source hash
+    and the same tensors; weights of another checkpoint have other tensors.
+    """
+    recorded, stated = recording.header["source"], candidate.source
+    if stated.get("sha256") == recorded["sha256"]:
+        return
+    proof = tensors.prove_by_hash(recording.tensor_hashes, candidate.parameters(), recording.config)
+    if proof["exact"] > len(proof["failures"]):
+        return
+    raise ParityError(
+        f"{recording.path.name} is not a recording of what {converted.name} was made from",
+        found=f"recorded from {recorded['name']}, sha256 {recorded['sha256']}",
+        expected=f"{stated.get('name', 'unknown')}, sha256 {stated.get('sha256', 'not stated')}, "
+        f"which {converted.name} was made from",
+    )
 
 
 def assemble(
@@ -96,7 +148,11 @@ def assemble(
     require_same_architecture(original.config, candidate.config)
     if progress is not None:
         progress("comparing tensors")
-    proof = tensors.prove(*original.tensors(), candidate.parameters(), original.config)
+    parameters = candidate.parameters()
+    if isinstance(original, Recording):
+        proof = tensors.prove_by_hash(original.tensor_hashes, parameters, original.config)
+    else:
+        proof = tensors.prove(*original.tensors(), parameters, original.config)
     clip_rows, rows = measure(original, candidate, clips, local=local, progress=progress)
     document: report.Document = {
         "schema": report.SCHEMA,
@@ -123,38 +179,33 @@ def _reference(original: Reference) -> dict[str, Any]:
     return {
         "name": original.name,
         "versions": original.versions,
+        "recorded_from": original.recorded_from if isinstance(original, Recording) else None,
         "stages": list(stages),
         "inputs": {stage: stage_input(original.config, stage) for stage in stages},
         "reads": {stage: list(stage_parameters(original.config, stage)) for stage in stages},
     }
 
 
-def _weights(identity: Identity, candidate: MlxCandidate) -> dict[str, Any]:
-    return {
-        "name": identity.name,
-        "size": identity.size,
-        "sha256": identity.sha256,
-        "precision": candidate.precision,
-        "source": json.loads(candidate.metadata.get("source", "{}")),
-    }
+def _require_files(*paths: Path) -> None:
+    for path in paths:
+        if not path.exists():
+            raise ParityError(f"no such file: {path}")
 
 
-def _source(identity: Identity, candidate: MlxCandidate) -> dict[str, Any]:
-    stated = json.loads(candidate.metadata.get("source", "{}"))
-    return {
-        **identity.to_dict(),
-        "stand_in": STAND_IN if stated.get("stand_in") else None,
-        "converted_from_it": stated.get("sha256") == identity.sha256
-        if "sha256" in stated
-        else None,
-    }
+def reference_named(given: str | None) -> tuple[str | None, Path | None]:
+    """What ``--reference`` names: an implementation, or a recording's file.
 
-
-def _weight_files(checkpoint: Path) -> list[Path]:
-    if checkpoint.is_file():
-        return [checkpoint]
-    with open_checkpoint(checkpoint) as opened:
-        return list(opened.files)
+    Raises ParityError if it is neither.
+    """
+    if given is None or given in REFERENCES:
+        return given, None
+    path = Path(given)
+    if path.suffix == ".safetensors" or path.is_file():
+        return None, path
+    raise ParityError(
+        f"there is no reference {given!r}",
+        expected=", ".join(REFERENCES) + ", or a recording (.safetensors)",
+    )
 
 
 @contextlib.contextmanager

@@ -63,18 +63,19 @@ def speech_like(samples: int, seed: int) -> Waveform:
     return scaled
 
 
-def _spoken(name: str, samples: int, seed: int, about: str) -> Clip:
+def spoken(name: str, samples: int, seed: int, about: str) -> Clip:
+    """One speech-like clip."""
     return Clip(name, speech_like(samples, seed)[None], about, {"seed": seed, "samples": samples})
 
 
 def built_in() -> list[Clip]:
     """The six clips every figure refers to."""
-    short = _spoken("short", 8000, 9, "half a second")
+    short = spoken("short", 8000, 9, "half a second")
     return [
-        _spoken("3s", 48000, 7, "three seconds, speech-like"),
-        _spoken("even", 48320, 8, "an even number of frames (150)"),
+        spoken("3s", 48000, 7, "three seconds, speech-like"),
+        spoken("even", 48320, 8, "an even number of frames (150)"),
         short,
-        _spoken("min", 400, 10, "the shortest clip that gives a frame"),
+        spoken("min", 400, 10, "the shortest clip that gives a frame"),
         Clip(
             "quiet",
             (short.waveform * 1e-3).astype(np.float32),
@@ -99,7 +100,8 @@ def _offset(dc: float) -> Clip:
     return Clip(f"dc{dc}", wave[None], about, {"seed": 22, "gain": 0.4, "offset": dc})
 
 
-def _padded_batch(name: str, lengths: tuple[int, ...], seed: int) -> Clip:
+def padded_batch(name: str, lengths: tuple[int, ...], seed: int) -> Clip:
+    """Speech-like clips of several lengths (in samples), padded with zeros to the longest."""
     longest = max(lengths)
     waveform = np.zeros((len(lengths), longest), np.float32)
     mask = np.ones((len(lengths), longest), bool)
@@ -115,12 +117,12 @@ def standard() -> list[Clip]:
     return [
         *built_in(),
         # on each side of the second and the third frame, and odd remainders of the hop of 320
-        *(_spoken(f"{n}", n, 31, f"{n} samples") for n in (719, 720, 721, 880, 1039, 1040, 1163)),
+        *(spoken(f"{n}", n, 31, f"{n} samples") for n in (719, 720, 721, 880, 1039, 1040, 1163)),
         *(_at_level(level) for level in (-80.0, -60.0, -40.0, -20.0, 0.0, 6.0)),
         *(_offset(dc) for dc in (0.1, 0.5)),
-        _padded_batch("batch2", (20000, 13000), 41),
-        _padded_batch("batch3", (9000, 4000, 400), 43),
-        _spoken("8s", 128000, 51, "eight seconds"),
+        padded_batch("batch2", (20000, 13000), 41),
+        padded_batch("batch3", (9000, 4000, 400), 43),
+        spoken("8s", 128000, 51, "eight seconds"),
     ]
 
 
@@ -128,9 +130,9 @@ def thorough() -> list[Clip]:
     """The standard clips, every remainder of the hop, and 1 to 30 seconds."""
     return [
         *standard(),
-        *(_spoken(f"hop{n}", 1360 + n, 61, f"{1360 + n} samples") for n in range(320)),
+        *(spoken(f"hop{n}", 1360 + n, 61, f"{1360 + n} samples") for n in range(320)),
         *(
-            _spoken(f"{seconds}s", seconds * SAMPLE_RATE, 70 + seconds, f"{seconds} seconds")
+            spoken(f"{seconds}s", seconds * SAMPLE_RATE, 70 + seconds, f"{seconds} seconds")
             for seconds in (1, 2, 5, 15, 30)
         ),
     ]

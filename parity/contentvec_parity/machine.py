@@ -17,7 +17,8 @@ PACKAGES = ("mlx-contentvec", "mlx", "numpy", "torch", "transformers", "fairseq-
 VARIABLES = ("MLX_ENABLE_TF32", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def _chip() -> str:
+def chip() -> str:
+    """The processor's name."""
     if sys.platform == "darwin":
         try:
             command = ("sysctl", "-n", "machdep.cpu.brand_string")
@@ -67,7 +68,7 @@ def describe() -> dict[str, Any]:
             "Accelerate" if sys.platform == "darwin" else "the wheel's own"
         )
     return {
-        "chip": _chip(),
+        "chip": chip(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),

@@ -21,9 +21,9 @@ The document, ``schema`` "mlx-contentvec-parity/1":
                ``torch_threads``
 ``config``     the model's configuration (``mlx_contentvec.config``)
 ``reference``  ``name`` ("fairseq", "transformers", "recording"), ``versions`` of what
-               computed it, ``stages`` in the order they run, ``inputs``: stage ->
-               the stage it is fed by (None: the waveform), ``reads``: stage ->
-               parameters it reads
+               computed it, ``recorded_from`` (which of the two, for a recording),
+               ``stages`` in the order they run, ``inputs``: stage -> the stage it
+               is fed by (None: the waveform), ``reads``: stage -> parameters it reads
 ``clips``      one entry per input: ``name``, ``about``, ``origin`` (seed or file and
                resampler), ``batch``, ``samples``, ``seconds``, ``frames``,
                ``padded``, ``mask_agrees`` (None without padding)
@@ -36,7 +36,8 @@ The document, ``schema`` "mlx-contentvec-parity/1":
                another shape, or numbers that are not finite; then nothing follows),
                ``candidate`` (MLX against the float64 truth), ``reference`` (PyTorch
                float32 against it), ``floor`` (the truth rounded to float32 against
-               it), and for features ``apart`` (MLX against PyTorch) and ``nearest``
+               it), and for features ``variant`` (whether it is another way to ask for
+               what a row has already), ``apart`` (MLX against PyTorch) and ``nearest``
                (another stage whose truth is nearer, or None). The metrics are
                those of ``contentvec_parity.compare.METRICS``.
 ``tensors``    the tensor-by-tensor proof (``contentvec_parity.tensors``); None where
@@ -59,9 +60,14 @@ from typing import Any
 
 from mlx_contentvec.errors import ParityError
 
+from .inputs import built_in
+
 SCHEMA = "mlx-contentvec-parity/1"
 
 Document = dict[str, Any]
+
+#: the clips whose figures are shown one by one
+BUILT_IN = frozenset(clip.name for clip in built_in())
 
 
 def to_json(document: Mapping[str, Any]) -> str:
@@ -147,15 +153,15 @@ def device_line(document: Mapping[str, Any]) -> str:
 
 
 def reference_line(document: Mapping[str, Any]) -> str:
-    """``fairseq 0.12.3.1, torch 2.13.0``."""
+    """``fairseq 0.12.3.1, torch 2.13.0``, or that it is a recording of that."""
     reference = document["reference"]
-    named = reference["versions"]
-    first = (
-        [f"{reference['name']} {named[reference['name']]}"]
-        if reference["name"] in named
-        else [str(reference["name"])]
-    )
-    return ", ".join(first + [f"{k} {v}" for k, v in named.items() if k != reference["name"]])
+    parts = [f"{package} {version}" for package, version in reference["versions"].items()]
+    text = ", ".join(sorted(parts, key=lambda part: not part.startswith(_computed_by(reference))))
+    return f"a recording of {text}" if reference["name"] == "recording" else text
+
+
+def _computed_by(reference: Mapping[str, Any]) -> str:
+    return str(reference.get("recorded_from") or reference["name"])
 
 
 def headline(document: Mapping[str, Any]) -> str:
@@ -163,23 +169,57 @@ def headline(document: Mapping[str, Any]) -> str:
     return "PASSED" if document["verdict"]["passed"] else "FAILED"
 
 
-def feature_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The comparison of the features users read: one row per call and clip."""
-    found = []
-    for row in document["stages"]:
-        if row["kind"] != "features":
-            continue
-        entry: dict[str, Any] = {"features": row["name"], "clip": row["clip"]}
-        entry["comparable"] = row["comparable"]
-        if row["comparable"]:
-            entry |= {key: row[key] for key in ("candidate", "reference", "apart")}
-        else:
-            entry["problem"] = (
-                f"shape {row['shape']}, not {row['expected_shape']}"
-                if row["shape"] != row["expected_shape"]
-                else "not finite"
-            )
-        found.append(entry)
+def feature_tables(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Features -> one entry per clip, the clips that only widen the net pooled into one.
+
+    An entry has ``clip`` and either ``problem`` (it could not be compared) or
+    ``candidate``, ``reference`` and ``apart`` with their metrics. Other ways to
+    ask for the same features are left out: the summary has them.
+    """
+    shown = {clip["name"] for clip in document["clips"] if _is_shown(document, clip)}
+    rows = [row for row in document["stages"] if row["kind"] == "features"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for label in dict.fromkeys(row["name"] for row in rows if not row.get("variant")):
+        mine = [row for row in rows if row["name"] == label]
+        entries = [_feature_entry(row) for row in mine if row["clip"] in shown]
+        others = [row for row in mine if row["clip"] not in shown]
+        entries += [_feature_entry(row) for row in others if not row["comparable"]]
+        pooled = [row for row in others if row["comparable"]]
+        if pooled:
+            entries.append({"clip": f"{len(pooled)} more", **_pool_features(pooled)})
+        found[label] = entries
+    return found
+
+
+def _is_shown(document: Mapping[str, Any], clip: Mapping[str, Any]) -> bool:
+    recorded = document["reference"]["name"] == "recording"
+    return recorded or clip["name"] in BUILT_IN or "file" in clip["origin"]
+
+
+def _feature_entry(row: Mapping[str, Any]) -> dict[str, Any]:
+    if row["comparable"]:
+        return {key: row[key] for key in ("clip", "candidate", "reference", "apart")}
+    return {"clip": row["clip"], "problem": not_comparable(row)}
+
+
+def not_comparable(row: Mapping[str, Any]) -> str:
+    """Why a row of the report could not be compared."""
+    if row["shape"] != row["expected_shape"]:
+        return f"shape {tuple(row['shape'])}, not {tuple(row['expected_shape'])}"
+    return "numbers that are not finite"
+
+
+def _pool_features(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The worst of several clips in every metric; rms over all values."""
+    total = sum(row["values"] for row in rows)
+    found: dict[str, Any] = {}
+    for who in ("candidate", "reference", "apart"):
+        squares = sum(row["values"] * row[who]["rms"] ** 2 for row in rows)
+        found[who] = {
+            "max_abs": max(row[who]["max_abs"] for row in rows),
+            "rms": math.sqrt(squares / total),
+            **{m: min(row[who][m] for row in rows) for m in ("cosine", "worst_frame_cosine")},
+        }
     return found
 
 
@@ -241,15 +281,15 @@ def advice(document: Mapping[str, Any]) -> list[str]:
 
 def print_screen(document: Mapping[str, Any], console: Any) -> None:
     """The verdict, then the features, the stages and the tensors, to a rich console."""
-    from rich.table import Table
-
     verdict = document["verdict"]
     colour = "green" if verdict["passed"] else "red"
-    console.print(f"[bold {colour}]{headline(document)}[/]  {verdict['reason']}", highlight=False)
+    console.print(f"[bold {colour}]{headline(document)}[/]  ", end="")
+    console.print(verdict["reason"], highlight=False, markup=False)
     for line in advice(document):
         console.print(f"  {line}", highlight=False, markup=False)
     if document["source"].get("stand_in"):
-        console.print(f"[yellow]stand-in[/]  {document['source']['stand_in']}", highlight=False)
+        console.print("[yellow]stand-in[/]  ", end="")
+        console.print(document["source"]["stand_in"], highlight=False, markup=False)
     console.print(
         f"MLX on {device_line(document)}; against {reference_line(document)}\n"
         f"{document['machine']['chip']}, {document['machine']['cores']} cores, "
@@ -257,57 +297,63 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
         highlight=False,
         markup=False,
     )
-    features = Table(
-        title="Features: errors against the float64 truth, and how far MLX is from PyTorch",
-        title_justify="left",
-        box=None,
-        padding=(0, 1),
+    console.print(_feature_table(document))
+    console.print(_stage_table(document))
+    console.print(tensor_line(document), highlight=False, markup=False)
+
+
+def _table(title: str, first: str, *headings: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _feature_table(document: Mapping[str, Any]) -> Any:
+    table = _table(
+        "\nFeatures: errors against the float64 truth, and how far MLX is from PyTorch",
+        "",
+        "largest\nMLX",
+        "error\nPyTorch",
+        "rms\nMLX",
+        "error\nPyTorch",
+        "MLX - PyT\nlargest",
+        "worst frame's\ncosine",
     )
-    features.add_column("features")
-    features.add_column("clip")
-    for heading in (
-        "MLX max",
-        "PyTorch max",
-        "MLX rms",
-        "PyTorch rms",
-        "apart max",
-        "apart rms",
-        "cosine",
-        "worst frame",
-    ):
-        features.add_column(heading, justify="right", no_wrap=True)
-    for row in feature_rows(document):
-        if not row["comparable"]:
-            features.add_row(row["features"], row["clip"], f"[red]{row['problem']}[/]")
-            continue
-        mine, theirs, apart = row["candidate"], row["reference"], row["apart"]
-        features.add_row(
-            row["features"],
-            row["clip"],
-            figure(mine["max_abs"]),
-            figure(theirs["max_abs"]),
-            figure(mine["rms"]),
-            figure(theirs["rms"]),
-            figure(apart["max_abs"]),
-            figure(apart["rms"]),
-            similarity(apart["cosine"]),
-            similarity(apart["worst_frame_cosine"]),
-        )
-    console.print(features)
-    stages = Table(
-        title="Stages, all clips together: error of MLX / error of PyTorch",
-        title_justify="left",
-        box=None,
-        padding=(0, 1),
+    for label, entries in feature_tables(document).items():
+        table.add_row(f"[bold]{label}[/]")
+        for entry in entries:
+            if "problem" in entry:
+                table.add_row(f"  {entry['clip']}", f"[red]{entry['problem']}[/]")
+                continue
+            mine, theirs, apart = entry["candidate"], entry["reference"], entry["apart"]
+            table.add_row(
+                f"  {entry['clip']}",
+                figure(mine["max_abs"]),
+                figure(theirs["max_abs"]),
+                figure(mine["rms"]),
+                figure(theirs["rms"]),
+                figure(apart["max_abs"]),
+                similarity(apart["worst_frame_cosine"]),
+            )
+    return table
+
+
+def _stage_table(document: Mapping[str, Any]) -> Any:
+    table = _table(
+        "\nStages, all clips together: error of MLX as a multiple of PyTorch's",
+        "",
+        "from the audio\nrms",
+        "\nlargest",
+        "by itself\nrms",
+        "\nlargest",
+        "MLX rms\nerror",
     )
-    stages.add_column("stage")
-    for heading in ("from the audio: rms", "max", "by itself: rms", "max", "MLX rms error"):
-        stages.add_column(heading, justify="right", no_wrap=True)
-    by_kind = {
-        kind: {e["name"]: e for e in verdict["summary"] if e["kind"] == kind}
-        for kind in ("stage", "local")
-    }
-    limit = verdict["gates"]["ratio"]
+    verdict = document["verdict"]
+    limit, alone = verdict["gates"]["ratio"], verdict["limits"]["wrong_by_itself"]
 
     def shown(entry: Mapping[str, Any] | None, metric: str, bound: float) -> str:
         if entry is None:
@@ -315,19 +361,84 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
         value = entry["ratio"][metric]
         return f"[red]{times(value)}[/]" if value > bound else times(value)
 
-    for name, entry in by_kind["stage"].items():
-        local = by_kind["local"].get(name)
-        alone = verdict["limits"]["wrong_by_itself"]
-        stages.add_row(
-            name,
+    for name, (entry, local) in stage_entries(document).items():
+        table.add_row(
+            f"  {name}",
             shown(entry, "rms", limit),
             shown(entry, "max_abs", limit),
-            shown(local, "rms", alone),
-            shown(local, "max_abs", alone),
+            shown(local, "rms", max(alone, limit)),
+            shown(local, "max_abs", max(alone, limit)),
             figure(entry["candidate"]["rms"]) if "candidate" in entry else "-",
         )
-    console.print(stages)
-    console.print(tensor_line(document), highlight=False, markup=False)
+    return table
+
+
+# ---- for a model card ---------------------------------------------------------------------
+
+
+def to_markdown(document: Mapping[str, Any]) -> str:
+    """The verdict, the features and the stages as GitHub Markdown."""
+    verdict = document["verdict"]
+    lines = [f"**Parity: {headline(document).lower()}.** {_sentence(verdict['reason'])}", ""]
+    lines += [f"- {_sentence(line.strip())}" for line in advice(document)]
+    if document["source"].get("stand_in"):
+        lines += [f"> Stand-in: {document['source']['stand_in']}", ""]
+    lines += [
+        "",
+        f"MLX on {device_line(document)}, against {reference_line(document)}; "
+        f"{document['machine']['chip']}, {document['machine']['system']}. "
+        "Errors are those against the same model in float64.",
+        "",
+        "| features | clip | MLX max | PyTorch max | MLX rms | PyTorch rms "
+        "| MLX - PyTorch max | worst frame's cosine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, entries in feature_tables(document).items():
+        for entry in entries:
+            if "problem" in entry:
+                lines.append(f"| {label} | {entry['clip']} | {entry['problem']} | | | | | |")
+                continue
+            sides = (entry["candidate"], entry["reference"])
+            cells = [
+                label,
+                entry["clip"],
+                *(figure(side[metric]) for metric in ("max_abs", "rms") for side in sides),
+                figure(entry["apart"]["max_abs"]),
+                similarity(entry["apart"]["worst_frame_cosine"]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Error of MLX as a multiple of PyTorch's, all clips together:",
+        "",
+        "| stage | from the audio, rms | max | by itself, rms | max |",
+        "|---|---|---|---|---|",
+    ]
+    for stage, (accumulated, local) in stage_entries(document).items():
+        cells = [stage]
+        for entry in (accumulated, local):
+            cells += [
+                times(entry["ratio"][m]) if entry is not None else "-" for m in ("rms", "max_abs")
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", tensor_line(document), ""])
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", ":")) else ".")
+
+
+def stage_entries(
+    document: Mapping[str, Any],
+) -> dict[str, tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Stage -> its pooled errors from the audio, and by itself (None if it was not run so)."""
+    summary = document["verdict"]["summary"]
+    local = {entry["name"]: entry for entry in summary if entry["kind"] == "local"}
+    return {
+        entry["name"]: (entry, local.get(entry["name"]))
+        for entry in summary
+        if entry["kind"] == "stage"
+    }
 
 
 def tensor_line(document: Mapping[str, Any]) -> str:
@@ -337,6 +448,11 @@ def tensor_line(document: Mapping[str, Any]) -> str:
         return "Tensors: not compared (the original's were not at hand)."
     if tensors["failures"]:
         return f"Tensors: {len(tensors['failures'])} of {tensors['parameters']} parameters differ."
+    if tensors["sources"] is None:
+        return (
+            f"Tensors: {tensors['exact']} of {tensors['parameters']} parameters equal the recorded "
+            f"ones bit for bit, {tensors['uncompared']} cannot be compared by a hash."
+        )
     text = f"Tensors: all {tensors['sources']} of the original accounted for; {tensors['exact']} "
     text += "parameters equal it bit for bit"
     if tensors["rounded"]:

@@ -145,6 +145,7 @@ def _measure_clip(
             truth[output.stage],
             valid,
         )
+        row["variant"] = output.variant
         row["nearest"] = _nearest(features, truth, output.stage)
         rows.append(row)
     about = {

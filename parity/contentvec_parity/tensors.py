@@ -15,10 +15,51 @@ from numpy.typing import NDArray
 
 from mlx_contentvec.config import ModelConfig
 
-from .naming import LAYOUTS, ROUNDED_LAYOUTS, UNREAD, rows
+from .naming import LAYOUTS, ROUNDED_LAYOUTS, UNREAD, Row, rows
 
 #: what quantised parameters are accompanied by; the features judge those
 QUANTISED = (".scales", ".biases")
+
+
+def prove_by_hash(
+    hashes: Mapping[str, str], parameters: Mapping[str, NDArray[Any]], config: ModelConfig
+) -> dict[str, Any]:
+    """Compare loaded parameters with what the original's hash to, where a recording says so.
+
+    hashes: parameter -> SHA-256 of the float32 values it must have
+
+    Parameters of another dtype, quantised ones, and the computed positional
+    kernel are counted as ``uncompared``.
+    """
+    from .recording import hash_values
+
+    failures: list[dict[str, Any]] = []
+    exact = uncompared = 0
+    for row in rows(config):
+        loaded = parameters.get(row.target)
+        if loaded is None:
+            failures.append(_failure(row, "the MLX model has no such parameter"))
+        elif row.target not in hashes or loaded.dtype != np.float32:
+            uncompared += 1
+        elif hash_values(loaded) == hashes[row.target]:
+            exact += 1
+        else:
+            failures.append(_failure(row, "its values are not those that were recorded"))
+    return {
+        "sources": None,
+        "parameters": len(parameters),
+        "exact": exact,
+        "rounded": 0,
+        "quantized": 0,
+        "uncompared": uncompared,
+        "largest_ulps": 0.0,
+        "unread": [],
+        "failures": failures,
+    }
+
+
+def _failure(row: Row, what: str) -> dict[str, Any]:
+    return {"name": row.target, "stage": row.stage, "what": what}
 
 
 def prove(
@@ -46,8 +87,8 @@ def prove(
         used.update(sources)
         expected_names.add(row.target)
 
-        def fail(what: str, target: str = row.target, stage: str = row.stage) -> None:
-            failures.append({"name": target, "stage": stage, "what": what})
+        def fail(what: str, row: Row = row) -> None:
+            failures.append(_failure(row, what))
 
         absent = [name for name in sources if name not in originals]
         if absent:
@@ -98,6 +139,7 @@ def prove(
         "sources": len(originals),
         "parameters": len(parameters),
         **counts,
+        "uncompared": 0,
         "largest_ulps": largest_ulps,
         "unread": sorted(name for name in originals if name in UNREAD),
         "failures": failures,
