@@ -7,6 +7,7 @@ import enum
 import json
 import os
 import pickle
+import struct
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -23,12 +24,16 @@ from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, Unsupporte
 from tests.checkpoint_files import (
     SIX_FLOATS,
     Call,
+    Entry,
     Name,
+    Raw,
     assemble,
+    instructions,
     storage,
     tensor,
     torch_legacy,
     torch_zip,
+    zip_archive,
 )
 
 Save = Callable[..., Path]
@@ -223,6 +228,161 @@ def test_what_stands_beside_the_tensors_becomes_plain_values_and_records(
         assert found["nested"]["tensor"].array().tolist() == [0, 1, 2]
         moment = found["optimizer"]["state"][0]["exp_avg"]
         assert moment.float32().tolist() == [1, 1]
+
+
+#: instructions as other and older pickles have them -> the value they stand for
+PLAIN: dict[str, tuple[bytes, object]] = {
+    "integers": (b"(I7\nI-1\nL12345678901234567890L\nL5\nJ\xfe\xff\xff\xffM\x01\x02t",
+                 (7, -1, 12345678901234567890, 5, -2, 513)),
+    "long integers": (b"(\x8a\0\x8a\2\0\1\x8b\1\0\0\0\x80t", (0, 256, -128)),
+    "truth": (b"(I00\nI01\n\x88\x89Nt", (False, True, True, False, None)),
+    "numbers": (b"(F1.5\nF-inf\nG\x40\x09\x21\xfb\x54\x44\x2d\x18t", (1.5, -np.inf, np.pi)),
+    "text": (b"(Vn\\u00e4me\n\x8c\1x\x8d\1\0\0\0\0\0\0\0yt", ("n\u00e4me", "x", "y")),
+    "bytes": (b"(C\1aB\1\0\0\0b\x8e\1\0\0\0\0\0\0\0c\x96\1\0\0\0\0\0\0\0dt",
+              (b"a", b"b", b"c", bytearray(b"d"))),
+    "lists": (b"(](K\1K\2e(K\3l]K\4at", ([1, 2], [3], [4])),
+    "dicts": (b"(}(K\1K\2u(K\3K\4d}K\5K\6st", ({1: 2}, {3: 4}, {5: 6})),
+    "sets": (b"(\x8f(K\1K\1K\2\x90(K\3\x91t", ({1, 2}, frozenset({3}))),
+    "tuples": (b"()K\1\x85K\1K\2\x86K\1K\2K\3\x87t", ((), (1,), (1, 2), (1, 2, 3))),
+    "memory": (b"(K\7q\5K\x08r\x06\0\0\0K\x09p7\nh\5j\6\0\0\0g7\nt", (7, 8, 9, 7, 8, 9)),
+    "memory in order": (b"(\x8c\1a\x94\x8c\1b\x94h\x00h\x01t", ("a", "b", "a", "b")),
+    "frames": (b"\x95\2\0\0\0\0\0\0\0K\1", 1),
+    "what is dropped": (b"(K\1K\x020(K\3K\x041K\x052t", (1, 5, 5)),
+    "keys that are tuples": (b"}(K\1(K\2t\x86NK\1Nu", {(1, (2,)): None, 1: None}),
+}  # fmt: skip
+
+#: the same where Python gives something else: text of Python 2, and what was no text
+UNLIKE_PYTHON: dict[str, tuple[bytes, object]] = {
+    "text of Python 2": (b"(U\3n\xc3\xa4T\2\0\0\0\xff\xfet", ("n\u00e4", b"\xff\xfe")),
+    "text that was none": (b"X\3\0\0\0\xed\xa0\x80", "\ufffd" * 3),
+    "escaped text that was none": (b"V\\ud800\n", "\ufffd"),
+}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *UNLIKE_PYTHON])
+def test_plain_values_of_every_protocol_are_read(name: str, tmp_path: Path) -> None:
+    code, expected = {**PLAIN, **UNLIKE_PYTHON}[name]
+    path = tmp_path / "model.pt"
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "x": Raw(code)})))
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.extra["x"] == expected
+        assert repr(checkpoint.extra["x"]) == repr(expected)
+    if name in PLAIN:
+        assert pickle.loads(b"\x80\x04" + code + b".") == expected
+
+
+#: calls that mean a plain value -> the value
+CALLS: dict[str, tuple[Call, object]] = {
+    "an ordered dict": (Call("collections", "OrderedDict", ([("a", 1), ["b", 2]],)),
+                        {"a": 1, "b": 2}),
+    "a copied dict": (Call("builtins", "dict", ({"a": 1},)), {"a": 1}),
+    "a counter": (Call("collections", "Counter", ({"a": 3},)), {"a": 3}),
+    "a dict with defaults": (
+        Call("collections", "defaultdict", (Name("builtins", "list"),)),
+        {},
+    ),
+    "a set of Python 2": (Call("__builtin__", "set", ([1, 2, 2],)), {1, 2}),
+    "a frozen set": (Call("builtins", "frozenset", ((1,),)), frozenset({1})),
+    "an empty set": (Call("builtins", "set"), set()),
+    "a list": (Call("builtins", "list", ((1, 2),)), [1, 2]),
+    "a size": (Call("torch", "Size", ([2, 3],)), (2, 3)),
+    "a complex number": (Call("builtins", "complex", (1.0, -2.0)), 1 - 2j),
+    "bytes": (Call("_codecs", "encode", ("\xff\x00", "latin1")), b"\xff\x00"),
+    "no bytes": (Call("builtins", "bytes"), b""),
+    "bytes that change": (Call("builtins", "bytearray", (b"ab",)), bytearray(b"ab")),
+    "no bytes that change": (Call("builtins", "bytearray"), bytearray()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_mean_plain_values_give_them(name: str, tmp_path: Path) -> None:
+    call, expected = CALLS[name]
+    path = tmp_path / "model.pt"
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "x": call})))
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.extra["x"] == expected
+        assert type(checkpoint.extra["x"]) is type(expected)
+
+
+@pytest.mark.parametrize("opcode", [b"R", b"\x81"])
+def test_a_foreign_object_is_what_the_pickle_says_of_it(tmp_path: Path, opcode: bytes) -> None:
+    path = tmp_path / "model.pt"
+    made = instructions(Call("a.b", "C.D", (1, "x"), {"deep": [2]}, opcode))
+    code = made + b"(K\5K\6e" + b"K\7K\x08s" + b"K\x09a"
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "x": Raw(code)})))
+    with open_checkpoint(path) as checkpoint:
+        record = checkpoint.extra["x"]
+    assert isinstance(record, InertRecord)
+    assert (record.module, record.name, record.args) == ("a.b", "C.D", (1, "x"))
+    assert (record.state, record.items, record.entries) == ({"deep": [2]}, [5, 6, 9], [(7, 8)])
+    assert repr(record) == "InertRecord(a.b.C.D)"
+
+
+def test_objects_of_old_protocols_are_records(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    namespace = Name("argparse", "Namespace")
+    rebuilt = Call(
+        "copy_reg", "_reconstructor", (namespace, Name("__builtin__", "object"), None), {"x": 1}
+    )
+    code = b"(" + instructions(rebuilt) + b"(K\1ia\nB\n(" + instructions(namespace) + b"K\2ot"
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "x": Raw(code)})))
+    with open_checkpoint(path) as checkpoint:
+        first, second, third = checkpoint.extra["x"]
+    assert (first.module, first.name, first.state) == ("argparse", "Namespace", {"x": 1})
+    assert (second.name, second.args) == ("B", (1,))
+    assert (third.name, third.args) == ("Namespace", (2,))
+
+
+def test_a_class_that_is_only_named_and_keywords_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with_keywords = instructions(Name("a", "B")) + b")" + instructions({"k": 1}) + b"\x92"
+    value = {"w": tensor(), "x": Name("torch", "float16"), "y": Raw(with_keywords)}
+    path.write_bytes(torch_zip(assemble(value)))
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.extra["x"].args is None
+        assert checkpoint.extra["y"].keywords == {"k": 1}
+
+
+def test_what_stands_among_the_tensors_of_a_bare_state_dict_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "version": 2, "storage": storage()})))
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.extra["version"] == 2
+        assert repr(checkpoint.extra["storage"]) == "InertRecord(torch.storage.TypedStorage)"
+    path.write_bytes(torch_zip(assemble({"model": {"w": tensor(), "extra": None}})))
+    with open_checkpoint(path) as checkpoint:
+        assert list(checkpoint.tensors) == ["w"]
+    path.write_bytes(torch_zip(assemble({"model": {"w": tensor(), "odd": "text"}})))
+    with pytest.raises(UnsupportedCheckpoint, match="odd stands among the tensors and is none"):
+        open_checkpoint(path)
+
+
+def test_an_enum_in_an_omegaconf_configuration_is_its_value(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    mode = Call("fairseq.dataclass.constants", "Mode", ("layer_norm",))
+    node = Call("omegaconf.nodes", "EnumNode", (), {"_val": mode, "_parent": None})
+    other = Call("omegaconf.base", "Metadata", (), {"ref_type": None})
+    nodes = {"mode": node, "other": other}
+    config = Call("omegaconf.dictconfig", "DictConfig", (), {"_content": {"model": nodes}})
+    path.write_bytes(torch_zip(assemble({"model": {"w": tensor()}, "cfg": config})))
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.config is not None
+        assert checkpoint.config["model"]["mode"] == "layer_norm"
+        assert checkpoint.config["model"]["other"].name == "Metadata"
+
+
+def test_an_entry_past_four_gigabytes_has_its_numbers_in_the_zip64_field(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    wide = {"length": 0xFFFFFFFF, "packed": 0xFFFFFFFF}
+    field = struct.pack("<2HI", 0x5455, 4, 0) + struct.pack("<2H2Q", 1, 16, 24, 24)
+    entries = [
+        Entry("archive/data.pkl", assemble({"w": tensor()})),
+        Entry("archive/data/0", SIX_FLOATS, wide, {**wide, "extra": field}),
+    ]
+    path.write_bytes(zip_archive(entries))
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.verify()
+        assert checkpoint.tensors["w"].float32().tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_a_namespace_of_old_fairseq_is_the_configuration(torch: ModuleType, save: Save) -> None:
@@ -488,6 +648,16 @@ def test_a_folder_of_shards_is_one_checkpoint(folder: Path) -> None:
         assert checkpoint.tensors["c"].float32().tolist() == [2, 2, 2, 2]
 
 
+def test_a_folder_of_links_is_read_as_the_hub_cache_keeps_it(folder: Path) -> None:
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    with open_checkpoint(folder) as checkpoint:
+        assert list(checkpoint.tensors) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_a_folder_of_one_file_is_read_by_folder_and_by_file(
     torch: ModuleType, safetensors: ModuleType, tmp_path: Path, name: str
@@ -537,6 +707,19 @@ def test_an_index_that_does_not_fit_its_files_is_refused(folder: Path) -> None:
         open_checkpoint(folder)
     edit_index(folder, b="one.safetensors", a=None)
     with pytest.raises(CorruptCheckpoint, match="does not say that a is in one"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])
+def test_an_index_without_a_map_is_refused(folder: Path, index: dict[str, object]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CorruptCheckpoint, match="no weight_map"):
+        open_checkpoint(folder)
+
+
+def test_an_index_of_too_many_files_is_refused(folder: Path) -> None:
+    edit_index(folder, **{f"t{i}": f"{i}.safetensors" for i in range(1001)})
+    with pytest.raises(CorruptCheckpoint, match="names too many files"):
         open_checkpoint(folder)
 
 

@@ -80,7 +80,7 @@ class PickleMachine:
         file: SourceFile,
         data: Bytes,
         constructors: Mapping[tuple[str, str], Constructor],
-        persistent_load: PersistentLoad | None = None,
+        persistent_load: PersistentLoad,
     ) -> None:
         self.file = file
         self._data = data
@@ -619,8 +619,6 @@ class PickleMachine:
         self.corrupt("it refers to its storages in a way that torch does not")
 
     def _op_binpersid(self) -> None:
-        if self._persistent_load is None:
-            self.corrupt("it refers to a storage where there can be none")
         self._stack.append(self._persistent_load(self, self._pop()))
 
 
