@@ -29,6 +29,10 @@ TILE = 256
 SCORES = 1 << 16
 #: length of the FFT of the positional convolution, in kernels
 FFT_KERNELS = 4
+#: taps of the positional convolution in one product on CUDA
+TAPS = 32
+#: samples of a batch above which its stages are computed two at a time
+PIPELINED_SAMPLES = 20 * 16000
 #: below this many frames the FFT of the kernel costs more than it saves
 FFT_LEAST_FRAMES = 64
 
@@ -92,8 +96,21 @@ _gelu_fused = mx.compile(_gelu_plain, shapeless=True)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
-    """Layer norm over the last axis."""
-    return mx.fast.layer_norm(x, weight, bias, EPS)
+    """Layer norm over the last axis.
+
+    On a CPU, MLX adds a row up one number after the other. Partial sums are as
+    quick, and leave an error of 8e-8 rms where that leaves 2.2e-7 (768 wide).
+    """
+    if x.dtype != mx.float32 or device_kind() != "cpu":
+        return mx.fast.layer_norm(x, weight, bias, EPS)
+    centred = x - _mean(x)
+    return centred * mx.rsqrt(_mean(centred * centred) + EPS) * weight + bias
+
+
+def _mean(x: Array) -> Array:
+    """Mean over the last axis, which stays with length 1, from up to 32 partial sums."""
+    parts = math.gcd(x.shape[-1], 32)
+    return x.reshape(*x.shape[:-1], parts, -1).mean(-1).mean(-1)[..., None]
 
 
 def windows(x: Array, kernel: int, stride: int) -> Array:
@@ -114,9 +131,10 @@ def arrange(weight: Array) -> Array:
 
     On a CPU a product takes the weight's transpose some input channels at a
     time: stored by columns, these are plain row-major blocks that the BLAS
-    reads in place.
+    reads in place. On CUDA a float32 product of two row-major operands takes
+    5 to 10 % less time than one with a transposed operand (H100).
     """
-    if device_kind() != "cpu" or weight.ndim < 2 or weight.dtype != mx.float32:
+    if device_kind() == "metal" or weight.ndim < 2 or weight.dtype != mx.float32:
         return weight
     inputs_first = weight.transpose(*range(1, weight.ndim), 0)
     return mx.contiguous(inputs_first).transpose(weight.ndim - 1, *range(weight.ndim - 1))
@@ -174,10 +192,15 @@ def conv1d(
     finish: from (batch, frames, out) to the same shape, frames independent
     returns: (batch, (time - kernel) // stride + 1, out)
     """
+    out, kernel, _ = weight.shape
+    if device_kind() == "cuda" and x.dtype == mx.float32:
+        # 0.62 ms instead of cuDNN's 0.70 for the second convolution of 10 s (H100, no TF32);
+        # in half precision cuDNN takes 0.07 and this 0.11
+        y = windows(x, kernel, stride) @ weight.transpose(1, 2, 0).reshape(-1, out)
+        return finish(y if bias is None else y + bias)
     if device_kind() != "cpu" or x.dtype != mx.float32:
         y = mx.conv1d(x, weight, stride)
         return finish(y if bias is None else y + bias)
-    kernel = weight.shape[1]
     count = (x.shape[1] - kernel) // stride + 1
     taps = [weight[:, tap].T for tap in range(kernel)]
     clips = []
@@ -229,6 +252,8 @@ def grouped_conv1d(x: Array, weight: Array, bias: Array, spectrum: Spectrum) -> 
     kernel, per_group = weight.shape[1:]
     frames = x.shape[1]
     left, right = kernel // 2, (kernel - 1) // 2
+    if device_kind() == "cuda" and kernel % TAPS == 0:
+        return _grouped_in_blocks(x, weight, left, right) + bias
     if device_kind() != "cpu" or x.dtype != mx.float32 or frames < FFT_LEAST_FRAMES:
         # padded by the convolution itself and trimmed: given frames that were padded
         # before, cuDNN picks an engine that reads out of bounds (mlx 0.32.4, H100)
@@ -248,6 +273,43 @@ def grouped_conv1d(x: Array, weight: Array, bias: Array, spectrum: Spectrum) -> 
     product = product.transpose(2, 0, 1, 3).reshape(batch * blocks, -1, channels)
     y = mx.fft.irfft(product, n=size, axis=1)[:, kernel - 1 :]
     return y.reshape(batch, blocks * step, channels)[:, :frames] + bias
+
+
+def _grouped_in_blocks(x: Array, weight: Array, left: int, right: int) -> Array:
+    """A grouped convolution as a few batched products, ``TAPS`` taps unfolded at a time.
+
+    0.30 ms instead of cuDNN's 0.59 at 10 s, 1.2 instead of 2.3 at 60 s (H100,
+    float32); 0.2 instead of 0.8 and 0.5 instead of 2.4 in float16.
+    """
+    batch, frames, channels = x.shape
+    kernel, per_group = weight.shape[1:]
+    groups = channels // per_group
+    padded = mx.pad(x, ((0, 0), (left, right), (0, 0)))
+    by_group = padded.reshape(batch, -1, groups, per_group).transpose(0, 2, 1, 3)
+    rows = windows(by_group.reshape(batch * groups, -1, per_group), TAPS, 1)
+    rows = rows.reshape(batch, groups, -1, TAPS * per_group)
+    matrices = weight.reshape(groups, per_group, kernel // TAPS, TAPS * per_group)
+    total: Any = None
+    for block in range(kernel // TAPS):
+        start = block * TAPS
+        part = rows[:, :, start : start + frames] @ matrices[:, :, block].swapaxes(1, 2)
+        total = part if total is None else total + part
+    return total.transpose(0, 2, 1, 3).reshape(batch, frames, channels)
+
+
+def pipelined(x: Array, previous: Array | None) -> Array:
+    """Start computing ``x``, and wait for what was started before it.
+
+    A GPU holds every intermediate of a graph until the graph has run: 10 GB for
+    60 s of audio on CUDA. Two stages at a time hold 1.5 GB.
+    """
+    try:
+        mx.async_eval(x)
+        if previous is not None:
+            mx.eval(previous)
+    except ValueError:  # being traced by mx.compile or a gradient
+        return previous
+    return x
 
 
 def attention(queries: Array, keys: Array, values: Array, mask: Array | None) -> Array:

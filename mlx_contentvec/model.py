@@ -189,6 +189,17 @@ class ContentvecModel(nn.Module):
             for name, array in self._flat_parameters()
             if id(array) in self._placeholders
         }
+        self._join()
+
+    def _join(self) -> None:
+        if not self._placeholders:
+            for layer in self.encoder.layers:
+                layer.self_attn.join()
+
+    def set_dtype(self, dtype: Any, *arguments: Any, **keywords: Any) -> None:
+        """``nn.Module.set_dtype``, keeping the arrangement of the weights."""
+        super().set_dtype(dtype, *arguments, **keywords)
+        self._join()
 
     def _require_same_config(self, stored: ModelConfig, origin: str) -> None:
         differing = [
@@ -418,7 +429,7 @@ class ContentvecModel(nn.Module):
         if self.config.normalize:
             source = normalize_waveform(source, lengths)
         last = "final_norm" if output_layer is None else f"layer.{output_layer}"
-        frame_mask = None
+        frame_mask = previous = None
         x = source
         for name in self.stage_names():
             if name == "final_proj":
@@ -430,6 +441,8 @@ class ContentvecModel(nn.Module):
                 outputs[name] = x
             if name == last:
                 break
+            if source.size > kernels.PIPELINED_SAMPLES:
+                previous = kernels.pipelined(x, previous)
         return x, frame_mask
 
     def _waveform(self, source: Array) -> Array:
