@@ -126,7 +126,7 @@ def run(
             inputs="built-in" if quick else "thorough" if thorough else "standard",
             gates=gates,
         )
-    _deliver(document, **delivery)
+    _deliver(document, **delivery, audio=audio)
 
 
 @parity.command("record")
@@ -172,7 +172,11 @@ def _gates(options: dict[str, Any]) -> Gates:
 
 
 def _deliver(
-    document: dict[str, Any], json_file: str | None, markdown: Path | None, html: Path | None
+    document: dict[str, Any],
+    json_file: str | None,
+    markdown: Path | None,
+    html: Path | None,
+    audio: tuple[Path, ...] = (),
 ) -> None:
     """Write and print what was asked for, and end with the verdict's status."""
     from .report import print_screen, to_json, to_markdown
@@ -183,9 +187,11 @@ def _deliver(
     if markdown is not None:
         written.append((markdown, to_markdown(document)))
     if html is not None:
+        from .inputs import from_files
         from .pages import to_html
 
-        written.append((html, to_html(document)))
+        heard = {clip.name: clip.waveform[0] for clip in from_files(audio, 1)}
+        written.append((html, to_html(document, heard)))
     for path, text in written:
         try:
             path.write_text(text, encoding="utf-8")
@@ -196,5 +202,8 @@ def _deliver(
     else:
         from rich.console import Console
 
-        print_screen(document, Console())
+        console = Console()
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = 100
+        print_screen(document, console)
     click.get_current_context().exit(0 if document["verdict"]["passed"] else 1)

@@ -264,7 +264,8 @@ class Recording:
 
     def model_input(self, clip: Clip) -> NDArray[np.float32]:
         """What the original's first stage was given."""
-        return self._arrays.get(f"{clip.name}/input", clip.waveform)
+        given: NDArray[np.float32] = self._arrays.get(f"{clip.name}/input", clip.waveform)
+        return given
 
     def frame_mask(self, clip: Clip) -> NDArray[np.bool_] | None:
         """The original's padding mask over frames."""
@@ -287,9 +288,8 @@ class Recording:
     def _exact(self, clip: Clip, stage: str, kind: str) -> NDArray[np.float64]:
         name = f"{clip.name}/{stage}"
         error = self._arrays[f"{name}/{kind}"].astype(np.float64)
-        return (
-            self._arrays[name].astype(np.float64) + error * self.header["scales"][f"{name}/{kind}"]
-        )
+        scale: float = self.header["scales"][f"{name}/{kind}"]
+        return np.asarray(self._arrays[name].astype(np.float64) + error * scale)
 
     def tensors(self) -> tuple[str, Mapping[str, NDArray[Any]]]:
         """A recording holds no tensors, only what they hash to."""

@@ -139,8 +139,8 @@ def times(value: float) -> str:
 
 
 def similarity(cosine: float) -> str:
-    """A cosine, with as many nines as it has: ``1 - 3.1e-11``."""
-    return f"1 - {max(0.0, 1 - cosine):.1e}"
+    """A cosine, with as many nines as it has: ``1-3.1e-11``."""
+    return f"1-{max(0.0, 1 - cosine):.1e}"
 
 
 def device_line(document: Mapping[str, Any]) -> str:
@@ -379,8 +379,8 @@ def _stage_table(document: Mapping[str, Any]) -> Any:
 def to_markdown(document: Mapping[str, Any]) -> str:
     """The verdict, the features and the stages as GitHub Markdown."""
     verdict = document["verdict"]
-    lines = [f"**Parity: {headline(document).lower()}.** {_sentence(verdict['reason'])}", ""]
-    lines += [f"- {_sentence(line.strip())}" for line in advice(document)]
+    lines = [f"**Parity: {headline(document).lower()}.** {sentence(verdict['reason'])}", ""]
+    lines += [f"- {sentence(line.strip())}" for line in advice(document)]
     if document["source"].get("stand_in"):
         lines += [f"> Stand-in: {document['source']['stand_in']}", ""]
     lines += [
@@ -414,17 +414,18 @@ def to_markdown(document: Mapping[str, Any]) -> str:
         "| stage | from the audio, rms | max | by itself, rms | max |",
         "|---|---|---|---|---|",
     ]
-    for stage, (accumulated, local) in stage_entries(document).items():
-        cells = [stage]
-        for entry in (accumulated, local):
-            cells += [
-                times(entry["ratio"][m]) if entry is not None else "-" for m in ("rms", "max_abs")
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
+    for stage, pair in stage_entries(document).items():
+        ratios = [
+            "-" if entry is None else times(entry["ratio"][metric])
+            for entry in pair
+            for metric in ("rms", "max_abs")
+        ]
+        lines.append("| " + " | ".join([stage, *ratios]) + " |")
     return "\n".join([*lines, "", tensor_line(document), ""])
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """``text`` with a capital and a full stop."""
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", ":")) else ".")
 
 
