@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +101,8 @@ def test_a_refusal_is_one_error_and_exit_status_1(
         ["standin.pt", "--dtype", "float8", "--allow-unknown"],
         ["standin.pt", "--heads", "0"],
         ["standin.pt", "-x"],
+        ["standin.pt", "--expect-md5", "0" * 31],
+        ["standin.pt", "--expect-sha256", "x" * 64],
     ],
 )
 def test_wrong_usage_is_exit_status_2(run_cli: RunCli, here: Path, arguments: list[str]) -> None:
@@ -163,6 +166,32 @@ def test_a_pipe_that_closes_early_is_no_traceback(here: Path) -> None:
         check=False,
     )
     assert "Traceback" not in run.stderr
+
+
+def test_an_interrupted_command_says_so_and_leaves_nothing(here: Path) -> None:
+    code = (
+        "import time; from contentvec_convert.writer import Draft\n"
+        "from mlx_contentvec.cli import main\n"
+        "write = Draft.write\n"
+        "def slow(self, *a): write(self, *a); print('writing', flush=True); time.sleep(0.2)\n"
+        "Draft.write = slow\n"
+        "main(['convert', 'standin.pt', '--allow-unknown'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    assert len(names(here)) == 2
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert names(here) == ["standin.pt"]
 
 
 @pytest.mark.parametrize("patience", ["0", "60"])

@@ -128,6 +128,20 @@ def test_leaving_early_stops_the_hashing(tmp_path: Path) -> None:
         identification.result()
 
 
+def test_waiting_for_the_checksums_is_told_how_far_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as stream:
+        stream.truncate(300 << 20)
+    monkeypatch.setattr(identity_module, "_LOOK_EVERY", 0.01)
+    told: list[tuple[int, int]] = []
+    with Identification(path) as identification:
+        identification.result(lambda done, total: told.append((done, total)))
+    assert len(told) > 2 and told[0][0] < told[-1][0] <= 300 << 20
+    assert {total for _, total in told} == {300 << 20}
+
+
 # ---- the table
 
 

@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 #: a bar appears when something takes longer than this, in seconds
 _PATIENCE = 1.0
 
+
+def _digits(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """A checksum in lower case; a usage error unless it has as many digits as its kind has."""
+    if value is None:
+        return None
+    digits, wanted = value.strip().lower(), {"expect_md5": 32, "expect_sha256": 64}
+    count = wanted[str(parameter.name)]
+    if len(digits) != count or set(digits) - set("0123456789abcdef"):
+        raise click.BadParameter(f"{value!r} is not {count} hexadecimal digits")
+    return digits
+
+
 _HEADS = click.option(
     "--heads",
     type=click.IntRange(min=1),
@@ -56,8 +68,15 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "or 4 bits.",
 )
 @click.option("--allow-unknown", is_flag=True, help="Convert a file that is not a known one.")
-@click.option("--expect-md5", metavar="HEX", help="Convert only the file with this MD5.")
-@click.option("--expect-sha256", metavar="HEX", help="Convert only the file with this SHA-256.")
+@click.option(
+    "--expect-md5", metavar="HEX", callback=_digits, help="Convert only the file with this MD5."
+)
+@click.option(
+    "--expect-sha256",
+    metavar="HEX",
+    callback=_digits,
+    help="Convert only the file with this SHA-256.",
+)
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @_HEADS
 @_NORMALIZE
@@ -99,7 +118,8 @@ def inspect(
     """Say what FILE is, a checkpoint or a converted file: nothing is converted or written."""
     from .inspection import inspect as inspect_file
 
-    found = inspect_file(path, heads=heads, normalize=normalize)
+    with _late_bar() as progress:
+        found = inspect_file(path, heads=heads, normalize=normalize, progress=progress)
     if as_json:
         click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
     else:

@@ -14,6 +14,7 @@ from mlx_contentvec.errors import CheckpointError, ConfigError, MappingError, Ou
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .identity import (
+    Hashed,
     Identification,
     Identity,
     accept,
@@ -84,7 +85,7 @@ def convert(
     force: replace an output that exists.
     heads, normalize: what no tensor shows, for a source that does not say it.
     identification: the source's, if it is under way already (of a file, not a folder).
-    progress: called with ("writing" or "checking", bytes done, bytes in all).
+    progress: called with ("hashing", "writing" or "checking", bytes done, bytes in all).
 
     Returns the ledger that was written. The output appears complete, flushed
     and compared with its source, or not at all. Raises IdentityError,
@@ -98,7 +99,7 @@ def convert(
 
     with contextlib.ExitStack() as stack:
         checkpoint, identification = stack.enter_context(
-            opened(source, expectation, identification)
+            opened(source, expectation, identification, progress)
         )
         with identity_first(source, expectation, identification):
             plan = planned(checkpoint, identification, heads=heads, normalize=normalize)
@@ -117,7 +118,7 @@ def convert(
         draft = stack.enter_context(Draft(output))
         expected = write_tensors(draft, layout, plan, checkpoint.tensors, precision, progress)
 
-        identity = identification.result()
+        identity = identification.result(hashing(progress))
         expectation.check(source, identity)
         metadata = _metadata(checkpoint, plan, precision, identity, stand_in)
         head = header(layout, metadata)
@@ -170,7 +171,10 @@ def ledger_path(output: Path) -> Path:
 
 @contextlib.contextmanager
 def opened(
-    source: Path, expectation: Expectation, identification: Identification | None = None
+    source: Path,
+    expectation: Expectation,
+    identification: Identification | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Checkpoint, Identification]]:
     """The checkpoint and its identification under way.
 
@@ -186,7 +190,7 @@ def opened(
             identification = stack.enter_context(identification or Identification(source))
             hoped_for = is_known_size(identification.size) or expectation.stated
             if not hoped_for and not expectation.allow_unknown:
-                expectation.check(source, identification.result())
+                expectation.check(source, identification.result(hashing(progress)))
             with identity_first(source, expectation, identification):
                 checkpoint = stack.enter_context(open_checkpoint(source))
         yield checkpoint, identification
@@ -226,6 +230,13 @@ def planned(
         "normalised" if known.normalize else "taken as it is"
     )
     return replace(plan, notes=(*plan.notes, note))
+
+
+def hashing(progress: Progress | None) -> Hashed | None:
+    """A conversion's progress, for the time that it only waits for checksums."""
+    if progress is None:
+        return None
+    return lambda done, total: progress("hashing", done, total)
 
 
 def stand_in_of(checkpoint: Checkpoint) -> str | None:

@@ -26,6 +26,8 @@ Hashed = Callable[[int, int], None]
 
 #: large enough that a thread busy with Python delays hashing little
 BLOCK_BYTES = 8 << 20
+#: seconds between two looks at how far hashing has come
+_LOOK_EVERY = 0.1
 _ZIP_MAGIC = b"PK\x03\x04"
 _ZIP_END_MAGIC = b"PK\x05\x06"
 #: a zip's end record is the last thing in it: 22 bytes and a comment of at most 65,535
@@ -97,6 +99,7 @@ class Identification:
         self._beside = tuple(beside)
         self._progress = progress
         self._stop = threading.Event()
+        self._done = 0
         self._states = {path: _file_state(path) for path in (*self._weights, *self._beside)}
         self.size = sum(self._states[path][0] for path in self._weights)
         self._outcome: Identity | BaseException | None = None
@@ -110,8 +113,16 @@ class Identification:
         self._stop.set()
         self._thread.join()
 
-    def result(self) -> Identity:
-        """The identity; waits until every byte has been hashed."""
+    def result(self, waiting: Hashed | None = None) -> Identity:
+        """The identity; waits until every byte has been hashed.
+
+        waiting: called now and then meanwhile, from this thread, with the bytes
+        hashed so far and the bytes there are.
+        """
+        total = sum(state[0] for state in self._states.values())
+        while waiting is not None and self._thread.is_alive():
+            waiting(self._done, total)
+            self._thread.join(_LOOK_EVERY)
         self._thread.join()
         if isinstance(self._outcome, Identity):
             return self._outcome
@@ -150,7 +161,7 @@ class Identification:
     def _hash(self) -> Identity:
         whole_md5 = hashlib.md5(usedforsecurity=False)
         whole_sha256 = hashlib.sha256()
-        total, done, files = sum(state[0] for state in self._states.values()), 0, []
+        total, files = sum(state[0] for state in self._states.values()), []
         single = len(self._weights) == 1
         buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(2)]
         with ThreadPoolExecutor(1, thread_name_prefix="sha256") as second:
@@ -178,9 +189,9 @@ class Identification:
                                 whole_md5.update(block)
                                 whole_sha256.update(block)
                             size += count
-                            done += count
+                            self._done += count
                             if self._progress is not None:
-                                self._progress(done, total)
+                                self._progress(self._done, total)
                 except OSError as error:
                     raise IdentityError(f"cannot read {path}: {error.strerror}") from error
                 if pending is not None:

@@ -12,11 +12,12 @@ from typing import Any
 from mlx_contentvec.errors import ContentvecError
 
 from .checkpoint import Checkpoint
-from .conversion import Expectation, ledger_path, opened, planned, stand_in_of
+from .conversion import Expectation, hashing, ledger_path, opened, planned, stand_in_of
 from .identity import Identity
 from .ledger import account, source_tensor
 from .rules import Plan
 from .sources import mlx
+from .transfer import Progress
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,15 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path, *, heads: int | None = None, normalize: bool | None = None
+    path: str | Path,
+    *,
+    heads: int | None = None,
+    normalize: bool | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Identity, configuration, tensors and drops of a checkpoint or of a converted file.
 
-    heads, normalize: as for a conversion. A file that can be read but not
+    heads, normalize, progress: as for a conversion. A file that can be read but not
     converted is described all the same. Raises IdentityError or
     CheckpointError for one that cannot be read.
     """
@@ -84,15 +89,16 @@ def inspect(
         except ContentvecError as error:
             problem = error
         provenance = _provenance(checkpoint)
+        identity = identification.result(hashing(progress))
         return Inspection(
-            identity=identification.result(),
+            identity=identity,
             container=checkpoint.container,
             tensors=_tensor_rows(checkpoint, plan),
             plan=plan,
             problem=problem,
             stand_in=stand_in_of(checkpoint),
             provenance=provenance,
-            ledger=None if provenance is None else _ledger_state(path, identification.result()),
+            ledger=None if provenance is None else _ledger_state(path, identity),
         )
 
 
