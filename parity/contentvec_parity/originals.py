@@ -246,7 +246,7 @@ def transformers_hubert(
     if model_class == "HubertModelWithFinalProj":
         projected = config.final_dim or 256
 
-        class HubertModelWithFinalProj(transformers.HubertModel):  # type: ignore[misc, name-defined]
+        class HubertModelWithFinalProj(transformers.HubertModel):  # type: ignore[misc]
             def __init__(self, config: Any) -> None:
                 super().__init__(config)
                 self.final_proj = torch.nn.Linear(config.hidden_size, projected)
@@ -262,9 +262,6 @@ def _old_weight_norm_name(name: str) -> str:
     for new, old in (("original0", "weight_g"), ("original1", "weight_v")):
         name = name.replace(f"parametrizations.weight.{new}", old)
     return name
-
-
-_WEIGHT_NORM_NAMES = {"parametrizations": str, "weight_g": _old_weight_norm_name}
 
 
 def save_transformers(
@@ -291,9 +288,9 @@ def save_transformers(
 
     folder.mkdir(parents=True, exist_ok=True)
     model = model.to(getattr(torch, dtype))
+    named = _old_weight_norm_name if weight_norm == "weight_g" else str
     state = collections.OrderedDict(
-        (_WEIGHT_NORM_NAMES[weight_norm](name), tensor.contiguous())
-        for name, tensor in model.state_dict().items()
+        (named(name), tensor.contiguous()) for name, tensor in model.state_dict().items()
     )
     # save_pretrained empties the state dict that it is given
     model.save_pretrained(folder, state_dict=dict(state), max_shard_size=max_shard_size)
