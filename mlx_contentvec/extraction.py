@@ -437,7 +437,7 @@ class Extraction:
 
     def _keep(self, item: Work, clip: Clip, features: Features) -> None:
         with np.errstate(over="ignore"):
-            features = features.astype(self.settings.dtype)
+            features = features.astype(self.settings.dtype, copy=False)
         if not np.isfinite(features).all():
             self._fail(item, AudioError("its features are not finite numbers"))
             return

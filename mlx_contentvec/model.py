@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import first_release, kernels
+from . import features, first_release, kernels
 from .audio import LOUDEST_PEAK
 from .backend import mx, nn
 from .config import ModelConfig, parameter_shapes
@@ -391,19 +391,9 @@ class ContentvecModel(nn.Module):
         result = self(source, spk_emb, padding_mask, output_layer=output_layer)
         return result["x"], result["padding_mask"]
 
-    def extract(self, waveform: Any, **options: Any) -> np.ndarray[Any, Any]:
-        """Features of one clip of any length: ``mlx_contentvec.features.extract``."""
-        from .features import extract
-
-        return extract(self, waveform, **options)
-
-    def extract_many(
-        self, waveforms: Iterable[Any], **options: Any
-    ) -> Iterator[np.ndarray[Any, Any]]:
-        """Features of many clips, in order: ``mlx_contentvec.features.extract_many``."""
-        from .features import extract_many
-
-        return extract_many(self, waveforms, **options)
+    #: a clip of any length, and many clips in batches
+    extract = features.extract
+    extract_many = features.extract_many
 
     def _run(
         self,
