@@ -156,7 +156,8 @@ def test_the_usage_section_of_the_card_runs_as_it_is_shown(
     tmp_path: Path,
     need: Callable[[str, str], object],
 ) -> None:
-    need("soundfile", "pip install soundfile")
+    need("soundfile", "pip install 'mlx-contentvec[audio]'")
+    need("soxr", "pip install 'mlx-contentvec[audio]'")
     assert publish().returncode == 0
     card = server.repos[REPO].files["README.md"].content.decode()
     section = card.split("\n## Use\n")[1].split("\n## ")[0]
@@ -189,13 +190,14 @@ def test_the_usage_section_of_the_card_runs_as_it_is_shown(
         timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
-    widths = re.findall(r"RVC v\d: \(1, frames, (\d+)\)", python)
-    assert ran.stdout.splitlines() == [f"(1, 49, {width})" for width in widths]
+    widths = re.findall(r"RVC v\d: \(frames, (\d+)\)", python)
+    assert ran.stdout.splitlines() == [f"(49, {width})" for width in widths]
     ran = subprocess.run(
         ["bash", "-euc", shell], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert ran.returncode == 0, ran.stderr
     assert "PASSED" in ran.stdout
+    assert list((tmp_path / "features").rglob("speech*")), "extract left nothing"
 
 
 def test_without_yes_nothing_is_sent(run: Run, server: HubServer, folder: Path) -> None:

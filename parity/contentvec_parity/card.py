@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .package import Evidence, Package
 
 TAGS = ("mlx", "audio", "speech", "hubert", "contentvec", "voice-conversion", "rvc")
+#: the layers that RVC takes its features from, where a model has them
+RVC_LAYERS = {"v1": 9, "v2": 12}
 _TEMPLATES = Path(__file__).parent / "templates"
 _HUB = "https://huggingface.co/"
 
@@ -189,6 +191,7 @@ def render(package: Package, address: str) -> str:
         recording=files.RECORDING,
         address=address,
         uses=_uses(features),
+        extract_options=_extract_options(features),
         verdict=_verdict(document),
         features_table=_table(
             "features",
@@ -261,16 +264,24 @@ def _uses(features: Mapping[str, Any]) -> list[dict[str, str]]:
         if name not in features:
             continue
         how = features[name]
-        arguments = f"output_layer={how['output_layer']}" + (
+        arguments = f"layer={how['output_layer']}" + (
             ", project=True" if how.get("project") else ""
         )
+        if how["output_layer"] == RVC_LAYERS[version]:
+            arguments = f'version="{version}"'
         found.append(
             {
-                "code": f'{version} = model(waveform[None], {arguments})["x"]',
-                "comment": f"RVC {version}: (1, frames, {how['width']})",
+                "code": f"{version} = model.extract(waveform, {arguments})",
+                "comment": f"RVC {version}: (frames, {how['width']})",
             }
         )
     return found
+
+
+def _extract_options(features: Mapping[str, Any]) -> str:
+    """What `extract` must be told for a model whose last layer is not RVC v2's."""
+    last = features["rvc_v2"]["output_layer"]
+    return "" if last == RVC_LAYERS["v2"] else f" --layer {last}"
 
 
 def _labels(document: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, str]:
