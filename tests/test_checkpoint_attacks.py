@@ -113,7 +113,7 @@ PROGRAMS: dict[str, tuple[Callable[[Path], bytes], str | None]] = {
         INERT,
     ),
     "a dotted name that ends in a known one": (
-        lambda c: called(stack_global("linecache", "os.system"), touch(c)),
+        lambda c: called(stack_global("glob", "os.system"), touch(c)),
         REFUSED,
     ),
     "a name made of pieces": (
