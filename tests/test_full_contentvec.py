@@ -85,4 +85,5 @@ def test_the_checkpoint_is_described_as_what_it_is() -> None:
     with open_checkpoint(DATA / "full_contentvec.pt") as checkpoint:
         plan = plan_for(checkpoint)
     assert plan.config.encoder_layers_1 == 3
-    assert describe(plan).startswith("full ContentVec, 2 layers and 3 conditioned ones")
+    line = describe(plan.config, plan.naming)
+    assert line.startswith("full ContentVec, 2 layers and 3 conditioned on the speaker, 16 wide")

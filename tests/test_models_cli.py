@@ -93,3 +93,45 @@ def test_a_known_file_brings_the_scale_of_its_input(
     monkeypatch.setattr(known_files, "KNOWN_FILES", (*KNOWN_FILES, silent))
     with pytest.raises(ConfigError, match="normalised input"):
         conversion.convert(folder, output, force=True)
+
+
+def test_a_known_name_is_fetched_and_converted(
+    converted_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from contentvec_convert import fetch
+    from contentvec_convert.commands import convert as command
+
+    asked: list[str] = []
+
+    def fetched(key: str) -> tuple[Path, None]:
+        asked.append(key)
+        return converted_tiny, None
+
+    monkeypatch.setattr(fetch, "fetch", fetched)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["contentvec", "-o", "out.safetensors", "--allow-unknown"]
+    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert asked == ["contentvec"]
+    assert (tmp_path / "out.safetensors").is_file()
+
+
+def test_a_file_of_that_name_comes_first(
+    converted_tiny: Path, tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    (tmp_path / "contentvec").symlink_to(converted_tiny)
+    done = run_cli(
+        "convert", "contentvec", "-o", "out.safetensors", "--allow-unknown", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fetching" not in done.stderr
+
+
+def test_a_name_that_is_known_but_cannot_be_fetched_says_so(
+    tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    done = run_cli("convert", "hubert-large-ll60k", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot be fetched" in done.stderr

@@ -291,7 +291,7 @@ def test_no_configuration_whatever_ends_in_anything_but_an_explanation(
 
 def test_an_unknown_folder_is_described_in_one_line(folder: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
-        assert describe(plan_for(checkpoint)) == (
-            "HuBERT of the form of base, 3 layers, 96 wide, 4 heads, projection 24, "
-            "Hugging Face names"
-        )
+        plan = plan_for(checkpoint)
+    assert describe(plan.config, plan.naming) == (
+        "HuBERT of the form of base, 3 layers, 96 wide, 4 heads, projection 24, Hugging Face names"
+    )

@@ -16,6 +16,7 @@ from mlx_contentvec.errors import name_list
 
 # Nothing here imports numpy: hashing the source takes longest and begins first.
 from .identity import Identification, Identity
+from .known_files import KNOWN_FILES
 
 if TYPE_CHECKING:
     from .inspection import Inspection
@@ -84,10 +85,14 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SOURCE, a file or a Hugging Face folder, to MLX safetensors.
 
+    SOURCE may also be the name of a known model (see mlx-contentvec models): it
+    is fetched into the working folder first.
+
     Only a known file is converted unasked. Every tensor is accounted for in a
     ledger beside the output, and nothing appears before it has been written,
     flushed, read back and compared.
     """
+    source = _fetched(source)
     with contextlib.ExitStack() as stack:
         options["identification"] = (
             stack.enter_context(Identification(source)) if not source.is_dir() else None
@@ -126,6 +131,16 @@ def inspect(
         _show_inspection(found, path, tensors)
 
 
+def _fetched(source: Path) -> Path:
+    """``source``, or the known file of that name, fetched where there is no such path."""
+    if source.exists() or str(source) not in {row.key for row in KNOWN_FILES}:
+        return source
+    from .fetch import fetch
+
+    click.echo(f"fetching {source}", err=True)
+    return fetch(str(source))[0]
+
+
 def _line(label: str, text: str) -> None:
     """One row of a summary; further lines of ``text`` line up below the first."""
     click.echo(f"  {label:<10}{text.replace(chr(10), chr(10) + ' ' * 12)}")
@@ -144,25 +159,9 @@ def _show_identity(identity: Identity, stand_in: str | None) -> None:
     _line("sha256", identity.sha256)
 
 
-def _describe(config: dict[str, Any]) -> str:
-    """A model in one line."""
-    layers = f"{config['encoder_layers']} layers"
-    if config["encoder_layers_1"]:
-        layers += f" and {config['encoder_layers_1']} conditioned on the speaker"
-    projection = config["final_dim"]
-    return ", ".join(
-        (
-            layers,
-            f"{config['encoder_embed_dim']} wide",
-            f"{config['encoder_attention_heads']} heads",
-            f"projection to {projection}" if projection else "no projection",
-            "normalised input" if config["normalize"] else "input as it is",
-        )
-    )
-
-
 def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
     from .conversion import ledger_path
+    from .recognition import describe
     from .rules import TRANSFORMS
 
     facts = ledger.to_dict()
@@ -170,7 +169,7 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
     click.echo(f"{source} -> {output}")
     click.echo("source")
     _show_identity(ledger.identity, ledger.stand_in)
-    _line("model", _describe(facts["config"]))
+    _line("model", describe(ledger.config, origin["naming"]))
     click.echo("tensors")
     _line("read", f"{counts['source_tensors']} of {origin['naming']} naming, all accounted for")
     _line("written", f"{counts['written']} as {made['dtype']}")
@@ -194,6 +193,8 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
 
 
 def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
+    from .recognition import describe
+
     click.echo(f"{path}  {found.identity.size:,} bytes, {found.container}")
     if found.provenance is None:
         _show_identity(found.identity, found.stand_in)
@@ -201,7 +202,7 @@ def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
         _show_provenance(found)
     if found.plan is not None:
         _line("naming", found.plan.naming)
-        _line("model", _describe(found.plan.config.to_dict()))
+        _line("model", describe(found.plan.config, found.plan.naming))
     held = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes().items())
     _line("tensors", f"{len(found.tensors)} ({held}), {found.parameters:,} parameters")
     for row in found.tensors:

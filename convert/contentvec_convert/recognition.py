@@ -13,7 +13,6 @@ from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import UnsupportedCheckpoint, name_list
 
 from .checkpoint import Checkpoint
-from .rules import Plan
 
 _NOT_THESE_FEATURES = (
     "its encoder is built like HuBERT's, but its features are not those that RVC voices were "
@@ -121,28 +120,30 @@ def unrecognised(checkpoint: Checkpoint) -> UnsupportedCheckpoint:
     )
 
 
-def describe(plan: Plan) -> str:
+def describe(config: ModelConfig, naming: str) -> str:
     """What a checkpoint holds, in one line.
 
-    ``HuBERT base, 12 layers, 768 wide, projection 256, Hugging Face names``
+    ``HuBERT base, 12 layers, 768 wide, 12 heads, projection 256, Hugging Face names``
     """
-    config = plan.config
-    parts = [
-        _architecture(config),
-        f"{config.encoder_layers} layers"
-        + (f" and {config.encoder_layers_1} conditioned ones" if config.encoder_layers_1 else ""),
-        f"{config.encoder_embed_dim} wide",
-        f"{config.encoder_attention_heads} heads",
-        f"projection {config.final_dim}" if config.final_dim else "no projection",
-        NAMINGS.get(plan.naming, f"{plan.naming} names"),
-    ]
-    if config.normalize:
-        parts.insert(-1, "normalised input")
-    if config.conv_pos_batch_norm:
-        parts.insert(-1, "batch norm in the positional convolution")
-    if config.conv_bias:
-        parts.insert(-1, "biased convolutions")
-    return ", ".join(parts)
+    layers = f"{config.encoder_layers} layers"
+    if config.encoder_layers_1:
+        layers += f" and {config.encoder_layers_1} conditioned on the speaker"
+    facts = {
+        "normalised input": config.normalize,
+        "batch norm in the positional convolution": config.conv_pos_batch_norm,
+        "biased convolutions": config.conv_bias,
+    }
+    return ", ".join(
+        (
+            _architecture(config),
+            layers,
+            f"{config.encoder_embed_dim} wide",
+            f"{config.encoder_attention_heads} heads",
+            f"projection {config.final_dim}" if config.final_dim else "no projection",
+            *(fact for fact, holds in facts.items() if holds),
+            NAMINGS[naming],
+        )
+    )
 
 
 #: Plan.naming -> how a user would call it
