@@ -185,7 +185,7 @@ def launched(count: int, *arguments: Any) -> list[str]:
     return [
         *(str(LAUNCH), "-n", str(count), "--env", "OMP_NUM_THREADS=1"),
         *(part for variable in variables for part in ("--env", variable)),
-        *map(str, [*COMMAND, *arguments]),
+        *("--", *map(str, [*COMMAND, *arguments])),
     ]
 
 
