@@ -84,6 +84,12 @@ def _gated(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--quick", is_flag=True, help="Only the six built-in clips; seconds, not a minute.")
 @click.option("--thorough", is_flag=True, help="Also every remainder of the hop, and 1 to 30 s.")
+@click.option("--tf32", is_flag=True, help="Let the device use TF32 products, as it does unasked.")
+@click.option(
+    "--device-default/--no-device-default",
+    default=None,
+    help="Measure the features at the device's own precision too. Default: on a GPU.",
+)
 @_gated
 def run(
     files: tuple[Path, ...],
@@ -91,6 +97,8 @@ def run(
     audio: tuple[Path, ...],
     quick: bool,
     thorough: bool,
+    tf32: bool,
+    device_default: bool | None,
     **delivery: Any,
 ) -> None:
     """Run the original and the MLX model side by side and say how far apart they are.
@@ -106,7 +114,7 @@ def run(
     if quick and thorough:
         raise click.UsageError("--quick and --thorough exclude each other")
     # read by MLX when it starts: float32 products must be float32
-    os.environ["MLX_ENABLE_TF32"] = "0"
+    os.environ["MLX_ENABLE_TF32"] = "1" if tf32 else "0"
     from .harness import compare_files, reference_named, replay
 
     name, recording = reference_named(reference)
@@ -117,7 +125,13 @@ def run(
         if audio or quick or thorough:
             raise click.UsageError("a recording has its own clips: no --audio, --quick, --thorough")
         checkpoint = files[0] if len(files) == 2 else None
-        document = replay(recording, files[-1], checkpoint=checkpoint, gates=gates)
+        document = replay(
+            recording,
+            files[-1],
+            checkpoint=checkpoint,
+            gates=gates,
+            device_default=device_default,
+        )
     else:
         document = compare_files(
             *files,
@@ -125,6 +139,7 @@ def run(
             audio=audio,
             inputs="built-in" if quick else "thorough" if thorough else "standard",
             gates=gates,
+            device_default=device_default,
         )
     _deliver(document, **delivery, audio=audio)
 

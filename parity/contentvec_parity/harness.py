@@ -12,6 +12,7 @@ from typing import Any
 from contentvec_convert.identity import Identification
 from mlx_contentvec.errors import ParityError
 
+from . import device_default as at_device_default
 from . import machine, report, tensors
 from .candidate import MlxCandidate
 from .identity import checkpoint_being_identified, identify_checkpoint, weights_facts
@@ -34,11 +35,14 @@ def compare_files(
     audio: Sequence[Path] = (),
     inputs: str = "standard",
     gates: Gates | None = None,
+    device_default: bool | None = None,
 ) -> report.Document:
     """Run the original at ``checkpoint`` and the MLX model of ``converted``, and report.
 
     reference: "fairseq" or "transformers"; the better one of those installed by default
     inputs:    a name in ``contentvec_parity.inputs.INPUT_SETS``
+    device_default: also measure the features at the device's own precision, in a
+               second process; by default where that is not what is measured anyway
 
     Raises ParityError if the two cannot be compared at all; a failed
     comparison is a report whose verdict says so.
@@ -55,7 +59,7 @@ def compare_files(
         candidate = MlxCandidate.open(converted)
         clips = INPUT_SETS[inputs]()
         clips += from_files(audio, original.config.receptive_field)
-        return assemble(
+        document = assemble(
             original,
             candidate,
             clips,
@@ -65,6 +69,19 @@ def compare_files(
             source=source.result,
             weights=lambda: weights_facts(weights, candidate),
         )
+        if _differs_by_default() if device_default is None else device_default:
+            show("the device's own precision")
+            document["device_default"] = at_device_default.measure_original(
+                original, document["source"], converted
+            )
+    return document
+
+
+def _differs_by_default() -> bool:
+    """Whether MLX would compute otherwise here if it were told nothing."""
+    from mlx_contentvec.backend import device_kind, tf32_enabled
+
+    return device_kind() != "cpu" and not tf32_enabled()
 
 
 def replay(
@@ -73,6 +90,7 @@ def replay(
     *,
     checkpoint: Path | None = None,
     gates: Gates | None = None,
+    device_default: bool | None = None,
 ) -> report.Document:
     """Hold the MLX model of ``converted`` against a recording, and report.
 
@@ -95,7 +113,7 @@ def replay(
     with _progress(f"loading {converted.name}") as show, Identification(converted) as weights:
         candidate = MlxCandidate.open(converted)
         _require_recorded(original, candidate, converted)
-        return assemble(
+        document = assemble(
             original,
             candidate,
             original.clips,
@@ -104,6 +122,10 @@ def replay(
             source=lambda: original.header["source"],
             weights=lambda: weights_facts(weights, candidate),
         )
+        if _differs_by_default() if device_default is None else device_default:
+            show("the device's own precision")
+            document["device_default"] = at_device_default.measure(recording, converted)
+    return document
 
 
 def _require_recorded(recording: Recording, candidate: MlxCandidate, converted: Path) -> None:

@@ -94,8 +94,6 @@ def record(
 
     Raises OutputError if ``output`` exists and ``force`` is not given.
     """
-    from safetensors.numpy import save_file
-
     from .identity import identify_checkpoint
     from .references import choose, open_reference
 
@@ -103,10 +101,29 @@ def record(
         raise OutputError(f"{output} exists already", hint="--force replaces it")
     progress(f"loading {checkpoint.name}")
     original = open_reference(reference or choose(checkpoint), checkpoint)
+    source = identify_checkpoint(checkpoint)
+    return write(original, source, output, clips or small(), progress)
+
+
+def write(
+    original: Reference,
+    source: Mapping[str, Any],
+    output: Path,
+    clips: Sequence[tuple[Clip, str]],
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Write a recording of an opened original; its header comes back.
+
+    source: the facts of its checkpoint (``contentvec_parity.identity``)
+
+    Raises OutputError if ``output`` cannot be written.
+    """
+    from safetensors.numpy import save_file
+
     arrays: dict[str, NDArray[Any]] = {}
     scales: dict[str, float] = {}
     listed = []
-    for clip, selection in clips if clips is not None else small():
+    for clip, selection in clips:
         progress(clip.name)
         kept = SELECTIONS[selection](original.config)
         arrays |= _record_clip(original, clip, kept, scales)
@@ -114,7 +131,7 @@ def record(
         listed.append({**about, "stages": list(kept)})
     header = {
         "schema": SCHEMA,
-        "source": identify_checkpoint(checkpoint),
+        "source": dict(source),
         "config": original.config.to_dict(),
         "reference": {"name": original.name, "versions": original.versions},
         "chip": machine.chip(),
@@ -123,9 +140,10 @@ def record(
         "tensors": _tensor_hashes(original),
     }
     metadata = {"format": "mlx", "recording": json.dumps(header, sort_keys=True)}
-    handle, draft = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-    os.close(handle)
+    draft = None
     try:
+        handle, draft = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
+        os.close(handle)
         save_file(arrays, draft, metadata=metadata)
         _require_same(arrays, Path(draft))
         Path(draft).chmod(0o644)
@@ -133,7 +151,8 @@ def record(
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error.strerror}") from error
     finally:
-        Path(draft).unlink(missing_ok=True)
+        if draft is not None:
+            Path(draft).unlink(missing_ok=True)
     return header
 
 

@@ -39,11 +39,12 @@ The document, ``schema`` "mlx-contentvec-parity/1":
                it), and for features ``variant`` (whether it is another way to ask for
                what a row has already), ``apart`` (MLX against PyTorch) and ``nearest``
                (another stage whose truth is nearer, or None). The metrics are
-               those of ``contentvec_parity.compare.METRICS``.
+               those of ``contentvec_parity.comparison.METRICS``.
 ``tensors``    the tensor-by-tensor proof (``contentvec_parity.tensors``); None where
                the original's tensors were not at hand
-``device_default``  the same clips at the device's own precision, as ``flags`` and
-               ``stages`` of features; None where that is what was measured already
+``device_default``  features of a few clips at the device's own precision: ``flags``,
+               ``summary`` as in the verdict, the lowest ``snr_db``; None where that
+               is what was measured anyway. It is told, not judged.
 ``verdict``    ``passed``, ``reason`` (one sentence), ``gates``, ``failures``,
                ``blame``, ``summary`` (``contentvec_parity.verdict``)
 
@@ -299,7 +300,8 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
     )
     console.print(_feature_table(document))
     console.print(_stage_table(document))
-    console.print(tensor_line(document), highlight=False, markup=False)
+    for line in filter(None, (tensor_line(document), default_line(document))):
+        console.print(line, highlight=False, markup=False)
 
 
 def _table(title: str, first: str, *headings: str) -> Any:
@@ -421,12 +423,16 @@ def to_markdown(document: Mapping[str, Any]) -> str:
             for metric in ("rms", "max_abs")
         ]
         lines.append("| " + " | ".join([stage, *ratios]) + " |")
-    return "\n".join([*lines, "", tensor_line(document), ""])
+    default = default_line(document)
+    lines += ["", tensor_line(document), *(["", default] if default else []), ""]
+    return "\n".join(lines)
 
 
 def sentence(text: str) -> str:
-    """``text`` with a capital and a full stop."""
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", ":")) else ".")
+    """``text`` with a full stop, and a capital unless it begins with a name."""
+    word = text.split(" ", 1)[0]
+    text = text[:1].upper() + text[1:] if word.isalpha() else text
+    return text + ("" if text.endswith((".", ":")) else ".")
 
 
 def stage_entries(
@@ -440,6 +446,20 @@ def stage_entries(
         for entry in summary
         if entry["kind"] == "stage"
     }
+
+
+def default_line(document: Mapping[str, Any]) -> str | None:
+    """One sentence on what users get who set nothing, where that differs."""
+    default = document["device_default"]
+    if default is None:
+        return None
+    entry = max(default["summary"], key=lambda e: max(e["ratio"].values()))
+    snr = "no error at all" if default["snr_db"] is None else f"{default['snr_db']:.0f} dB"
+    return (
+        "Device default: without MLX_ENABLE_TF32=0 the error of the features is up to "
+        f"{times(max(entry['ratio'].values()))} x PyTorch's ({entry['name']}, largest "
+        f"{figure(entry['candidate']['max_abs'])}; signal to noise {snr} or better)."
+    )
 
 
 def tensor_line(document: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
 
 from .candidate import MlxCandidate
-from .compare import ESSENTIAL, Difference, difference, rounding_floor
+from .comparison import ESSENTIAL, Difference, difference, rounding_floor
 from .inputs import Clip
 from .naming import outputs, stage_input, stage_names
 from .references import Reference

@@ -58,6 +58,26 @@ def prove_by_hash(
     }
 
 
+def _twin(
+    row: Row,
+    loaded: NDArray[Any],
+    naming: str,
+    originals: Mapping[str, NDArray[Any]],
+    config: ModelConfig,
+) -> str | None:
+    """Which tensor of the original a parameter holds instead of its own, if it is one."""
+    for other in rows(config):
+        sources = getattr(other, naming)
+        if other.layout in ROUNDED_LAYOUTS or sources[0] not in originals:
+            continue
+        values = LAYOUTS[other.layout](originals[sources[0]])
+        if other != row and values.shape == loaded.shape and np.array_equal(values, loaded):
+            return f"the values of {sources[0]}"
+        if other == row and values.ndim == 2 and np.array_equal(values.T, loaded):
+            return "the original transposed"
+    return "nothing but zeros" if not loaded.any() else None
+
+
 def _failure(row: Row, what: str) -> dict[str, Any]:
     return {"name": row.target, "stage": row.stage, "what": what}
 
@@ -121,9 +141,10 @@ def prove(
                 continue
         at = tuple(int(i) for i in np.unravel_index(int(np.nanargmax(off)), off.shape))
         wrong = int((loaded != expected).sum())
+        twin = _twin(row, loaded, naming, originals, config)
         fail(
             f"differs from {' and '.join(sources)} in {wrong:,} of {off.size:,} values, "
-            f"by up to {off[at]:.3g} (at {at})"
+            f"by up to {off[at]:.3g} (at {at})" + (f"; it holds {twin}" if twin else "")
         )
     for name in originals:
         if name not in used and name not in UNREAD:

@@ -22,8 +22,13 @@ Tensor = Any
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the chatter of imports and loaders off the terminal."""
-    previous = logging.root.manager.disable
+    """Keep the chatter of imports and loaders off the terminal.
+
+    fairseq turns the root logger's level down and gives it a handler as it is
+    imported; both are put back, or every other package would chatter from then on.
+    """
+    root = logging.root
+    previous, level, handlers = root.manager.disable, root.level, list(root.handlers)
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -31,6 +36,8 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(previous)
+            root.setLevel(level)
+            root.handlers[:] = handlers
 
 
 class TorchOriginal:
