@@ -34,17 +34,12 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", re.IGNORECASE)
 
 
-class Size(click.ParamType[int]):
-    """Bytes, as ``800M`` or ``1.5G``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read a number with a unit of 1024, 1024^2 or 1024^3 bytes."""
-        match = _SIZE.fullmatch(str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is not a size like 800M or 1.5G", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+def size(text: str) -> int:
+    """Bytes, written as ``800M`` or ``1.5G``: units of 1024, 1024^2 and 1024^3."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size like 800M or 1.5G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 @click.command()
@@ -72,7 +67,7 @@ class Size(click.ParamType[int]):
     help="Type of the features; RVC expects float32.",
 )  # fmt: skip
 @click.option(
-    "--max-memory", type=Size(),
+    "--max-memory", type=size,
     help="Memory beside the model, like 800M or 1.5G; longer clips are streamed, exactly.",
 )  # fmt: skip
 @click.option(
