@@ -371,6 +371,35 @@ def test_an_enum_in_an_omegaconf_configuration_is_its_value(tmp_path: Path) -> N
         assert checkpoint.config["model"]["other"].name == "Metadata"
 
 
+def test_an_object_as_a_key_stays_a_key(tmp_path: Path) -> None:
+    """An omegaconf node is unwrapped as a value; a key that became a list would be no key."""
+    path = tmp_path / "model.pt"
+    node = instructions(Call("omegaconf.nodes", "AnyNode", (), {"_val": [1]}))
+    code = b"}(" + node + b"K\1" + node + b"\x85K\2ca\nB\nK\3u"
+    code = b"(" + code + b"\x8f(" + node + b"ca\nB\n\x90t"
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "x": Raw(code)})))
+    with open_checkpoint(path) as checkpoint:
+        pairs, members = checkpoint.extra["x"]
+    assert {repr(key): value for key, value in pairs.items()} == {
+        "InertRecord(omegaconf.nodes.AnyNode)": 1,
+        "(InertRecord(omegaconf.nodes.AnyNode),)": 2,
+        "InertRecord(a.B)": 3,
+    }
+    assert len(members) == 2
+
+
+def test_a_tensor_beside_the_model_does_not_hide_it(torch: ModuleType, save: Save) -> None:
+    value = {"step": torch.tensor(5), "model": {"w": torch.ones(2)}}
+    with open_checkpoint(save(value)) as checkpoint:
+        assert list(checkpoint.tensors) == ["w"]
+        assert checkpoint.extra["step"].float32() == 5
+
+
+def test_a_device_beside_bare_tensors_is_kept(torch: ModuleType, save: Save) -> None:
+    with open_checkpoint(save({"w": torch.ones(2), "on": torch.device("cpu")})) as checkpoint:
+        assert repr(checkpoint.extra["on"]) == "InertRecord(torch.device)"
+
+
 def test_an_entry_past_four_gigabytes_has_its_numbers_in_the_zip64_field(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     wide = {"length": 0xFFFFFFFF, "packed": 0xFFFFFFFF}

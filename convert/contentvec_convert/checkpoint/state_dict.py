@@ -55,10 +55,10 @@ def contents(file: SourceFile, value: Any) -> Contents:
     for key, stored in state.items():
         if isinstance(stored, TensorView):
             tensors[key] = checked_tensor(tensor_name(file, key), stored)
-        elif isinstance(stored, InertRecord) and stored.module.split(".")[0] == "torch":
+        elif isinstance(stored, InertRecord) and stored.module.startswith("torch._"):
             raise file.unsupported(
                 f"the tensor {brief(key)} is of a kind that cannot be read",
-                found=f"{stored.module}.{stored.name}",
+                found=brief(stored),
                 expected="a dense tensor",
             )
         elif bare:
@@ -80,15 +80,17 @@ def contents(file: SourceFile, value: Any) -> Contents:
 def state_dict_path(value: Any) -> tuple[str, ...] | None:
     """The keys that lead to the state dict: () if it is ``value`` itself, None if there is none."""
     path: tuple[str, ...] = ()
+    found: tuple[str, ...] | None = None
     while type(value) is dict and len(path) <= len(STATE_DICT_KEYS):
         holds_tensors = any(isinstance(stored, TensorView) for stored in value.values())
         if holds_tensors and all(isinstance(key, str) for key in value):
-            return path
+            # the innermost: a trainer may keep a step counter, a tensor, beside the model
+            found = path
         key = next((key for key in STATE_DICT_KEYS if type(value.get(key)) is dict), None)
         if key is None:
-            return None
+            break
         path, value = (*path, key), value[key]
-    return None
+    return found
 
 
 def tensor_name(file: SourceFile, name: str) -> str:
@@ -116,7 +118,7 @@ def _no_state_dict(file: SourceFile, value: Any) -> UnsupportedCheckpoint:
     if isinstance(owner, InertRecord):
         return file.unsupported(
             "it holds a whole pickled model, which only its own program can open",
-            found=f"an object of the class {owner.module}.{owner.name}",
+            found=f"an object of the class {brief(owner)}",
             expected="a state dict: names and tensors",
             hint="in that program, save model.state_dict() instead of model",
         )
@@ -215,9 +217,10 @@ class _Settler:
 
         made: Any
         if isinstance(value, dict):
-            made = {inner(key, "key"): inner(part, key) for key, part in value.items()}
+            made = {_plain_key(key): inner(part, key) for key, part in value.items()}
         elif isinstance(value, (set, frozenset)):
-            made = type(value)(inner(part, "member") for part in value)
+            made = type(value)(map(_plain_key, value))
+            count += len(made)
         else:
             made = type(value)([inner(part, index) for index, part in enumerate(value)])
         return made, count, below
@@ -236,6 +239,15 @@ class _Settler:
                 count += its_count
                 below = max(below, its_depth + 1)
         return made, count, below
+
+
+def _plain_key(value: Any) -> Any:
+    """A key as it was, which was small and hashable, its objects reduced to their names."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain_key, value))
+    if isinstance(value, (GlobalName, InertRecord)):
+        return InertRecord(value.module, value.name)
+    return value
 
 
 def _omegaconf_content(record: InertRecord) -> Any:

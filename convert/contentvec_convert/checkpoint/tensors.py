@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mlx_contentvec.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
 from .limits import DIMENSIONS
+from .records import GlobalName, InertRecord
 from .source_file import SourceFile
 
 Array = npt.NDArray[Any]
@@ -269,4 +270,6 @@ def brief(value: object) -> str:
     if isinstance(value, str):
         text = value if value.isascii() and value.isprintable() else ascii(value)[1:-1]
         return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(value, (GlobalName, InertRecord)):
+        return f"{value.module}.{value.name}"
     return type(value).__name__
