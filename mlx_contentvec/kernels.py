@@ -25,8 +25,8 @@ EPS = 1e-5
 PART = 64
 #: rows of a convolution in work at once on a CPU: they stay in the second-level cache
 TILE = 256
-#: scores of one head in work at once on a CPU: a quarter of a megabyte
-SCORES = 1 << 16
+#: attention scores in work at once on a CPU: half a megabyte
+SCORES = 1 << 17
 #: length of the FFT of the positional convolution, in kernels
 FFT_KERNELS = 4
 #: taps of the positional convolution in one product on CUDA
@@ -144,25 +144,24 @@ def linear(x: Array, weight: Array, bias: Array | None) -> Array:
     """x: (..., in)    weight: (out, in)    bias: (out,) or None    returns (..., out)."""
     if device_kind() == "cpu" and x.dtype == mx.float32:
         rows = x.reshape(-1, x.shape[-1])
-        return _summed_in_parts([rows], [weight.T], bias).reshape(*x.shape[:-1], -1)
+        parts = _parts(weight.T)
+        return _summed([rows[:, part] for part, _ in parts], parts, bias).reshape(*x.shape[:-1], -1)
     if bias is None:
         return x @ weight.T
     return mx.addmm(bias, x, weight.T)
 
 
-def _summed_in_parts(terms: list[Array], matrices: list[Array], bias: Array | None) -> Array:
-    """``sum(term @ matrix) + bias``, each product at most ``PART`` inputs at a time.
+def _parts(matrix: Array) -> list[tuple[slice, Array]]:
+    """A (in, out) matrix ``PART`` inputs at a time, with the inputs that each takes."""
+    slices = [slice(start, start + PART) for start in range(0, matrix.shape[0], PART)]
+    return [(part, matrix[part]) for part in slices]
 
-    terms: (rows, in) each    matrices: (in, out) each
-    """
+
+def _summed(terms: list[Array], parts: list[tuple[slice, Array]], bias: Array | None) -> Array:
+    """``bias + sum(term @ matrix)``; terms: (rows, in) each, matrices: (in, out) each."""
     total = bias
-    for term, matrix in zip(terms, matrices, strict=True):
-        for start in range(0, term.shape[1], PART):
-            part = slice(start, start + PART)
-            if total is None:
-                total = term[:, part] @ matrix[part]
-            else:
-                total = mx.addmm(total, term[:, part], matrix[part])
+    for term, (_, matrix) in zip(terms, parts, strict=True):
+        total = term @ matrix if total is None else mx.addmm(total, term, matrix)
     return total
 
 
@@ -202,17 +201,19 @@ def conv1d(
         y = mx.conv1d(x, weight, stride)
         return finish(y if bias is None else y + bias)
     count = (x.shape[1] - kernel) // stride + 1
-    taps = [weight[:, tap].T for tap in range(kernel)]
+    taps = [_parts(weight[:, tap].T) for tap in range(kernel)]
+    parts = [part for tap in taps for part in tap]
     clips = []
     for clip in x:
         tiles = []
         for start in range(0, count, TILE):
-            stop = min(start + TILE, count)
+            first, last = start * stride, (min(start + TILE, count) - 1) * stride
             terms = [
-                clip[start * stride + tap : (stop - 1) * stride + tap + 1 : stride]
+                clip[first + tap : last + tap + 1 : stride, part]
                 for tap in range(kernel)
+                for part, _ in taps[tap]
             ]
-            tiles.append(finish(_summed_in_parts(terms, taps, bias)[None]))
+            tiles.append(finish(_summed(terms, parts, bias)[None]))
         clips.append(mx.concatenate(tiles, axis=1))
     return mx.concatenate(clips)
 
@@ -325,20 +326,23 @@ def attention(queries: Array, keys: Array, values: Array, mask: Array | None) ->
     queries = queries * (scale * math.log2(math.e))
     keys = mx.contiguous(keys.swapaxes(2, 3))
     values = mx.contiguous(values)
-    rows = max(16, SCORES // keys.shape[-1])
+    batch, heads, frames, _ = queries.shape
+    rows = min(frames, max(16, SCORES // keys.shape[-1]))
+    together = max(1, SCORES // (rows * keys.shape[-1]))
     clips = []
-    for clip in range(queries.shape[0]):
-        heads = []
-        for head in range(queries.shape[1]):
+    for clip in range(batch):
+        groups = []
+        for head in range(0, heads, together):
+            some = slice(head, head + together)
             pieces = []
-            for start in range(0, queries.shape[2], rows):
-                scores = queries[clip, head, start : start + rows] @ keys[clip, head]
+            for start in range(0, frames, rows):
+                scores = queries[clip, some, start : start + rows] @ keys[clip, some]
                 if mask is not None:
-                    scores = mx.where(mask[clip, 0], scores, mx.array(-1e9, scores.dtype))
+                    scores = mx.where(mask[clip], scores, mx.array(-1e9, scores.dtype))
                 weights = _exp2(scores - scores.max(axis=-1, keepdims=True))
-                pieces.append((weights @ values[clip, head]) / weights.sum(axis=-1, keepdims=True))
-            heads.append(mx.concatenate(pieces))
-        clips.append(mx.stack(heads))
+                pieces.append((weights @ values[clip, some]) / weights.sum(axis=-1, keepdims=True))
+            groups.append(pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1))
+        clips.append(mx.concatenate(groups))
     return mx.stack(clips)
 
 
