@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -364,6 +365,21 @@ def test_the_source_is_never_the_output(tmp_path: Path, converted_tiny: Path) ->
             convert(source, output, allow_unknown=True, force=True)
 
 
+def test_a_weight_file_of_the_source_folder_is_never_the_output(
+    tmp_path: Path, converted_tiny: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(converted_tiny.read_bytes())
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="the source itself"):
+        convert(folder, weights, allow_unknown=True, force=True)
+    assert weights.read_bytes() == converted_tiny.read_bytes()
+    ledger = convert(folder, tmp_path / "model.safetensors", allow_unknown=True)
+    assert [file.name for file in ledger.identity.files] == ["model.safetensors", "config.json"]
+
+
 def test_the_output_must_be_named_as_safetensors(tmp_path: Path, tiny_checkpoint: Path) -> None:
     with pytest.raises(OutputError, match="suffix"):
         convert(tiny_checkpoint, tmp_path / "out.npz", allow_unknown=True)
@@ -396,6 +412,22 @@ def test_a_full_disk_keeps_the_old_output_and_its_ledger(
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (output.read_bytes(), ledger_path(output).read_bytes()) == old
         assert names(tmp_path) == ["out.ledger.json", "out.safetensors"]
+
+
+def test_a_flush_that_fails_once_is_not_forgotten(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux reports lost writes to one call of fsync and lets the next one succeed."""
+    failures = [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def fsync(_: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OutputError, match="Input/output error"):
+        convert(tiny_checkpoint, tmp_path / "out.safetensors", allow_unknown=True)
+    assert names(tmp_path) == []
 
 
 # ---- the proof

@@ -105,6 +105,20 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
             identification.check_unchanged()
 
 
+def test_a_file_that_changes_while_it_is_hashed_has_no_identity(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def change(done: int, total: int) -> None:
+        os.utime(path, ns=(1, 1))
+
+    with (
+        Identification(path, progress=change) as identification,
+        pytest.raises(IdentityError, match="changed"),
+    ):
+        identification.result()
+
+
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
 def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "thing"

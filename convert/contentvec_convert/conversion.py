@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,6 +104,7 @@ def convert(
         with identity_first(source, expectation, identification):
             plan = planned(checkpoint, identification, heads=heads, normalize=normalize)
             account(plan, checkpoint.tensors)
+        _check_not_source(output, checkpoint.files)
         stand_in = stand_in_of(checkpoint)
         if stand_in and not (allow_unknown or expectation.stated):
             raise stand_in_refused(identification.result(), stand_in)
@@ -253,11 +254,18 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
             f"cannot write {output.name}: MLX tells formats by their suffix",
             expected="a name that ends in .safetensors",
         )
-    with contextlib.suppress(OSError):
-        if output.samefile(source):
-            raise OutputError(f"{output} is the source itself", hint="name another file with -o")
+    _check_not_source(output, (source,))
     check_target(output, force=force)
     check_target(ledger_path(output), force=True)
+
+
+def _check_not_source(output: Path, files: Iterable[Path]) -> None:
+    for file in files:
+        with contextlib.suppress(OSError):
+            if output.samefile(file):
+                raise OutputError(
+                    f"{output} is the source itself", hint="name another file with -o"
+                )
 
 
 def _verify(checkpoint: Checkpoint, expectation: Expectation) -> None:
