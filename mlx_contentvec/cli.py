@@ -36,6 +36,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "contentvec_parity.publish_commands:verify",
         "Check published weights on this machine.",
     ),
+    "bench": (
+        "contentvec_parity.bench_command:bench",
+        "Measure speed and memory beside the original.",
+    ),
     "standin": (
         "contentvec_parity.standin_command:standin",
         "Make a checkpoint with synthetic weights.",

@@ -26,6 +26,7 @@ ROOMS = {
     "contentvec_parity": PROJECT / "parity" / "contentvec_parity",
 }
 MODULES = sorted(path for folder in ROOMS.values() for path in folder.rglob("*.py"))
+CACHES = {"__pycache__", ".mypy_cache", ".ruff_cache"}
 #: no command needs these to say what it does
 HEAVY = ("mlx", "torch", "transformers", "fairseq", "scipy", "matplotlib", "huggingface_hub")
 
@@ -67,7 +68,7 @@ def test_the_wheel_holds_the_three_packages_whole_and_nothing_else(wheel: Path) 
         str(Path(package) / path.relative_to(folder))
         for package, folder in ROOMS.items()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not CACHES & set(path.parts)
     }
     assert contents(wheel) == expected
     assert "contentvec_parity/standin_config.json" in expected
@@ -205,7 +206,9 @@ def test_the_code_is_in_order(check: str, need: Any) -> None:
     run(sys.executable, "-m", tool, *arguments, cwd=PROJECT)
 
 
-@pytest.mark.parametrize("script", ["scripts/environment", "scripts/quickstart", "scripts/test"])
+@pytest.mark.parametrize(
+    "script", ["scripts/environment", "scripts/quickstart", "scripts/test", "scripts/bench"]
+)
 def test_scripts_are_executable_and_posix(script: str) -> None:
     path = PROJECT / script
     assert os.access(path, os.X_OK)
