@@ -15,12 +15,12 @@ from mlx_contentvec.errors import UnsupportedCheckpoint, name_list
 from .checkpoint import Checkpoint
 
 _NOT_THESE_FEATURES = (
-    "its encoder is built like HuBERT's, but its features are not those that RVC voices were "
-    "trained on; RVC's embedder is hubert_base.pt: mlx-contentvec fetch contentvec"
+    "its encoder is built like HuBERT's, but RVC voices were not trained on its features;\n"
+    "RVC's embedder is hubert_base.pt: mlx-contentvec fetch contentvec"
 )
 _OTHER_HALF = (
-    "this is the other half of a voice converter: it reads the features that an embedder makes. "
-    "Convert the embedder instead (hubert_base.pt for nearly every RVC voice)"
+    "this is the other half of a voice converter: it reads what an embedder makes of speech.\n"
+    "Convert the embedder (for nearly every RVC voice: mlx-contentvec fetch contentvec)"
 )
 
 

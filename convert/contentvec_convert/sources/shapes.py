@@ -39,14 +39,14 @@ _QUESTIONS = {
     "heads": (
         "the number of attention heads is not known",
         "no tensor shows it, and the file does not say it",
-        "pass it, for example --heads 12: HuBERT base has 12, large and xlarge have 16. "
-        "A wrong number gives wrong features without any other sign",
+        "pass --heads 12 for HuBERT base, --heads 16 for large and xlarge;\n"
+        "a wrong number gives wrong features and no other sign",
     ),
     "normalize": (
         "it is not known whether this model wants normalised input",
         "no tensor shows it, and there is no preprocessor_config.json beside the weights",
-        "pass --no-normalize (ContentVec and the HuBERT base that RVC uses) or --normalize "
-        "(HuBERT large and xlarge). A wrong scale gives wrong features without any other sign",
+        "pass --no-normalize for ContentVec and RVC's other base models, --normalize for large\n"
+        "and xlarge; a wrong scale gives wrong features and no other sign",
     ),
 }
 

@@ -234,8 +234,8 @@ def _require_hubert(stored: dict[str, Any]) -> None:
             f"this is {MODEL_TYPES.get(model_type, 'another')} model, not HuBERT or ContentVec",
             found=f'config.json with "model_type": {model_type[:80]}',
             expected='"model_type": "hubert"',
-            hint="its encoder has the same tensor names, but its features are not those that "
-            "RVC voices were trained on",
+            hint="its encoder has the same tensor names, but RVC voices were not trained on its\n"
+            "features; RVC's embedder is hubert_base.pt: mlx-contentvec fetch contentvec",
         )
 
 
