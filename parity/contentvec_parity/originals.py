@@ -246,7 +246,7 @@ def transformers_hubert(
     if model_class == "HubertModelWithFinalProj":
         projected = config.final_dim or 256
 
-        class HubertModelWithFinalProj(transformers.HubertModel):  # type: ignore[misc]
+        class HubertModelWithFinalProj(transformers.HubertModel):
             def __init__(self, config: Any) -> None:
                 super().__init__(config)
                 self.final_proj = torch.nn.Linear(config.hidden_size, projected)
