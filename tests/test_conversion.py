@@ -352,6 +352,17 @@ def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path, tiny_checkpo
     assert names(tmp_path) == ["source.pt"]
 
 
+def test_what_a_stand_in_says_of_itself_is_one_printable_line(
+    tmp_path: Path, tiny_checkpoint: Path, fairseq: Any, torch: Any
+) -> None:
+    state = torch.load(tiny_checkpoint, weights_only=False)
+    state["extra_state"]["stand_in"] = "made\x1b[2J up\nfor\ta test" + "." * 9999
+    torch.save(state, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "out.safetensors", allow_unknown=True)
+    said = metadata_of(tmp_path / "out.safetensors")["stand_in"]
+    assert said.startswith("made[2J up for a test...") and len(said) <= 300
+
+
 # ---- where it is written
 
 

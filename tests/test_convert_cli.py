@@ -119,6 +119,21 @@ def test_an_existing_output_needs_force(run_cli: RunCli, here: Path) -> None:
     assert run.returncode == 0
 
 
+def test_a_file_name_that_is_no_text_is_handled(run_cli: RunCli, here: Path) -> None:
+    name = os.fsdecode(b"st\xffnd-in.pt")
+    try:
+        (here / "standin.pt").rename(here / name)
+    except OSError:
+        pytest.skip("needs a file system that allows such a name, which macOS has not")
+    run = run_cli("convert", name, "--allow-unknown", cwd=here)
+    assert run.returncode == 0, run.stderr
+    assert len(names(here)) == 3
+    assert run_cli("inspect", name, cwd=here).returncode == 0
+    run = run_cli("convert", name, "-o", "other.safetensors", cwd=here)
+    assert run.returncode == 1 and run.stderr.startswith("error: ")
+    assert "Traceback" not in run.stderr
+
+
 def test_help_names_every_precision(run_cli: RunCli) -> None:
     run = run_cli("convert", "--help")
     assert run.returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -106,7 +107,7 @@ def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **opti
         progress = stack.enter_context(_late_bar())
         ledger = conversion.convert(source, output, dtype=dtype, progress=progress, **options)
     if as_json:
-        click.echo(json.dumps({"path": str(output), **ledger.to_dict()}, ensure_ascii=False))
+        click.echo(json.dumps({"path": _shown(output), **ledger.to_dict()}, ensure_ascii=False))
     else:
         _show_ledger(ledger, source, output)
 
@@ -141,6 +142,11 @@ def _fetched(source: Path) -> Path:
     return fetch(str(source))[0]
 
 
+def _shown(path: Path) -> str:
+    """A path as text, whatever bytes it is made of."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def _line(label: str, text: str) -> None:
     """One row of a summary; further lines of ``text`` line up below the first."""
     click.echo(f"  {label:<10}{text.replace(chr(10), chr(10) + ' ' * 12)}")
@@ -166,7 +172,7 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
 
     facts = ledger.to_dict()
     counts, made, origin = facts["counts"], facts["output"], facts["source"]
-    click.echo(f"{source} -> {output}")
+    click.echo(f"{_shown(source)} -> {_shown(output)}")
     click.echo("source")
     _show_identity(ledger.identity, ledger.stand_in)
     _line("model", describe(ledger.config, origin["naming"]))
@@ -189,13 +195,13 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
     click.echo("output")
     _line("size", f"{made['size']:,} bytes")
     _line("sha256", made["sha256"])
-    _line("ledger", str(ledger_path(output)))
+    _line("ledger", _shown(ledger_path(output)))
 
 
 def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
     from .recognition import describe
 
-    click.echo(f"{path}  {found.identity.size:,} bytes, {found.container}")
+    click.echo(f"{_shown(path)}  {found.identity.size:,} bytes, {found.container}")
     if found.provenance is None:
         _show_identity(found.identity, found.stand_in)
     else:

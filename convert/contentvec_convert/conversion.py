@@ -19,6 +19,7 @@ from .identity import (
     Identity,
     accept,
     is_known_size,
+    name_of,
     stand_in_refused,
 )
 from .known_files import CONTENTVEC
@@ -32,6 +33,8 @@ from .writer import Draft, check_target, header, lay_out, publish
 
 #: files of a Hugging Face folder that shape the result without holding tensors
 _BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json")
+
+_STAND_IN_CHARACTERS = 300
 
 _LEDGER_SUFFIX = ".ledger.json"
 
@@ -139,7 +142,7 @@ def convert(
             stand_in=stand_in,
             config=plan.config,
             output={
-                "name": output.name,
+                "name": name_of(output),
                 "size": layout.size,
                 "sha256": sha256,
                 "dtype": precision.name,
@@ -245,7 +248,11 @@ def stand_in_of(checkpoint: Checkpoint) -> str | None:
     state = checkpoint.extra.get("extra_state")
     said = state.get("stand_in") if isinstance(state, dict) else None
     said = said or checkpoint.metadata.get("stand_in")
-    return str(said) if said else None
+    if not said:
+        return None
+    # whatever else it is, it becomes one line that is safe to show and to store
+    line = " ".join(str(said)[:_STAND_IN_CHARACTERS].split())
+    return "".join(character for character in line if character.isprintable()) or "unnamed"
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:

@@ -138,10 +138,10 @@ class Identification:
         )
         known = max(candidates, key=lambda row: len(row.key), default=None)
         files = tuple(
-            FileIdentity(path.name, state[0], "0" * 32, "0" * 64)
+            FileIdentity(name_of(path), state[0], "0" * 32, "0" * 64)
             for path, state in self._states.items()
         )
-        return Identity(self._source.name, self.size, "0" * 32, "0" * 64, known, files)
+        return Identity(name_of(self._source), self.size, "0" * 32, "0" * 64, known, files)
 
     def check_unchanged(self) -> None:
         """Raise IdentityError if a file is no longer the one that was hashed."""
@@ -198,17 +198,22 @@ class Identification:
                     pending.result()
                 if self._stop.is_set():
                     raise IdentityError(f"hashing {path.name} was stopped")
-                files.append(FileIdentity(path.name, size, md5.hexdigest(), sha256.hexdigest()))
+                files.append(FileIdentity(name_of(path), size, md5.hexdigest(), sha256.hexdigest()))
         self.check_unchanged()
         size = sum(file.size for file in files[: len(self._weights)])
         return Identity(
-            name=self._source.name,
+            name=name_of(self._source),
             size=size,
             md5=whole_md5.hexdigest(),
             sha256=whole_sha256.hexdigest(),
             known=known_as(size, whole_md5.hexdigest(), whole_sha256.hexdigest()),
             files=tuple(files),
         )
+
+
+def name_of(path: Path) -> str:
+    """A path's last part as text that can be stored and shown, whatever bytes it is made of."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
 
 
 def identify(path: str | Path) -> Identity:
