@@ -47,9 +47,12 @@ def outputs(folder: Path) -> list[str]:
 
 def stopped_after(count: int, how: int, folder: Path, command: list[Any]) -> int:
     """Start an extraction, send it a signal once ``count`` outputs are there; its exit status."""
+    # where tests run in the background Ctrl-C is ignored, and children inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*map(str, command)], env=environment(), stderr=subprocess.DEVNULL, cwd=PROJECT
     )
+    signal.signal(signal.SIGINT, before)
     end = time.monotonic() + 60
     while len(outputs(folder)) < count and time.monotonic() < end and process.poll() is None:
         time.sleep(0.005)
