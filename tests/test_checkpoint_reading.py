@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contentvec_convert.checkpoint import InertRecord, StoredTensor, open_checkpoint
+from contentvec_convert.checkpoint import InertRecord, StoredTensor, limits, open_checkpoint
 from contentvec_convert.checkpoint.source_file import SourceFile
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 from tests.checkpoint_files import (
@@ -509,6 +509,15 @@ def test_a_file_cut_short_after_opening_is_an_error_and_not_a_crash(
             checkpoint.tensors["w"].float32()
 
 
+def test_a_file_emptied_before_it_is_mapped_is_an_error(torch: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"w": torch.zeros(100)}, path)
+    with open_checkpoint(path) as checkpoint:
+        os.truncate(path, 0)
+        with pytest.raises(CheckpointError, match="cannot map"):
+            checkpoint.tensors["w"].array()
+
+
 def test_a_wrong_byte_in_a_tensor_is_found_by_its_checksum(
     torch: ModuleType, tmp_path: Path
 ) -> None:
@@ -749,6 +758,14 @@ def test_an_index_without_a_map_is_refused(folder: Path, index: dict[str, object
 def test_an_index_of_too_many_files_is_refused(folder: Path) -> None:
     edit_index(folder, **{f"t{i}": f"{i}.safetensors" for i in range(1001)})
     with pytest.raises(CorruptCheckpoint, match="names too many files"):
+        open_checkpoint(folder)
+
+
+def test_shards_of_too_many_tensors_in_all_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "TENSORS", 2)
+    with pytest.raises(CorruptCheckpoint, match="its files have too many tensors"):
         open_checkpoint(folder)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, name_list
 
+from . import limits
 from .folder import WEIGHT_FILES, folder_config, folder_weights
 from .foreign import HEAD_BYTES, Foreign, foreign_archive, foreign_bytes, foreign_value
 from .safetensors_file import looks_like_safetensors, read_safetensors
@@ -97,6 +98,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         for name in files:
             sources.append(SourceFile(name))
             parts.append(_read(sources[-1]))
+            if sum(len(part.tensors) for _, part in parts) > limits.TENSORS:
+                raise sources[-1].corrupt(
+                    "its files have too many tensors", expected=f"at most {limits.TENSORS:,}"
+                )
         container, whole = parts[0]
         if places is not None:
             whole = _joined(path, files, parts, places)

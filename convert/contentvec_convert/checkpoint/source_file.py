@@ -140,7 +140,10 @@ class SourceFile:
         """The whole file mapped read-only; made on first use. The file must not be empty."""
         self._require_open()
         if self._map is None:
-            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+            try:
+                self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"cannot map {self.path} into memory: {error}") from error
         return self._map
 
     def close(self) -> None:
