@@ -162,7 +162,11 @@ class PackageFiles:
         """config.json, or {} where there is none."""
         if self.find(CONFIG) is None:
             return {}
-        config = json.loads(self.file(CONFIG).read_text(encoding="utf-8"))
+        path = self.file(CONFIG)
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise HubError(f"{path} is not JSON", found=str(error)) from error
         return config if isinstance(config, dict) else {}
 
     def _variant(self, dtype: str) -> tuple[str, ...]:

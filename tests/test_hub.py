@@ -186,6 +186,19 @@ def test_a_changed_config_does_not_choose(tmp_path: Path) -> None:
         hub.resolve(folder, dtype="float16")
 
 
+def test_a_config_that_is_not_json_is_said(tmp_path: Path) -> None:
+    files = {"config.json": b"<html>", "model.safetensors": WEIGHTS}
+    with pytest.raises(HubError, match=r"config\.json is not JSON"):
+        hub.resolve(write(tmp_path, files), dtype="q8")
+
+
+def test_one_file_has_no_quantised_variant(tmp_path: Path) -> None:
+    folder = write(tmp_path, package())
+    assert hub.resolve(folder / "model.safetensors", dtype="float16").name == "model.safetensors"
+    with pytest.raises(HubError, match="is one file and has no q8 variant"):
+        hub.resolve(folder / "model.safetensors", dtype="q8")
+
+
 def test_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(HubError, match="holds no MLX weights") as caught:
         hub.resolve(tmp_path)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from contentvec_parity import package as packaging
 from contentvec_parity.package import Package, open_package, package
 from mlx_contentvec.errors import ContentvecError, HubError, OutputError
 
+PROJECT = Path(__file__).resolve().parent.parent
 REPO = "someone/contentvec-mlx"
 
 
@@ -395,3 +400,47 @@ def test_the_command_packages_and_says_what(
         == (described["files"]["contentvec_base.safetensors"]["sha256"])
     )
     assert "test-only" not in run_cli("package", "--help").stdout
+
+
+@pytest.mark.fullsize
+def test_the_full_size_stand_in_is_packaged_and_its_card_runs(
+    standin: Path,
+    converted_standin: Path,
+    fairseq: Any,
+    need: Callable[[str, str], object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need("soundfile", "pip install 'mlx-contentvec[audio]'")
+    from contentvec_parity import harness, inputs, recording, report
+
+    few = {"few": lambda: [clip for clip in inputs.built_in() if clip.name in ("short", "min")]}
+    monkeypatch.setattr(harness, "INPUT_SETS", few)
+    document = harness.compare_files(standin, converted_standin, inputs="few")
+    (tmp_path / "report.json").write_text(report.to_json(document))
+    recording.record(standin, tmp_path / "recording.safetensors")
+    assert (tmp_path / "recording.safetensors").stat().st_size < packaging.RECORDING_LIMIT
+    made = package(
+        converted_standin,
+        tmp_path / "package",
+        parity=tmp_path / "report.json",
+        recording=tmp_path / "recording.safetensors",
+        allow_stand_in=True,
+    )
+    section = (made.folder / "README.md").read_text().split("\n## Use\n")[1].split("\n## ")[0]
+    python = re.findall(r"^```python\n(.*?)^```$", section, re.S | re.M)[0]
+    assert 'version="v2"' in python
+    assert 'version="v1"' in python
+
+    import soundfile
+
+    soundfile.write(tmp_path / "speech.wav", np.zeros(8000, np.float32) + 0.01, 16000)
+    ran = subprocess.run(
+        [sys.executable, "-c", python + "\nprint(v2.shape, v1.shape)"],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.stdout == "(24, 768) (24, 256)\n", ran.stderr

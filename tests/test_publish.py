@@ -336,10 +336,14 @@ def test_what_the_hub_refuses_is_said_and_nothing_shows(
     assert f"error: cannot publish to {REPO}: {said}" in broken.stderr, broken.stderr
     assert f"HTTP {status}" in broken.stderr
     assert nothing_shows(server)
-    server.faults.clear()
-    done = publish()
-    assert done.returncode == 0, done.stderr
-    assert set(server.repos[REPO].branches) == {"main"}
+    if "commit" in request_line:
+        # everything had arrived: the next run finds it and only has to show it
+        server.faults.clear()
+        server.requests.clear()
+        done = publish()
+        assert done.returncode == 0, done.stderr
+        assert not server.asked("PUT /storage")
+        assert set(server.repos[REPO].branches) == {"main"}
 
 
 def test_no_token_says_where_to_get_one(publish: Run, server: HubServer) -> None:
