@@ -238,6 +238,8 @@ def test_a_bare_file_is_described_by_its_shapes_when_the_heads_are_given(tmp_pat
     )
     bare = tmp_path / "weights.safetensors"
     shutil.copy(folder / "model.safetensors", bare)
+    # what lies in the same folder by chance says nothing of a file by itself
+    shutil.copy(folder / "preprocessor_config.json", tmp_path)
     with open_checkpoint(bare) as checkpoint:
         with pytest.raises(ConfigError, match="attention heads"):
             plan_for(checkpoint, normalize=False)
