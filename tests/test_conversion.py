@@ -22,6 +22,7 @@ import pytest
 
 from contentvec_convert import conversion, transfer
 from contentvec_convert.checkpoint import open_checkpoint
+from contentvec_convert.checkpoint.source_file import SourceFile
 from contentvec_convert.conversion import convert, default_output, ledger_path
 from contentvec_convert.precision import PRECISIONS, all_finite, widen
 from contentvec_convert.writer import Draft
@@ -570,6 +571,33 @@ def test_shared_and_strided_storages_convert_as_torch_sees_them(
     first = convert(source, tmp_path / "a.safetensors", allow_unknown=True)
     second = convert(tiny_checkpoint, tmp_path / "b.safetensors", allow_unknown=True)
     assert first.tensors == second.tensors
+
+
+def test_a_tensor_stored_transposed_is_read_no_more_often_than_others(
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    fairseq: Any,
+    torch: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def transpose(state: Any) -> None:
+        for name, tensor in state.items():
+            if tensor.ndim == 2:
+                state[name] = tensor.t().contiguous().t()
+
+    source = rewritten(tiny_checkpoint, tmp_path / "a.pt", torch, transpose)
+    monkeypatch.setattr(transfer, "BLOCK_ELEMENTS", 100)
+    read, count = SourceFile.read_into, 0
+
+    def counted(self: SourceFile, offset: int, target: memoryview) -> None:
+        nonlocal count
+        count += len(target)
+        read(self, offset, target)
+
+    monkeypatch.setattr(SourceFile, "read_into", counted)
+    convert(source, tmp_path / "out.safetensors", allow_unknown=True)
+    # its own checksums, writing and checking; the positional kernel is mapped
+    assert count < 3.2 * source.stat().st_size
 
 
 # ---- every kind of damage to the file
