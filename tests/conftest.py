@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -22,6 +23,11 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _THREADS = str(max(1, (os.cpu_count() or 1) // _WORKERS))
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, _THREADS)
+
+# Before OpenBLAS is loaded for MLX: whichever is first computes PyTorch's matrix
+# products as well, and the original would no longer be the original.
+with contextlib.suppress(ImportError):
+    importlib.import_module("torch")
 
 #: set by scripts/test: an optional package that is missing is a failure, not a skip
 REQUIRE_ALL = os.environ.get("MLX_CONTENTVEC_REQUIRE_ALL") == "1"
