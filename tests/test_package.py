@@ -205,6 +205,9 @@ def spoil(evidence: Path, how: str) -> None:
                 stages=[row for row in document["stages"] if row["kind"] != "features"]
             ),
         ),
+        "an older report": lambda: edited(
+            parity, lambda document: document["stages"][0].pop("candidate")
+        ),
         "not a report": lambda: parity.write_text("{}"),
         "not JSON": lambda: ledger.write_text("<html>"),
         "ledger of another source": lambda: edited(
@@ -228,6 +231,7 @@ def spoil(evidence: Path, how: str) -> None:
         ("a tensor differs", "float32.safetensors has not passed parity"),
         ("no tensors", "did not compare the tensors"),
         ("no features", "measured no features"),
+        ("an older report", "cannot be judged"),
         ("not a report", "is not a saved parity run"),
         ("not JSON", "is not JSON"),
         ("ledger of another source", "does not fit"),

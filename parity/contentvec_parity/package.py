@@ -323,8 +323,15 @@ def _check_parity(evidence: Evidence, path: Path) -> None:
         )
     if not any(row["kind"] == "features" for row in document["stages"]):
         raise HubError(f"the parity report {path.name} measured no features", hint=again)
-    # the limits of the project, whatever the run was made with
-    verdict = judge(document, Gates())
+    try:
+        # the limits of the project, whatever the run was made with
+        verdict = judge(document, Gates())
+    except (KeyError, TypeError) as error:
+        raise HubError(
+            f"the parity report {path.name} cannot be judged",
+            found=f"it lacks {error}",
+            hint="run it again with this version\n" + again,
+        ) from error
     if not verdict["passed"]:
         raise HubError(
             f"{evidence.weights.name} has not passed parity",
