@@ -93,50 +93,55 @@ def write_tensors(
     Raises CorruptCheckpoint for a weight that is NaN or infinite, MappingError
     for one too large for ``precision``, OutputError if the file cannot be written.
     """
-    expected: dict[str, str] = {}
     shapes = parameter_shapes(plan.config)
+    expected: dict[str, str] = {}
     done, total = 0, layout.size - layout.header_bytes
-
-    def put(name: str, offset: int, array: Array) -> None:
-        nonlocal done
-        data = np.ascontiguousarray(array).data.cast("B")
-        draft.write(layout.starts[name] + offset, data)
-        done += len(data)
-        if progress is not None:
-            progress("writing", done, total)
-
     for rule in plan.rules:
-        transform, shape = TRANSFORMS[rule.transform], shapes[rule.target]
         stored = [tensors[name] for name in rule.sources]
-        how = precision.quantization
-        if how is not None and how.applies(shape):
-            arrays = quantize(_whole(rule, stored), how)
-            stem = rule.target.removesuffix("weight")
-            for name, array in zip(("weight", "scales", "biases"), arrays, strict=True):
-                if name != "weight":
-                    _require_finite(array, precision.stored, rule, stored)
-                expected[f"{stem}{name}"] = hashlib.sha256(
-                    np.ascontiguousarray(array).data
-                ).hexdigest()
-                put(f"{stem}{name}", 0, array)
-        elif transform.lossless:
-            offset = 0
-            for elements in row_blocks(stored[0]):
-                block = precision.recode(elements, stored[0].dtype)
-                _require_finite(block, precision.stored, rule, stored)
-                put(rule.target, offset, transform.apply(block))
-                offset += block.nbytes
-        else:
-            computed, digest, offset = _whole(rule, stored), hashlib.sha256(), 0
-            start = 0
-            for rows in _row_counts(shape):
-                block = np.ascontiguousarray(precision.narrow(computed[start : start + rows]))
-                _require_finite(block, precision.stored, rule, stored)
-                digest.update(block.data)
-                put(rule.target, offset, block)
-                start, offset = start + rows, offset + block.nbytes
-            expected[rule.target] = digest.hexdigest()
+        for name, offset, block, digest in _made(rule, shapes[rule.target], stored, precision):
+            data = np.ascontiguousarray(block).data.cast("B")
+            draft.write(layout.starts[name] + offset, data)
+            if digest is not None:
+                digest.update(data)
+                expected[name] = digest.hexdigest()
+            done += len(data)
+            if progress is not None:
+                progress("writing", done, total)
     return expected
+
+
+#: a tensor of the output, bytes from its start, what to write there, and the
+#: digest to add it to if reading back cannot be held against the source
+_Piece = tuple[str, int, Array, Any]
+
+
+def _made(
+    rule: Rule, shape: Shape, stored: list[StoredTensor], precision: Precision
+) -> Iterator[_Piece]:
+    """What a rule makes, piece by piece, checked to be numbers."""
+    how, dtype = precision.quantization, precision.stored
+    if how is not None and how.applies(shape):
+        arrays = quantize(_whole(rule, stored), how)
+        stem = rule.target.removesuffix("weight")
+        for name, array in zip(("weight", "scales", "biases"), arrays, strict=True):
+            if name != "weight":  # which are packed integers
+                _require_finite(array, dtype, rule, stored)
+            yield f"{stem}{name}", 0, array, hashlib.sha256()
+        return
+    transform, offset = TRANSFORMS[rule.transform], 0
+    if transform.lossless:
+        for elements in row_blocks(stored[0]):
+            block = precision.recode(elements, stored[0].dtype)
+            _require_finite(block, dtype, rule, stored)
+            yield rule.target, offset, transform.apply(block), None
+            offset += block.nbytes
+        return
+    computed, digest, start = _whole(rule, stored), hashlib.sha256(), 0
+    for rows in _row_counts(shape):
+        block = precision.narrow(computed[start : start + rows])
+        _require_finite(block, dtype, rule, stored)
+        yield rule.target, offset, block, digest
+        start, offset = start + rows, offset + block.nbytes
 
 
 def read_back(
