@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from contentvec_convert.checkpoint import InertRecord, describe_foreign, open_checkpoint
+from contentvec_convert.checkpoint import InertRecord, describe_foreign, limits, open_checkpoint
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint
 from tests.checkpoint_files import (
     SIX_FLOATS,
@@ -343,6 +343,111 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         instructions(tensor(of=storage("UntypedStorage", "1", 24))),
         "a tensor of no dtype|storage 1 is missing",
     ),
+    "a tensor of a type and no more": (
+        instructions(Call("torch._tensor", "_rebuild_from_type_v2", (Name("a", "b"),))),
+        "makes a tensor in an unknown way",
+    ),
+    "a tensor of a type by a text": (
+        instructions(Call("torch._tensor", "_rebuild_from_type_v2", ("eval", None, (), None))),
+        "makes a tensor in an unknown way",
+    ),
+    "a parameter of nothing": (
+        instructions(Call("torch._utils", "_rebuild_parameter")),
+        "a parameter of no tensor",
+    ),
+    "a state for a tensor": (
+        instructions(tensor()) + b"}b",
+        "gives a state to what has none",
+    ),
+    "a dtype that is missing": (
+        instructions(Call("torch._utils", "_rebuild_tensor_v3", (storage(), 0, (6,), (1,), 0, 0))),
+        "a tensor of no dtype",
+    ),
+    "a dtype of another library": (
+        instructions(
+            Call(
+                "torch._utils",
+                "_rebuild_tensor_v3",
+                (storage(), 0, (6,), (1,), False, None, Name("numpy", "float32")),
+            )
+        ),
+        "a tensor of no dtype",
+    ),
+    "a dict of two things": (
+        instructions(Call("collections", "OrderedDict", ({}, {}))),
+        "a dict of more than one thing",
+    ),
+    "a dict of texts": (
+        instructions(Call("collections", "OrderedDict", (["ab"],))),
+        "makes a dict of what are not pairs",
+    ),
+    "a set of two things": (
+        instructions(Call("builtins", "set", ([], []))),
+        "makes a collection of what is none",
+    ),
+    "a list of a number": (
+        instructions(Call("builtins", "list", (7,))),
+        "makes a collection of what is none",
+    ),
+    "a complex number of text": (
+        instructions(Call("builtins", "complex", ("1", "2"))),
+        "complex number of what are not",
+    ),
+    "half a complex number": (
+        instructions(Call("builtins", "complex", (1.0,))),
+        "complex number of what are not",
+    ),
+    "bytes of no code": (
+        instructions(Call("_codecs", "encode", ("x",))),
+        "makes bytes in an unknown way",
+    ),
+    "bytes of a number": (
+        instructions(Call("_codecs", "encode", (7, "latin1"))),
+        "makes bytes in an unknown way",
+    ),
+    "bytes of text that has none": (
+        instructions(Call("_codecs", "encode", ("\u20ac", "latin1"))),
+        "bytes of text that has none",
+    ),
+    "bytes twice": (
+        instructions(Call("builtins", "bytearray", (b"a", b"b"))),
+        "makes bytes in an unknown way",
+    ),
+    "an old object of text": (
+        instructions(Call("copy_reg", "_reconstructor", ("a", "b", None))),
+        "an object of no class",
+    ),
+    "an old object of too little": (
+        instructions(Call("copy_reg", "_reconstructor", (Name("a", "B"),))),
+        "an object of no class",
+    ),
+    "a memory of a mark": (b"(q\x00", "needs a value where there is none"),
+    "a module that is a number": (b"K\x01" + text("x") + b"\x93", "something that is not text"),
+    "a function that is a number": (text("x") + b"K\x01\x93", "something that is not text"),
+    "a frame past the end": (b"\x95" + struct.pack("<Q", 2**40), "stops in the middle"),
+    "a number without end": (b"F" + b"1" * 200 + b"\n", "a number that is none"),
+    "a negative length of an integer": (b"\x8b\xff\xff\xff\xff", "impossible length"),
+    "a storage in a list": (
+        instructions(Persistent(list(storage().identity))),
+        "not a storage",
+    ),
+    "a storage of little": (instructions(Persistent(storage().identity[:4])), "not a storage"),
+    "a storage of much": (
+        instructions(Persistent((*storage().identity, None, None))),
+        "not a storage",
+    ),
+    "a storage of another kind": (
+        instructions(Persistent(("blob", *storage().identity[1:]))),
+        "not a storage",
+    ),
+    "a storage of a class in text": (
+        instructions(Persistent(("storage", "FloatStorage", "0", "cpu", 6))),
+        "not a storage",
+    ),
+    "a storage of another library": (
+        instructions(Persistent(("storage", Name("evil", "FloatStorage"), "0", "cpu", 6))),
+        "tensors of an unknown kind, evil.FloatStorage",
+    ),
     "a dict of a number": (
         instructions(Call("collections", "OrderedDict", (1,))),
         "makes a dict of what is none",
@@ -543,6 +648,45 @@ ZIPS: dict[str, tuple[bytes, str]] = {
         "more in it than entries",
     ),
     "a part of a split archive": (zip_archive([DATA, FLOATS], end={"disk": 1}), "split"),
+    "a split archive's second part": (zip_archive([DATA, FLOATS], end={"start_disk": 1}), "split"),
+    "entries elsewhere": (zip_archive([DATA, FLOATS], end={"here": 1}), "split"),
+    "no entries": (zip_archive([], prefix=b"PK\x03\x04"), "a zip archive of nothing"),
+    "a table that is too short for its entries": (
+        zip_archive([DATA, FLOATS], end={"here": 30_000, "count": 30_000}),
+        "ends too early",
+    ),
+    "a comment past the table": (
+        zip_archive([DATA, FLOATS]).replace(
+            struct.pack("<5H", 14, 0, 0, 0, 0), struct.pack("<5H", 14, 0, 500, 0, 0)
+        ),
+        "garbled",
+    ),
+    "an entry on another disk": (
+        zip_archive([DATA, FLOATS]).replace(
+            struct.pack("<5H", 14, 0, 0, 0, 0), struct.pack("<5H", 14, 0, 0, 7, 0)
+        ),
+        "contradicts itself",
+    ),
+    "an entry of two sizes": (
+        zip_archive([DATA, Entry("archive/data/0", SIX_FLOATS, {"packed": 4}, {"packed": 4})]),
+        "contradicts itself",
+    ),
+    "another packed length inside": (
+        zip_archive([DATA, Entry("archive/data/0", SIX_FLOATS, {"packed": 4})]),
+        "the two headers",
+    ),
+    "a byte order without end": (
+        zip_archive([DATA, FLOATS, Entry("archive/byteorder", b"little" * 9)]),
+        "is too large",
+    ),
+    "larger records that are none": (
+        zip_archive([DATA, FLOATS], end64={}).replace(b"PK\x06\x06", b"PK\x06\x05"),
+        "contradicts itself",
+    ),
+    "larger records on another disk": (
+        zip_archive([DATA, FLOATS], locator={"disk": 1}),
+        "contradicts itself",
+    ),
     "a table outside": (
         zip_archive([DATA, FLOATS], end={"start": 2**32 - 2}),
         "not where it should be",
@@ -746,6 +890,11 @@ def legacy(**changes: Any) -> bytes:
 
 
 OLDER: dict[str, tuple[bytes, str]] = {
+    "a number that is swallowed": (
+        legacy(magic=b"\x80\x02C\x14" + b"#" * 7 + assemble(0x1950A86A20F9469CFC6C)[2:] + b"."),
+        "does not begin with torch's number",
+    ),
+    "storages of lists": (legacy(keys=assemble([[]])), "does not fit its tensors"),
     "another version": (legacy(version=assemble(1002)), "unknown version"),
     "a version of text": (legacy(version=assemble("1001")), "unknown version"),
     "no facts": (legacy(facts=assemble([1])), "what machine"),
@@ -862,6 +1011,12 @@ SAFETENSORS: dict[str, tuple[bytes, str]] = {
     "no dtype": (safetensors(header(dtype=None), SIX_FLOATS), "not described"),
     "one fact too many": (safetensors(header(more="1"), SIX_FLOATS), "not described"),
     "a tensor that is a list": (safetensors(b'{"w":[]}'), "not described"),
+    "a tensor that is a list of the right words": (
+        safetensors(b'{"w":["dtype","shape","data_offsets"]}'),
+        "not described",
+    ),
+    "a shape that is an object": (safetensors(header(shape="{}"), SIX_FLOATS), "impossible shape"),
+    "metadata in a list": (safetensors(b'{"__metadata__":[]}'), "not strings"),
     "metadata of numbers": (safetensors(b'{"__metadata__":{"a":1}}'), "not strings"),
     "metadata that are no text": (
         safetensors(b'{"__metadata__":{"a":"\\ud800"}}'),
@@ -880,6 +1035,23 @@ def test_a_wrong_safetensors_file_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=fragment):
+        open_checkpoint(path)
+
+
+def test_a_safetensors_file_of_too_many_tensors_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "TENSORS", 0)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors(header(), SIX_FLOATS))
+    with pytest.raises(CorruptCheckpoint, match="too many tensors"):
+        open_checkpoint(path)
+
+
+def test_a_pickle_that_never_ends_its_line_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(zip_archive([Entry("archive/data.pkl", b"\x80\x02cos")]))
+    with pytest.raises(CorruptCheckpoint, match="stops in the middle"):
         open_checkpoint(path)
 
 
@@ -924,11 +1096,11 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "a key that is too large",
     ),
     "lists inside each other": (
-        lambda: torch_zip(beside_a_tensor(b"]" * 250_000 + b"a" * 249_999)),
+        lambda: torch_zip(beside_a_tensor(b"]" * 100_000 + b"a" * 99_999)),
         "nests too deeply",
     ),
     "tuples inside each other": (
-        lambda: torch_legacy(beside_a_tensor(b"(" * 250_000 + b"t" * 250_000)),
+        lambda: torch_legacy(beside_a_tensor(b"(" * 100_000 + b"t" * 100_000)),
         "nests too deeply",
     ),
     "records inside each other": (
@@ -939,7 +1111,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "states inside each other": (
         lambda: torch_zip(
-            beside_a_tensor(RECORD + b"0" + b"h\x00)\x81" * 200_000 + b"b" * 199_999)
+            beside_a_tensor(RECORD + b"0" + b"h\x00)\x81" * 60_000 + b"b" * 59_999)
         ),
         "nests too deeply",
     ),
@@ -955,7 +1127,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "nests too deeply",
     ),
     "dicts inside each other as the model": (
-        lambda: torch_zip(pickled((b"}" + text("model")) * 200_000 + b"N" + b"s" * 200_000)),
+        lambda: torch_zip(pickled((b"}" + text("model")) * 99_999 + b"N" + b"s" * 99_999)),
         "no state dict",
     ),
     "a million tensors": (
@@ -982,10 +1154,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "table of contents is too long",
     ),
     "instructions without end": (
-        lambda: torch_legacy(beside_a_tensor(b"N0" * 9_000_000)),
+        lambda: torch_legacy(beside_a_tensor(b"N0" * 2_500_000)),
         "endless",
     ),
-    "marks without end": (lambda: torch_zip(beside_a_tensor(b"(" * 9_000_000)), "endless"),
+    "marks without end": (lambda: torch_zip(beside_a_tensor(b"(" * 4_500_000)), "endless"),
     "sets without end": (
         lambda: torch_zip(beside_a_tensor(b"(" + b"\x8f" * 3_000_000 + b"t")),
         "builds without end",
@@ -1073,7 +1245,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "is compressed",
     ),
     "a header of lists": (
-        lambda: safetensors(b'{"a":[' + b"[]," * 5_000_000 + b"1]}"),
+        lambda: safetensors(b'{"a":[' + b"[]," * 2_000_000 + b"1]}"),
         "not described",
     ),
     "a header too long": (

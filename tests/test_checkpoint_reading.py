@@ -343,6 +343,18 @@ def test_a_class_that_is_only_named_and_keywords_are_kept(tmp_path: Path) -> Non
         assert checkpoint.extra["y"].keywords == {"k": 1}
 
 
+@pytest.mark.parametrize(
+    "call",
+    [Call("builtins", "range", (3,)), Call("a", "getattr", (1, 2, 3)), Call("builtins", "int")],
+)
+def test_a_harmless_call_without_a_meaning_here_is_a_record(tmp_path: Path, call: Call) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "x": call})))
+    with open_checkpoint(path) as checkpoint:
+        record = checkpoint.extra["x"]
+    assert (record.module, record.name, record.args) == (call.module, call.name, call.args)
+
+
 def test_what_stands_among_the_tensors_of_a_bare_state_dict_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(torch_zip(assemble({"w": tensor(), "version": 2, "storage": storage()})))

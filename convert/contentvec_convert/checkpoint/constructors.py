@@ -79,7 +79,7 @@ def _tensor_from_type(machine: PickleMachine, args: tuple[Any, ...]) -> Any:
     """(function, class, arguments, state): a tensor with attributes, or of a subclass."""
     if len(args) != 4 or not isinstance(args[0], GlobalName):
         machine.corrupt("it makes a tensor in an unknown way")
-    if (args[0].module, args[0].name) == ("torch._tensor", "_rebuild_from_type_v2"):
+    if args[0].name.startswith("_rebuild_from_type"):
         # a call of this function inside itself: torch never writes it, and it could go on
         machine.corrupt("it makes a tensor of itself")
     return machine.call(args[0], args[2])
@@ -188,6 +188,7 @@ CONSTRUCTORS: dict[tuple[str, str], Constructor] = {
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type"): _tensor_from_type,
     ("torch._tensor", "_rebuild_from_type_v2"): _tensor_from_type,
     ("torch", "Size"): _tuple,
     ("collections", "OrderedDict"): _dict,

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Protocol
 from . import limits
 from .records import GlobalName, InertRecord
 from .source_file import SourceFile
-from .tensors import TensorView, brief
+from .tensors import brief
 
 
 class Bytes(Protocol):
@@ -579,10 +579,10 @@ class PickleMachine:
             if target.state is not None:
                 self.corrupt("it gives an object its state twice")
             target.state = state
-        elif type(target) is not dict and not isinstance(target, TensorView):
+        elif type(target) is not dict:
             self.corrupt("it gives a state to what has none", found=brief(target))
-        # else: attributes of an OrderedDict (a state dict's _metadata) or of a
-        # tensor: nothing here needs them
+        # else: attributes of an OrderedDict, such as a state dict's _metadata:
+        # nothing here needs them
 
     def _op_inst(self) -> None:
         module, name = self._line(), self._line()

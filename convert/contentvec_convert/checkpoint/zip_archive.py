@@ -151,7 +151,7 @@ class ZipArchive:
                 file.read(locator_at, _LOCATOR64.size)
             )
             # the record must stand right before its locator: there is only one place for it
-            if end64_disk or disks > 1 or end64_at != locator_at - _END64.size or end64_at < 0:
+            if end64_disk or disks > 1 or end64_at != locator_at - _END64.size:
                 raise file.corrupt("the end of its zip archive contradicts itself")
             end64 = _END64.unpack(file.read(end64_at, _END64.size))
             if end64[0] != _END64_SIGNATURE or end64[1] != _END64.size - 12:
@@ -179,7 +179,7 @@ class ZipArchive:
                 found=f"{count:,}",
                 expected=f"at most {limits.ZIP_ENTRIES:,}",
             )
-        if start + length != table_end or length < count * _CENTRAL.size:
+        if start + length != table_end:
             raise file.corrupt(
                 "its zip archive's table of contents is not where it should be",
                 found=f"{length:,} bytes at {start:,}",
