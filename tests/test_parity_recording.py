@@ -200,7 +200,7 @@ def test_a_recording_of_another_architecture_is_refused_by_its_fields(
 ) -> None:
     with pytest.raises(ParityError) as refused:
         replay(recording, converted_tiny_large)
-    assert "tiny" in str(refused.value)
+    assert "layer_norm_first" in str(refused.value)
 
 
 @pytest.mark.parametrize("what", ["weights", "nothing", "text", "cut", "other schema"])
@@ -228,7 +228,7 @@ def test_an_existing_recording_is_kept_unless_told_otherwise(
 ) -> None:
     path = tmp_path / "r.safetensors"
     path.write_bytes(b"precious")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         record(tiny_checkpoint, path)
     assert path.read_bytes() == b"precious"
     record(tiny_checkpoint, path, force=True)
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_written_to_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     original = open_reference("fairseq", tiny_checkpoint)
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot write"):
         write(original, {}, tmp_path / "nowhere" / "r.safetensors", small()[:1])
     assert list(tmp_path.iterdir()) == []
 

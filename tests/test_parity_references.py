@@ -263,7 +263,7 @@ def test_audio_files_come_in_resampled_and_say_how(tmp_path: Path) -> None:
     soundfile = pytest.importorskip("soundfile", reason="pip install 'mlx-contentvec[audio]'")
     stereo = np.stack([speech_like(44100, 1), speech_like(44100, 2)], axis=1)
     soundfile.write(tmp_path / "voice.flac", stereo, 44100)
-    (found,) = from_files([tmp_path / "voice.flac"], 400)
+    (found,) = from_files([tmp_path / "voice.flac"])
     assert found.waveform.shape == (1, 16000)
     assert found.origin["resampler"] == "soxr VHQ"
     assert found.origin["sample_rate"] == 44100
@@ -273,4 +273,4 @@ def test_audio_too_short_for_a_frame_is_refused(tmp_path: Path) -> None:
     soundfile = pytest.importorskip("soundfile", reason="pip install 'mlx-contentvec[audio]'")
     soundfile.write(tmp_path / "click.wav", speech_like(399, 1), 16000)
     with pytest.raises(AudioError, match="too short"):
-        from_files([tmp_path / "click.wav"], 400)
+        from_files([tmp_path / "click.wav"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
 
 from .inputs import Clip
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter as the model holds it."""
+
+    #: its values; numpy has no bfloat16, which comes widened to float32
+    values: NDArray[Any]
+    #: its dtype in the model: "float32", "float16", "bfloat16", "uint32"
+    dtype: str
 
 
 class MlxCandidate:
@@ -83,14 +94,17 @@ class MlxCandidate:
 
         return _array(self.model.final_proj(mx.array(features).astype(self._compute_dtype())))
 
-    def parameters(self) -> dict[str, NDArray[Any]]:
-        """Every parameter as it was loaded, by its name; bfloat16 widened to float32."""
+    def parameters(self) -> dict[str, Parameter]:
+        """Every parameter as it was loaded, by its name."""
         from mlx.utils import tree_flatten
 
         from mlx_contentvec.backend import mx
 
         return {
-            name: np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+            name: Parameter(
+                np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array),
+                str(array.dtype).removeprefix("mlx.core."),
+            )
             for name, array in tree_flatten(self.model.parameters())
         }
 

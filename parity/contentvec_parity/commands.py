@@ -205,7 +205,7 @@ def _deliver(
         from .inputs import from_files
         from .pages import to_html
 
-        heard = {clip.name: clip.waveform[0] for clip in from_files(audio, 1)}
+        heard = {clip.name: clip.waveform[0] for clip in from_files(audio)}
         written.append((html, to_html(document, heard)))
     for path, text in written:
         try:

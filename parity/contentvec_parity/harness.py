@@ -49,6 +49,8 @@ def compare_files(
     """
     _require_files(checkpoint, converted)
     name = reference or choose(checkpoint)
+    # first what can be refused at once
+    heard = from_files(audio)
     with (
         _progress(f"loading {checkpoint.name}") as show,
         checkpoint_being_identified(checkpoint) as source,
@@ -57,8 +59,7 @@ def compare_files(
         original = open_reference(name, checkpoint)
         show(f"loading {converted.name}")
         candidate = MlxCandidate.open(converted)
-        clips = INPUT_SETS[inputs]()
-        clips += from_files(audio, original.config.receptive_field)
+        clips = INPUT_SETS[inputs]() + heard
         document = assemble(
             original,
             candidate,
@@ -112,6 +113,7 @@ def replay(
             )
     with _progress(f"loading {converted.name}") as show, Identification(converted) as weights:
         candidate = MlxCandidate.open(converted)
+        require_same_architecture(original.config, candidate.config)
         _require_recorded(original, candidate, converted)
         document = assemble(
             original,

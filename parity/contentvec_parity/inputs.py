@@ -15,7 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_contentvec.config import ModelConfig
+
 SAMPLE_RATE = 16_000
+
+#: samples that one frame sees, in every model of the family
+SHORTEST = ModelConfig().receptive_field
 
 Waveform = NDArray[np.float32]
 
@@ -146,17 +151,17 @@ INPUT_SETS: dict[str, Callable[[], list[Clip]]] = {
 }
 
 
-def from_files(paths: Iterable[Path], receptive_field: int) -> list[Clip]:
+def from_files(paths: Iterable[Path]) -> list[Clip]:
     """The user's own audio, mixed to mono and brought to 16 kHz.
 
-    Raises AudioError if a file cannot be decoded, or is shorter than the
-    ``receptive_field`` (400 samples) that one frame needs.
+    Raises AudioError if a file cannot be decoded, or is shorter than the 400
+    samples that one frame needs.
     """
     from mlx_contentvec.audio import read_audio
 
     clips = []
     for path in paths:
-        read = read_audio(path, sample_rate=SAMPLE_RATE, min_samples=receptive_field)
+        read = read_audio(path, sample_rate=SAMPLE_RATE, min_samples=SHORTEST)
         origin = {
             "file": path.name,
             "sample_rate": read.source_rate,

@@ -88,6 +88,41 @@ def versions() -> dict[str, str]:
     return found
 
 
+def torch_blas() -> str | None:
+    """Whose matrix products PyTorch runs: its own, or an OpenBLAS that was loaded before it.
+
+    A symbol of a library loaded globally before PyTorch takes the place of its
+    own, so PyTorch's figures would be those of OpenBLAS. None if PyTorch is not
+    loaded, or where libraries do not work like that (macOS).
+    """
+    if "torch" not in sys.modules or not sys.platform.startswith("linux"):
+        return None
+    loaded = [Path(path).name for path in _libraries()]
+    first_torch = next((i for i, name in enumerate(loaded) if name.startswith("libtorch_cpu")), 0)
+    before = loaded[:first_torch]
+    return "OpenBLAS" if any(n.startswith("libopenblas.so") for n in before) else "its own"
+
+
+def _libraries() -> list[str]:
+    """The shared libraries of this process in the order they were loaded."""
+    import ctypes
+
+    class Info(ctypes.Structure):
+        _fields_ = (("address", ctypes.c_void_p), ("name", ctypes.c_char_p))
+
+    found: list[str] = []
+
+    def keep(info: Any, _size: int, _data: Any) -> int:
+        found.append((info.contents.name or b"").decode(errors="replace"))
+        return 0
+
+    visitor = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.POINTER(Info), ctypes.c_size_t, ctypes.c_void_p
+    )
+    ctypes.CDLL(None).dl_iterate_phdr(visitor(keep), None)
+    return found
+
+
 def flags() -> dict[str, Any]:
     """Settings that change the numbers: TF32, and the thread counts."""
     from mlx_contentvec.backend import tf32_enabled
@@ -96,4 +131,5 @@ def flags() -> dict[str, Any]:
     found["environment"] = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     if "torch" in sys.modules:
         found["torch_threads"] = sys.modules["torch"].get_num_threads()
+        found["torch_blas"] = torch_blas()
     return found

@@ -109,7 +109,7 @@ def stage_svg(document: Mapping[str, Any]) -> dict[str, str]:
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         svg = buffer.getvalue()
-        svg = svg[svg.index("<svg") :]
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
         for role, (_, stand_in) in COLOURS.items():
             svg = svg.replace(stand_in, f"var(--{role})")
         svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 inherit; font-family: inherit", svg)

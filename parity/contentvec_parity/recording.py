@@ -9,7 +9,7 @@ the stage by itself, on the input the original's stage was given.
 Entries, for clip C and stage S:
 
     C/waveform       (batch, samples) float32
-    C/padding_mask   (batch, samples) uint8, where the clip has padding
+    C/padding_mask   (batch, samples) uint32, 1 where padded, where the clip has padding
     C/input          (batch, samples) float32, where the model wants it normalised
     C/S              (batch, frames, channels) float32
     C/S/truth        the same shape, float16: (truth - C/S) / scale
@@ -27,8 +27,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from contentvec_convert.writer import Draft, Entry, check_target, header, lay_out
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import OutputError, ParityError
 
@@ -97,12 +96,11 @@ def record(
     from .identity import identify_checkpoint
     from .references import choose, open_reference
 
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already", hint="--force replaces it")
+    check_target(output, force=force)
     progress(f"loading {checkpoint.name}")
     original = open_reference(reference or choose(checkpoint), checkpoint)
     source = identify_checkpoint(checkpoint)
-    return write(original, source, output, clips or small(), progress)
+    return write(original, source, output, clips or small(), force=force, progress=progress)
 
 
 def write(
@@ -110,6 +108,8 @@ def write(
     source: Mapping[str, Any],
     output: Path,
     clips: Sequence[tuple[Clip, str]],
+    *,
+    force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write a recording of an opened original; its header comes back.
@@ -118,8 +118,6 @@ def write(
 
     Raises OutputError if ``output`` cannot be written.
     """
-    from safetensors.numpy import save_file
-
     arrays: dict[str, NDArray[Any]] = {}
     scales: dict[str, float] = {}
     listed = []
@@ -127,9 +125,10 @@ def write(
         progress(clip.name)
         kept = SELECTIONS[selection](original.config)
         arrays |= _record_clip(original, clip, kept, scales)
-        about = {"name": clip.name, "about": clip.about, "origin": clip.origin}
-        listed.append({**about, "stages": list(kept)})
-    header = {
+        listed.append(
+            {"name": clip.name, "about": clip.about, "origin": clip.origin, "stages": list(kept)}
+        )
+    about = {
         "schema": SCHEMA,
         "source": dict(source),
         "config": original.config.to_dict(),
@@ -139,21 +138,29 @@ def write(
         "scales": scales,
         "tensors": _tensor_hashes(original),
     }
-    metadata = {"format": "mlx", "recording": json.dumps(header, sort_keys=True)}
-    draft = None
-    try:
-        handle, draft = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-        os.close(handle)
-        save_file(arrays, draft, metadata=metadata)
-        _require_same(arrays, Path(draft))
-        Path(draft).chmod(0o644)
-        Path(draft).replace(output)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error.strerror}") from error
-    finally:
-        if draft is not None:
-            Path(draft).unlink(missing_ok=True)
-    return header
+    metadata = {"format": "mlx", "recording": json.dumps(about, sort_keys=True)}
+    _save(arrays, metadata, output, force=force)
+    return about
+
+
+def _save(
+    arrays: Mapping[str, NDArray[Any]], metadata: dict[str, str], output: Path, *, force: bool
+) -> None:
+    """Write a safetensors file whose bytes follow from what it holds, and read it back."""
+    stored = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", np.dtype("<u4"): "U32"}
+    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    layout = lay_out([Entry(n, stored[a.dtype], a.shape) for n, a in plain.items()], metadata)
+    with Draft(output) as draft:
+        draft.write(0, header(layout, metadata))
+        for name, array in plain.items():
+            draft.write(layout.starts[name], array.tobytes())
+        draft.sync()
+        for name, array in plain.items():
+            written = bytearray(array.nbytes)
+            draft.read_into(layout.starts[name], memoryview(written))
+            if written != array.tobytes():
+                raise OutputError(f"{output.name}: {name} was not written as it is")
+        draft.rename(force=force)
 
 
 def _record_clip(
@@ -162,7 +169,7 @@ def _record_clip(
     stages, truth = original.stages(clip), original.truth(clip)
     arrays: dict[str, NDArray[Any]] = {f"{clip.name}/waveform": clip.waveform}
     if clip.padding_mask is not None:
-        arrays[f"{clip.name}/padding_mask"] = clip.padding_mask.astype(np.uint8)
+        arrays[f"{clip.name}/padding_mask"] = clip.padding_mask.astype(np.uint32)
     if original.config.normalize:
         arrays[f"{clip.name}/input"] = np.ascontiguousarray(original.model_input(clip))
     for stage in kept:
@@ -202,23 +209,6 @@ def _tensor_hashes(original: Reference) -> dict[str, str]:
 def hash_values(values: NDArray[Any]) -> str:
     """SHA-256 of an array's values as little-endian float32."""
     return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
-
-
-def _require_same(arrays: Mapping[str, NDArray[Any]], path: Path) -> None:
-    """What was written must read back: safetensors has written strided arrays wrongly."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        for name, array in arrays.items():
-            if not np.array_equal(file.get_tensor(name), array):
-                raise OutputError(f"{path.name}: {name} was not written as it is")
-
-
-def is_recording(path: Path) -> bool:
-    """Whether the file says that it is a recording."""
-    from .candidate import read_metadata
-
-    return path.is_file() and "recording" in read_metadata(path)
 
 
 def read_header(path: Path) -> dict[str, Any]:

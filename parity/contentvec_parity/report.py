@@ -18,7 +18,8 @@ The document, ``schema`` "mlx-contentvec-parity/1":
                ``device`` {``kind``: "cpu", "metal" or "cuda", ...}
 ``versions``   package -> version
 ``flags``      ``tf32``: whether MLX was allowed TF32 products; ``environment``;
-               ``torch_threads``
+               ``torch_threads``; ``torch_blas``: "its own", or "OpenBLAS" if that was
+               loaded before PyTorch and computes its products
 ``config``     the model's configuration (``mlx_contentvec.config``)
 ``reference``  ``name`` ("fairseq", "transformers", "recording"), ``versions`` of what
                computed it, ``recorded_from`` (which of the two, for a recording),
@@ -158,6 +159,8 @@ def reference_line(document: Mapping[str, Any]) -> str:
     reference = document["reference"]
     parts = [f"{package} {version}" for package, version in reference["versions"].items()]
     text = ", ".join(sorted(parts, key=lambda part: not part.startswith(_computed_by(reference))))
+    if document["flags"].get("torch_blas") == "OpenBLAS":
+        text += " (on an OpenBLAS that was loaded before it)"
     return f"a recording of {text}" if reference["name"] == "recording" else text
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mlx_contentvec.config import ModelConfig
 
+from .candidate import Parameter
 from .naming import LAYOUTS, ROUNDED_LAYOUTS, UNREAD, Row, rows
 
 #: what quantised parameters are accompanied by; the features judge those
@@ -22,7 +23,7 @@ QUANTISED = (".scales", ".biases")
 
 
 def prove_by_hash(
-    hashes: Mapping[str, str], parameters: Mapping[str, NDArray[Any]], config: ModelConfig
+    hashes: Mapping[str, str], parameters: Mapping[str, Parameter], config: ModelConfig
 ) -> dict[str, Any]:
     """Compare loaded parameters with what the original's hash to, where a recording says so.
 
@@ -39,9 +40,9 @@ def prove_by_hash(
         loaded = parameters.get(row.target)
         if loaded is None:
             failures.append(_failure(row, "the MLX model has no such parameter"))
-        elif row.target not in hashes or loaded.dtype != np.float32:
+        elif row.target not in hashes or loaded.dtype != "float32":
             uncompared += 1
-        elif hash_values(loaded) == hashes[row.target]:
+        elif hash_values(loaded.values) == hashes[row.target]:
             exact += 1
         else:
             failures.append(_failure(row, "its values are not those that were recorded"))
@@ -56,6 +57,16 @@ def prove_by_hash(
         "unread": [],
         "failures": failures,
     }
+
+
+def _rounded(exact: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """``exact`` rounded to nearest in ``dtype``; bfloat16 as float32."""
+    if dtype != "bfloat16":
+        return exact.astype(dtype)
+    bits = np.ascontiguousarray(exact, np.float32).view(np.uint32).astype(np.uint64)
+    # half a unit of the sixteenth bit, and one less on a tie with an even neighbour
+    kept = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+    return kept.astype(np.uint32).view(np.float32).reshape(exact.shape)
 
 
 def _twin(
@@ -85,7 +96,7 @@ def _failure(row: Row, what: str) -> dict[str, Any]:
 def prove(
     naming: str,
     originals: Mapping[str, NDArray[Any]],
-    parameters: Mapping[str, NDArray[Any]],
+    parameters: Mapping[str, Parameter],
     config: ModelConfig,
 ) -> dict[str, Any]:
     """Compare each tensor of the original with the parameter it became.
@@ -117,7 +128,7 @@ def prove(
         if row.target not in parameters:
             fail(f"{sources[-1]} of the original has no counterpart in the MLX model")
             continue
-        loaded = parameters[row.target]
+        loaded = parameters[row.target].values
         if row.target.removesuffix(".weight") + ".scales" in parameters:
             counts["quantized"] += 1
             continue
@@ -128,7 +139,7 @@ def prove(
         if loaded.shape != exact.shape:
             fail(f"shape {loaded.shape} instead of {exact.shape}")
             continue
-        expected = exact.astype(loaded.dtype)
+        expected = _rounded(exact, parameters[row.target].dtype)
         if np.array_equal(loaded, expected):
             counts["exact"] += 1
             continue

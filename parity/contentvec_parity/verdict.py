@@ -99,10 +99,13 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
         if sound:
             entry.update(_pooled(sound))
             entry["ratio"] = _ratios(_pooled(sound))
+            noise = [row["candidate"]["snr_db"] for row in sound]
+            entry["snr_db"] = min((value for value in noise if value is not None), default=None)
             worst = max(sound, key=lambda row: max(_ratios(_pooled([row])).values()))
             entry["worst_clip"] = {"clip": worst["clip"], "ratio": _ratios(_pooled([worst]))}
         if broken:
             entry["ratio"] = {"max_abs": math.inf, "rms": math.inf}
+            entry["snr_db"] = -math.inf
             entry["worst_clip"] = {"clip": broken[0]["clip"], "ratio": entry["ratio"]}
         found.append(entry)
     return found
@@ -111,6 +114,13 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
 def worst(entry: Mapping[str, Any]) -> float:
     """The larger of an entry's two ratios."""
     return float(max(entry["ratio"].values()))
+
+
+def plainly_off(entry: Mapping[str, Any], precision: str) -> bool:
+    """Whether an entry of the summary is further off than arithmetic of its kind explains."""
+    if precision in SNR_LIMITS:
+        return entry["snr_db"] is not None and entry["snr_db"] < SNR_LIMITS[precision]
+    return worst(entry) > WRONG_BY_ITSELF
 
 
 def judge(report: Mapping[str, Any], gates: Gates) -> dict[str, Any]:
@@ -252,6 +262,7 @@ def _blame(report: Mapping[str, Any], summary: Iterable[Mapping[str, Any]]) -> d
     or if its output is, on the very input the original's stage was given. Later
     stages may look worse only because they are fed what it spoiled.
     """
+    precision = report["weights"]["precision"]
     order = report["reference"]["stages"]
     reads = report["reference"]["reads"]
     tensors = {item["name"]: item for item in (report["tensors"] or {}).get("failures", [])}
@@ -260,7 +271,7 @@ def _blame(report: Mapping[str, Any], summary: Iterable[Mapping[str, Any]]) -> d
     for stage in order:
         differing = [name for name in reads[stage] if name in tensors]
         entry = local.get(stage)
-        computes_wrong = entry is not None and worst(entry) > WRONG_BY_ITSELF
+        computes_wrong = entry is not None and plainly_off(entry, precision)
         if differing or computes_wrong:
             wrong.append(
                 {
@@ -272,15 +283,14 @@ def _blame(report: Mapping[str, Any], summary: Iterable[Mapping[str, Any]]) -> d
             )
     found: dict[str, Any] = {"wrong": wrong}
     accumulated = {entry["name"]: entry for entry in summary if entry["kind"] == "stage"}
-    limit = WRONG_BY_ITSELF
     if not wrong:
-        found["handover"] = _handover(report["reference"], accumulated, local)
+        found["handover"] = _handover(report["reference"], accumulated, local, precision)
     calls = [
         {"name": entry["name"], "stage": entry["stage"]}
         for entry in summary
         if entry["kind"] == "features"
-        and worst(entry) > limit
-        and worst(accumulated[entry["stage"]]) <= limit
+        and plainly_off(entry, precision)
+        and not plainly_off(accumulated[entry["stage"]], precision)
     ]
     if calls:
         looks_like = {
@@ -301,6 +311,7 @@ def _handover(
     reference: Mapping[str, Any],
     accumulated: Mapping[str, Mapping[str, Any]],
     local: Mapping[str, Mapping[str, Any]],
+    precision: str,
 ) -> dict[str, Any] | None:
     """A stage that is right by itself, fed by one that is right, and wrong in the whole model.
 
@@ -312,9 +323,9 @@ def _handover(
             continue
         before = reference["inputs"][stage]
         if (
-            worst(accumulated[stage]) > WRONG_BY_ITSELF
-            and worst(local[stage]) <= WRONG_BY_ITSELF
-            and (before is None or worst(accumulated[before]) <= WRONG_BY_ITSELF)
+            plainly_off(accumulated[stage], precision)
+            and not plainly_off(local[stage], precision)
+            and (before is None or not plainly_off(accumulated[before], precision))
         ):
             return {"stage": stage, "input": before or "the waveform"}
     return None
