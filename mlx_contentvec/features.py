@@ -111,8 +111,8 @@ def extract(
                 or ``layer`` counted from 1, with ``project`` for ``final_proj``
     max_memory: bytes that may be used beside the model and the waveform. A clip
                 that needs more in one go is streamed (``mlx_contentvec.streaming``):
-                the same features within float32 noise. By default 256 MiB on a
-                CPU and 2 or 4 GiB on a GPU, and for a streamed clip 6 KiB a frame.
+                the same features within float32 noise. By default 256 MiB on a CPU
+                and a quarter of a GPU's memory, and for a streamed clip 6 KiB a frame.
 
     returns: (frames, width) float32, about 50 frames a second
 

@@ -50,25 +50,30 @@ class Pieces:
     queries: int
 
 
-#: bytes beside model, waveform and the two buffers that are taken where no cap is set.
-#: A clip that needs no more in one go is not streamed
-DEFAULT_ROOM = {"cpu": 256 << 20, "metal": 2 << 30, "cuda": 4 << 30}
+#: bytes beside model, waveform and the two buffers that a CPU is given where no cap is
+#: set; a GPU is given a part of its memory. A clip that needs no more is not streamed
+CPU_ROOM = 256 << 20
+GPU_PART = 1 / 4
+#: a GPU's memory where MLX does not tell
+GPU_MEMORY = 8 << 30
 #: sizes that a piece may have, the first being the least that works. A CPU is
 #: fastest while its pieces stay in cache, a GPU wants them large
 FRAMES = {"cpu": (32, 64, 128, 256), "metal": (32, 128, 512, 2048), "cuda": (32, 128, 512, 2048)}
 QUERIES = {"cpu": (16, 64, 256), "metal": (16, 64, 256, 1024), "cuda": (16, 64, 256, 1024)}
 #: keys that queries are scored against at once on a CPU: their scores stay in cache
 KEYS = 8192
-#: arrays as large as its largest that a computation holds at its peak (measured).
-#: A CPU works in tiles, so that most of them are small
+#: arrays as large as its largest that front end or feed-forward hold at their peak, and
+#: copies of the scores that attention holds (measured; assumed for Metal). A CPU works
+#: in tiles, so that most of its arrays are small
 COPIES = {"cpu": 3, "metal": 5, "cuda": 5}
+SCORES = {"cpu": 0.0, "metal": 2.25, "cuda": 2.25}
 
 
 def whole_clip_bytes(config: ModelConfig, samples: int, batch: int = 1) -> int:
     """About what a forward pass over whole clips takes beside the model, in bytes."""
     frames = config.frames(samples)
-    attention = 3 * config.encoder_attention_heads * frames * frames
-    return 4 * batch * max(_values_at_once(config, frames), attention)
+    scores = SCORES[device_kind()] * config.encoder_attention_heads * frames * frames
+    return 4 * batch * max(_values_at_once(config, frames), int(scores))
 
 
 def _values_at_once(config: ModelConfig, frames: int) -> int:
@@ -102,7 +107,7 @@ def plan_pieces(config: ModelConfig, samples: int, max_memory: int | None) -> Pi
     Raises ConfigError if ``max_memory`` is less than the clip needs.
     """
     device = device_kind()
-    limit = DEFAULT_ROOM[device] if max_memory is None else max_memory
+    limit = _room() if max_memory is None else max_memory
     if whole_clip_bytes(config, samples) <= limit:
         return None
     pieces = Pieces(frames=FRAMES[device][0], heads=1, queries=QUERIES[device][0])
@@ -124,6 +129,14 @@ def plan_pieces(config: ModelConfig, samples: int, max_memory: int | None) -> Pi
             if streamed_bytes(config, samples, larger) <= limit:
                 pieces = larger
     return pieces
+
+
+def _room() -> int:
+    if device_kind() == "cpu":
+        return CPU_ROOM
+    info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
+    memory = info.get("memory_size") or info.get("total_memory") or GPU_MEMORY
+    return int(memory * GPU_PART)
 
 
 def streamed(
