@@ -321,6 +321,16 @@ def test_inspect_of_a_converted_file_tells_its_origin_and_checks_its_ledger(
     assert json.loads(run.stdout)["ledger"].startswith("of another file")
 
 
+def test_inspect_of_a_quantised_file_shows_its_model(
+    run_cli: RunCli, here: Path, tmp_path: Path
+) -> None:
+    run_cli("convert", "standin.pt", "--allow-unknown", "--dtype", "q8", cwd=here)
+    run = run_cli("inspect", "standin.safetensors", cwd=here)
+    assert run.returncode == 0, run.stderr
+    assert "3 layers, 96 wide, 4 heads" in run.stdout
+    assert "it cannot be converted again" in run.stdout and "quantised" in run.stdout
+
+
 def test_inspect_says_why_a_readable_file_cannot_be_converted(
     run_cli: RunCli, here: Path, fairseq: Any, torch: Any
 ) -> None:

@@ -206,18 +206,19 @@ def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
         _show_identity(found.identity, found.stand_in)
     else:
         _show_provenance(found)
-    if found.plan is not None:
-        _line("naming", found.plan.naming)
-        _line("model", describe(found.plan.config, found.plan.naming))
+    if found.config is not None:
+        _line("naming", found.naming)
+        _line("model", describe(found.config, found.naming))
     held = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes().items())
-    _line("tensors", f"{len(found.tensors)} ({held}), {found.parameters:,} parameters")
+    _line("tensors", f"{len(found.tensors)} ({held}), {found.elements:,} elements")
     for row in found.tensors:
         if "dropped" in row:
             _line("dropped", f"{row['name']}: {row['dropped']}")
     for note in found.plan.notes if found.plan is not None else ():
         _line("note", note)
     if found.problem is not None:
-        _line("refused", str(found.problem))
+        _line("refused", f"it cannot be converted{' again' if found.provenance else ''}")
+        _line("", str(found.problem))
     for row in found.tensors if tensors else ():
         fate = f" -> {row['target']} ({row['transform']})" if "target" in row else ""
         click.echo(f"    {row['name']} {row['dtype']} {tuple(row['shape'])}{fate}")

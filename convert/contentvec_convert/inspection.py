@@ -9,7 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mlx_contentvec.errors import ContentvecError
+from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.errors import ConfigError, ContentvecError
 
 from .checkpoint import Checkpoint
 from .conversion import Expectation, hashing, ledger_path, opened, planned, stand_in_of
@@ -38,9 +39,27 @@ class Inspection:
     ledger: str | None
 
     @property
-    def parameters(self) -> int:
+    def elements(self) -> int:
         """Elements of all tensors together."""
         return sum(prod(row["shape"]) for row in self.tensors)
+
+    @property
+    def config(self) -> ModelConfig | None:
+        """The model's configuration, planned or, in a converted file, stored."""
+        if self.plan is not None:
+            return self.plan.config
+        stored = (self.provenance or {}).get("config")
+        try:
+            return ModelConfig.from_dict(stored) if isinstance(stored, dict) else None
+        except (ConfigError, TypeError):
+            return None
+
+    @property
+    def naming(self) -> str:
+        """Whose tensor names these are; "" where that is not known."""
+        if self.plan is not None:
+            return self.plan.naming
+        return "" if self.provenance is None else mlx.NAMING
 
     def dtypes(self) -> dict[str, int]:
         """How many tensors there are of each dtype."""
@@ -54,14 +73,14 @@ class Inspection:
             "known": None if known is None else {"what": known.what, "home": known.home},
             "stand_in": self.stand_in,
             "container": self.container,
-            "naming": None if self.plan is None else self.plan.naming,
-            "config": None if self.plan is None else self.plan.config.to_dict(),
+            "naming": self.naming or None,
+            "config": None if self.config is None else self.config.to_dict(),
             "convertible": self.problem is None,
             "problem": None if self.problem is None else str(self.problem),
             "notes": [] if self.plan is None else list(self.plan.notes),
             "converted": self.provenance,
             "ledger": self.ledger,
-            "parameters": self.parameters,
+            "elements": self.elements,
             "tensors": list(self.tensors),
         }
 
