@@ -137,7 +137,7 @@ METRICS: tuple[Metric, ...] = (
 )
 
 #: what every row carries; the rest is measured for the features users read
-ESSENTIAL = ("max_abs", "max_abs_at", "rms", "worst_frame_cosine", "snr_db")
+ESSENTIAL = ("max_abs", "max_abs_at", "rms", "snr_db")
 
 
 @dataclass(frozen=True)

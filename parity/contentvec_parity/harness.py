@@ -23,8 +23,8 @@ from .references import REFERENCES, Reference, choose, open_reference
 from .run import Progress, measure, require_same_architecture
 from .verdict import Gates, judge
 
-#: on these clips --quick also runs every stage by itself
-QUICK_LOCAL = ("short", "quiet", "min")
+#: on these clips --quick compares every stage, on the longer ones the features alone
+QUICK_STAGED = ("short", "quiet", "silence", "min")
 
 
 def compare_files(
@@ -65,7 +65,7 @@ def compare_files(
             candidate,
             clips,
             gates=gates,
-            local=QUICK_LOCAL if inputs == "built-in" else None,
+            staged=QUICK_STAGED if inputs == "built-in" else None,
             progress=show,
             source=source.result,
             weights=lambda: weights_facts(weights, candidate),
@@ -156,14 +156,14 @@ def assemble(
     clips: Sequence[Clip],
     *,
     gates: Gates | None = None,
-    local: Collection[str] | None = None,
+    staged: Collection[str] | None = None,
     progress: Progress | None = None,
     source: Callable[[], dict[str, Any]] = dict,
     weights: Callable[[], dict[str, Any]] | None = None,
 ) -> report.Document:
     """Measure two opened sides on ``clips`` and make the whole report of it.
 
-    local:           see ``contentvec_parity.run.measure``
+    staged:          see ``contentvec_parity.run.measure``
     source, weights: called at the end for those two entries of the report
 
     Raises ParityError if the two are different architectures.
@@ -177,7 +177,7 @@ def assemble(
         proof = tensors.prove_by_hash(original.tensor_hashes, parameters, original.config)
     else:
         proof = tensors.prove(*original.tensors(), parameters, original.config)
-    clip_rows, rows = measure(original, candidate, clips, local=local, progress=progress)
+    clip_rows, rows = measure(original, candidate, clips, staged=staged, progress=progress)
     document: report.Document = {
         "schema": report.SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -66,34 +66,35 @@ def measure(
     candidate: MlxCandidate,
     clips: Iterable[Clip],
     *,
-    local: Collection[str] | None = None,
+    staged: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Every row of a report: (clips, stages).
 
-    local: names of the clips on which each stage is also run by itself; all by default
+    staged: names of the clips on which every stage is compared, from the audio and by
+            itself, and not the features alone; all by default
     """
     clip_rows: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for clip in clips:
         if progress is not None:
             progress(clip.name)
-        with_local = local is None or clip.name in local
-        clip_row, found = _measure_clip(reference, candidate, clip, with_local)
+        with_stages = staged is None or clip.name in staged
+        clip_row, found = _measure_clip(reference, candidate, clip, with_stages)
         clip_rows.append(clip_row)
         rows += found
     return clip_rows, rows
 
 
 def _measure_clip(
-    reference: Reference, candidate: MlxCandidate, clip: Clip, with_local: bool
+    reference: Reference, candidate: MlxCandidate, clip: Clip, with_stages: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     config = reference.config
     mask = reference.frame_mask(clip)
     valid = None if mask is None else ~mask
     ours = reference.stages(clip)
     truth = reference.truth(clip)
-    theirs = candidate.stages(clip)
+    theirs = candidate.stages(clip) if with_stages else {}
     rows = []
     for stage in stage_names(config):
         if stage not in truth or stage not in theirs:
@@ -104,7 +105,7 @@ def _measure_clip(
             _row(clip, "stage", stage, stage, theirs[stage], ours[stage], truth[stage], counted)
         )
         before = stage_input(config, stage)
-        if not with_local or (before is not None and before not in ours):
+        if before is not None and before not in ours:
             continue
         given = reference.model_input(clip) if before is None else ours[before]
         rows.append(

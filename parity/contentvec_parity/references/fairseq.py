@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,12 @@ def open(path: Path) -> FairseqOriginal:
 
         with torch.serialization.safe_globals([Dictionary, argparse.Namespace]):
             try:
-                _refuse_expressions(
-                    path, torch.load(path, map_location="cpu", weights_only=True, mmap=None)
+                # mapped where it can be: only the configuration is looked at here
+                stored = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
                 )
+                _refuse_expressions(path, stored)
+                del stored
                 models, cfg, _ = checkpoint_utils.load_model_ensemble_and_task(
                     [os.fspath(path)], suffix=""
                 )
