@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -158,3 +159,20 @@ def test_known_weights_name_their_home(packaged: Package, text: str) -> None:
     assert "hubert_base.pt" in card._what(CONTENTVEC, known)
     # and of a stand-in no home is claimed
     assert "base_model" not in text
+
+
+def test_the_users_own_files_are_told_from_made_clips(packaged: Package) -> None:
+    document = packaged.evidence[0].parity
+    assert "; all made from seeds" in card._context(document)
+    clips = [*document["clips"], {**document["clips"][0], "origin": {"file": "me.wav"}}]
+    assert "; 1 of them audio files, the rest made" in card._context({**document, "clips": clips})
+
+
+def test_weights_in_another_format_are_not_measured_by_float32(packaged: Package) -> None:
+    half = packaged.evidence[1]
+    alone = dataclasses.replace(
+        packaged, config={**packaged.config, "dtype": "float16", "variants": {}}, evidence=(half,)
+    )
+    text = card.render(alone, REPO)
+    assert "signal-to-noise\nratio: float16 weights keep" in text
+    assert "PyTorch's own\nfloat32 has an error too" not in text

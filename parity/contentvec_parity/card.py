@@ -192,7 +192,9 @@ def render(package: Package, address: str) -> str:
         address=address,
         uses=_uses(features),
         extract_options=_extract_options(features),
-        verdict=_verdict(document),
+        verdict=document["verdict"]["reason"],
+        dtype=config["dtype"],
+        half=config["dtype"] != "float32",
         features_table=_table(
             "features",
             FEATURE_COLUMNS,
@@ -212,8 +214,9 @@ def render(package: Package, address: str) -> str:
         files_table=_files_table(package),
         normalize=config["normalize"],
         receptive_field=config["receptive_field"],
+        english=known is not None and known.key.startswith("content"),
         group_norm=config["model"]["extractor_norm"] == "group",
-        licence_line=_licence_line(config["license"], known),
+        license_line=_license_line(config["license"], known),
         version=package.version,
     )
 
@@ -297,17 +300,15 @@ def _labels(document: Mapping[str, Any], features: Mapping[str, Any]) -> dict[st
     return labels
 
 
-def _verdict(document: Mapping[str, Any]) -> str:
-    return str(document["verdict"]["reason"])
-
-
 def _context(document: Mapping[str, Any]) -> str:
     clips = document["clips"]
     shortest, longest = (f(clip["samples"] for clip in clips) for f in (min, max))
     rate = document["config"]["sample_rate"]
+    files = sum("file" in clip["origin"] for clip in clips)
+    made = f"{files} of them audio files, the rest" if files else "all"
     return (
         f"Measured on {len(clips)} inputs from {shortest:,} samples to {longest / rate:g} s "
-        "(speech-like, quiet, silent; all made from seeds that the report names), "
+        f"(speech-like, quiet, silent; {made} made from seeds that the report names), "
         f"{document['created'][:10]}, on {document['machine']['chip']}, "
         f"{document['machine']['system']}. MLX ran on {report.device_line(document)}; the "
         f"original was {report.reference_line(document)}. Other devices round differently: "
@@ -354,7 +355,7 @@ def _files_table(package: Package) -> str:
 
     what = {
         files.MODEL: f"the weights, {package.config['dtype']}",
-        files.EARLIER_NAME: "the same file under the name that earlier users load",
+        files.EARLIER_NAME: "the same file, stored once, under the name that earlier users load",
         "config.json": "architecture, provenance, variants",
         files.PAGE: "the validation report",
         files.PARITY: "its data",
@@ -374,7 +375,7 @@ def _files_table(package: Package) -> str:
     return "\n".join(lines)
 
 
-def _licence_line(license_id: str, known: KnownFile | None) -> str:
+def _license_line(license_id: str, known: KnownFile | None) -> str:
     if license_id == "mit":
         return (
             "MIT, as ContentVec, HuBERT and fairseq are; see [LICENSE](LICENSE). "
@@ -593,7 +594,8 @@ def _stated_numbers(package: Package) -> set[float]:
         collect(evidence.ledger["counts"])
         counts = evidence.ledger["counts"]
         found.add(float(counts["written"] - counts["exact"]))
-        found.add(float(len(document["clips"])))
+        clips = document["clips"]
+        found |= {float(len(clips)), float(sum("file" in clip["origin"] for clip in clips))}
         lowest = _lowest(document, "worst_frame_cosine")
         found.add(max(0.0, 1 - (lowest if lowest is not None else 1.0)))
     for name in package.checksums:

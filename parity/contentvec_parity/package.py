@@ -435,22 +435,26 @@ def _fill(draft: Path, evidence: Sequence[Evidence], recording: Path, license_id
     _link(main.weights, draft / MODEL)
     _link(draft / MODEL, draft / EARLIER_NAME)
     shutil.copyfile(recording, draft / RECORDING)
-    _write_papers(draft, main, LEDGER, PARITY)
+    _write_papers(draft, main, MODEL, LEDGER, PARITY)
     for other in evidence[1:]:
         weights, ledger, parity = _variant_names(other.dtype)
         _link(other.weights, draft / weights)
-        _write_papers(draft, other, ledger, parity)
+        _write_papers(draft, other, weights, ledger, parity)
     config = json.dumps(_config(evidence, license_id), indent=2, ensure_ascii=False)
     (draft / hub.CONFIG).write_text(config + "\n", encoding="utf-8")
     text = fill("LICENSE.jinja", license=license_id, source=main.source)
     (draft / LICENSE).write_text(text, encoding="utf-8")
 
 
-def _write_papers(draft: Path, evidence: Evidence, ledger: str, parity: str) -> None:
+def _write_papers(draft: Path, evidence: Evidence, weights: str, ledger: str, parity: str) -> None:
     text = json.dumps(evidence.ledger, indent=1, ensure_ascii=False)
     (draft / ledger).write_text(text + "\n", encoding="utf-8")
-    # judged by the project's own limits, which the card quotes
-    document = {**evidence.parity, "verdict": judge(evidence.parity, Gates())}
+    document = {
+        **evidence.parity,
+        "weights": {**evidence.parity["weights"], "name": weights},
+        # judged by the project's own limits, which the card quotes
+        "verdict": judge(evidence.parity, Gates()),
+    }
     (draft / parity).write_text(report.to_json(document) + "\n", encoding="utf-8")
 
 
