@@ -53,9 +53,7 @@ def test_both_formats_give_the_same_bytes(
 
 
 @pytest.mark.parametrize("to", ["transformers", "fairseq"])
-def test_there_and_back_gives_the_same_bytes(
-    converted_standin: Path, room: Path, to: str
-) -> None:
+def test_there_and_back_gives_the_same_bytes(converted_standin: Path, room: Path, to: str) -> None:
     export(converted_standin, room / "back", to=to)
     convert(room / "back", room / "again.safetensors", allow_unknown=True)
     assert _apart_from_provenance(converted_standin) == _apart_from_provenance(

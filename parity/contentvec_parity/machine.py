@@ -116,9 +116,7 @@ def _libraries() -> list[str]:
         found.append((info.contents.name or b"").decode(errors="replace"))
         return 0
 
-    visitor = ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.POINTER(Info), ctypes.c_size_t, ctypes.c_void_p
-    )
+    visitor = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Info), ctypes.c_size_t, ctypes.c_void_p)
     ctypes.CDLL(None).dl_iterate_phdr(visitor(keep), None)
     return found
 
