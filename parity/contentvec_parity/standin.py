@@ -5,8 +5,8 @@ those that fairseq's own code writes; fairseq itself is not needed.
 :mod:`contentvec_parity.standin_fairseq` makes the same file with fairseq's own
 trainer and saver, and the tests hold the two against each other.
 
-The weights come from a seed through integers and the four basic operations
-alone, each correctly rounded wherever IEEE 754 is: the same seed gives the same
+The weights come from a seed through integers, the four basic operations and
+square roots alone, all correctly rounded under IEEE 754: the same seed gives the same
 bytes on every platform and with every version of numpy and torch. They are
 spread so that every tensor that can matter does: no norm is 1, no bias is 0,
 attention is neither uniform nor a single peak, and the positional convolution's
