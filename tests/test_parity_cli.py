@@ -18,7 +18,7 @@ from contentvec_parity.inputs import Clip, speech_like
 from contentvec_parity.machine import describe
 from contentvec_parity.references import open_reference
 from mlx_contentvec.backend import mx
-from mlx_contentvec.errors import ParityError
+from mlx_contentvec.errors import MissingDependency, ParityError
 
 RunCli = Callable[..., Any]
 
@@ -360,6 +360,20 @@ def test_the_same_run_gives_the_same_page(passed: tuple[Any, Path]) -> None:
 
     document = report.read(passed[1] / "run.json")
     assert to_html(document) == to_html(document)
+
+
+def test_without_its_packages_a_page_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sys
+
+    from contentvec_parity.pages import require_packages
+
+    require_packages()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingDependency, match="matplotlib") as refused:
+        require_packages()
+    assert "mlx-contentvec[report]" in str(refused.value)
 
 
 def test_file_names_cannot_put_markup_into_the_page(passed: tuple[Any, Path]) -> None:

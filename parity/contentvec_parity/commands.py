@@ -117,6 +117,7 @@ def run(
     os.environ["MLX_ENABLE_TF32"] = "1" if tf32 else "0"
     from .harness import compare_files, reference_named, replay
 
+    _require_page(delivery)
     name, recording = reference_named(reference)
     if len(files) > 2 or (len(files) == 1 and recording is None):
         raise click.UsageError("give CHECKPOINT and CONVERTED")
@@ -177,9 +178,17 @@ def judge_command(saved: Path, **delivery: Any) -> None:
     from .report import read
     from .verdict import judge
 
+    _require_page(delivery)
     document = read(saved)
     document["verdict"] = judge(document, _gates(delivery))
     _deliver(document, **delivery)
+
+
+def _require_page(options: dict[str, Any]) -> None:
+    if options["html"] is not None:
+        from .pages import require_packages
+
+        require_packages()
 
 
 def _gates(options: dict[str, Any]) -> Gates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import wave
 from collections.abc import Mapping
@@ -36,12 +37,9 @@ def to_html(
 
     Raises MissingDependency if jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependency(
-            f"the page needs jinja2: {error}", hint="pip install 'mlx-contentvec[report]'"
-        ) from error
+    require_packages()
+    import jinja2
+
     heard = {**_made_again(document), **(waveforms or {})}
     template = files(__package__).joinpath("templates/parity.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(
@@ -69,6 +67,17 @@ def to_html(
         clips=[{**clip, "audio": _playable(heard, clip)} for clip in document["clips"]],
     )
     return page
+
+
+def require_packages() -> None:
+    """Raise MissingDependency now, and not after a run, if the page could not be made."""
+    for name in ("jinja2", "matplotlib"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise MissingDependency(
+                f"the page needs {name}: {error}", hint="pip install 'mlx-contentvec[report]'"
+            ) from error
 
 
 def _made_again(document: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
