@@ -91,8 +91,20 @@ def _gelu_plain(x: Array) -> Array:
     return x * (1 + mx.erf(x * 0.7071067811865476)) * 0.5
 
 
+def _normalised_gelu_plain(x: Array, mean: Array, scale: Array, bias: Array) -> Array:
+    return _gelu_plain((x - mean) * scale + bias)
+
+
 # one pass over memory instead of four; on a CPU mx.compile would call the C++ compiler
 _gelu_fused = mx.compile(_gelu_plain, shapeless=True)
+_normalised_gelu_fused = mx.compile(_normalised_gelu_plain, shapeless=True)
+
+
+def normalised_gelu(x: Array, mean: Array, scale: Array, bias: Array) -> Array:
+    """``gelu((x - mean) * scale + bias)``; x: (batch, rows, channels), the rest broadcast to it."""
+    if device_kind() == "cpu":
+        return gelu((x - mean) * scale + bias)
+    return _normalised_gelu_fused(x, mean, scale, bias)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array) -> Array:

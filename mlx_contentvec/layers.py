@@ -136,21 +136,23 @@ class ConvBlock(nn.Module):
         lengths: Array | None,
         moments: tuple[Array, Array, Array] | None,
     ) -> Array:
-        """The first convolution, its group norm as one affine map with it, and GELU.
+        """The first convolution, its group norm and GELU.
 
         ``GroupNorm(channels, channels)`` normalises each channel over time. A
         bias of the convolution shifts a channel's mean and nothing else: it cancels.
+        Scaling the product rounds less than scaling the kernel before it.
         """
+        dtype = self.conv.weight.dtype
         weight = self.conv.weight[..., 0].astype(mx.float32)
         offset, mean, variance = kernels.channel_statistics(
             waveform[..., 0], lengths, weight, self.stride, moments
         )
-        scale = self.norm.weight.astype(mx.float32) / mx.sqrt(variance + kernels.EPS)
-        folded = (weight * scale[..., None]).swapaxes(1, 2)
-        shift = (self.norm.bias.astype(mx.float32) - mean * scale)[:, None]
-        dtype = self.conv.weight.dtype
+        mean = mean[:, None]
+        scale = (self.norm.weight.astype(mx.float32) / mx.sqrt(variance + kernels.EPS))[:, None]
+        bias = self.norm.bias.astype(mx.float32)
+        matrix = mx.contiguous(weight.T)
         return kernels.by_rows(
-            lambda rows: kernels.gelu((rows @ folded + shift).astype(dtype)),
+            lambda rows: kernels.normalised_gelu(rows @ matrix, mean, scale, bias).astype(dtype),
             kernels.windows(waveform - offset[..., None], self.kernel, self.stride),
         )
 

@@ -62,10 +62,22 @@ def torch() -> ModuleType:
 def fairseq(torch: Any) -> ModuleType:
     """The fairseq module, allowed to load its own checkpoints under torch >= 2.6."""
     module = optional("fairseq", "scripts/test installs fairseq-fixed")
-    dictionary = importlib.import_module("fairseq.data.dictionary")
     importlib.import_module("fairseq.checkpoint_utils")
-    torch.serialization.add_safe_globals([dictionary.Dictionary])
+    _allow_dictionary(torch)
     return module
+
+
+def _allow_dictionary(torch: Any) -> None:
+    dictionary = importlib.import_module("fairseq.data.dictionary")
+    torch.serialization.add_safe_globals([dictionary.Dictionary])
+
+
+@pytest.fixture(autouse=True)
+def fairseq_may_still_load(request: pytest.FixtureRequest) -> None:
+    """Allow its checkpoints again: torch's ``safe_globals`` forgets on leaving what was allowed."""
+    if "fairseq" in request.fixturenames:
+        request.getfixturevalue("fairseq")
+        _allow_dictionary(request.getfixturevalue("torch"))
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(kernels, "device_kind", lambda: kind)
     # here it would be compiled for the CPU, by a C++ compiler that need not be there
     monkeypatch.setattr(kernels, "_gelu_fused", kernels._gelu_plain)
+    monkeypatch.setattr(kernels, "_normalised_gelu_fused", kernels._normalised_gelu_plain)
     return kind
 
 
