@@ -15,6 +15,7 @@ from mlx_contentvec.backend import mx
 from mlx_contentvec.config import PRESETS, parameter_shapes
 from mlx_contentvec.errors import AudioError, ConfigError, WeightsError
 from mlx_contentvec.model import normalize_waveform
+from tests.small_models import random_model, random_weights
 
 TINY = ModelConfig(
     conv_layers=((32, 10, 5), *(((32, 3, 2),) * 4), *(((32, 2, 2),) * 2)),
@@ -35,22 +36,8 @@ VARIANTS = {
 }
 
 
-def weights(config: ModelConfig, seed: int = 0) -> dict[str, mx.array]:
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for name, shape in parameter_shapes(config).items():
-        scale = (
-            1.0 if len(shape) == 1 else (shape[-1] * (shape[1] if len(shape) == 3 else 1)) ** -0.5
-        )
-        values = rng.standard_normal(shape) * scale
-        if name.endswith(("norm.weight", "running_var")):
-            values = 1 + 0.2 * np.abs(values)
-        arrays[name] = mx.array(values.astype(np.float32))
-    return arrays
-
-
 def model(config: ModelConfig = TINY) -> ContentvecModel:
-    return ContentvecModel(config).load_weights(list(weights(config).items()))
+    return random_model(config)
 
 
 def waveform(samples: int = 4000, seed: int = 1) -> np.ndarray:
@@ -290,7 +277,7 @@ class TestWeights:
             ContentvecModel(TINY)(waveform()[None])
 
     def test_a_single_parameter_left_out_is_named_and_nothing_is_loaded(self) -> None:
-        arrays = weights(TINY)
+        arrays = random_weights(TINY)
         del arrays["encoder.layers.1.fc1.bias"]
         built = ContentvecModel(TINY)
         with pytest.raises(WeightsError, match=r"1 missing: encoder\.layers\.1\.fc1\.bias"):
@@ -302,10 +289,10 @@ class TestWeights:
             built(waveform()[None])
 
     def test_a_surplus_or_misshapen_tensor_is_named(self) -> None:
-        arrays = {**weights(TINY), "extra": mx.zeros((1,))}
+        arrays = {**random_weights(TINY), "extra": mx.zeros((1,))}
         with pytest.raises(WeightsError, match="1 not in the model: extra"):
             ContentvecModel(TINY).load_weights(list(arrays.items()))
-        arrays = {**weights(TINY), "layer_norm.bias": mx.zeros((31,))}
+        arrays = {**random_weights(TINY), "layer_norm.bias": mx.zeros((31,))}
         with pytest.raises(WeightsError, match=r"layer_norm.bias \(31,\) instead of \(32,\)"):
             ContentvecModel(TINY).load_weights(list(arrays.items()), strict=False)
 

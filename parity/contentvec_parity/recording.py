@@ -46,9 +46,6 @@ from .references.original import frame_mask
 
 SCHEMA = "mlx-contentvec-recording/1"
 
-#: the largest value of the float16 that errors are stored in, relative to the scale
-HEADROOM = 32768.0
-
 #: which stages of a clip are kept
 SELECTIONS: dict[str, Callable[[ModelConfig], tuple[str, ...]]] = {
     "every stage": stage_names,
