@@ -118,6 +118,14 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
 mx, nn, OPENBLAS = _import_mlx()
 
 
+def cpu_threads() -> int:
+    """How many threads a matrix product on the CPU is given: OpenBLAS's own number, else 1."""
+    if OPENBLAS is None:
+        return 1
+    threads: int = ctypes.CDLL(OPENBLAS).openblas_get_num_threads()
+    return threads
+
+
 def device_kind() -> str:
     """What MLX computes on now: "cpu", "metal" or "cuda"."""
     if mx.default_device().type == mx.DeviceType.cpu:

@@ -227,12 +227,11 @@ class SelfAttention(nn.Module):
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
         """x: (batch, frames, width)    mask: (batch, 1, 1, frames), true where valid."""
-        batch, frames, width = x.shape
+        batch, frames, _ = x.shape
         queries, keys, values = (
             y.reshape(batch, frames, self.heads, -1).transpose(0, 2, 1, 3) for y in self._project(x)
         )
-        attended = kernels.attention(queries, keys, values, mask)
-        return self.out_proj(attended.transpose(0, 2, 1, 3).reshape(batch, frames, width))
+        return self.out_proj(kernels.attention(queries, keys, values, mask))
 
 
 class _Joined:

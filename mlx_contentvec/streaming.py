@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels
+from . import cpu, kernels
 from .backend import device_kind, mx
 from .config import ModelConfig
 from .errors import ConfigError
@@ -59,9 +59,7 @@ GPU_MEMORY = 8 << 30
 #: sizes that a piece may have, the first being the least that works. A CPU is
 #: fastest while its pieces stay in cache, a GPU wants them large
 FRAMES = {"cpu": (32, 64, 128, 256), "metal": (32, 128, 512, 2048), "cuda": (32, 128, 512, 2048)}
-QUERIES = {"cpu": (16, 64, 256), "metal": (16, 64, 256, 1024), "cuda": (16, 64, 256, 1024)}
-#: keys that queries are scored against at once on a CPU: their scores stay in cache
-KEYS = 8192
+QUERIES = {"cpu": (16, 64, 256, 1024), "metal": (16, 64, 256, 1024), "cuda": (16, 64, 256, 1024)}
 #: arrays as large as its largest that front end or feed-forward hold at their peak, and
 #: copies of the scores that attention holds (measured; assumed for Metal). A CPU works
 #: in tiles, so that most of its arrays are small
@@ -87,11 +85,13 @@ def streamed_bytes(config: ModelConfig, samples: int, pieces: Pieces) -> int:
     """About what :func:`streamed` takes beside the model and the waveform, in bytes."""
     frames = config.frames(samples)
     head_width = config.encoder_embed_dim // config.encoder_attention_heads
-    # keys and values, twice while their pieces are joined
+    # keys and values, twice while their pieces are joined, and on a CPU rearranged
     keys_and_values = 4 * pieces.heads * frames * head_width
-    on_cpu = device_kind() == "cpu"
-    scored = 3 * min(KEYS, frames) if on_cpu else 2 * pieces.heads * frames
-    attention = keys_and_values + scored * pieces.queries
+    if device_kind() == "cpu":
+        scored = 2 * min(cpu.SCORES, pieces.queries * frames)
+    else:
+        scored = 2 * pieces.heads * frames * pieces.queries
+    attention = keys_and_values + scored
     return _buffers(config, frames) + 4 * max(_values_at_once(config, pieces.frames), attention)
 
 
@@ -283,7 +283,6 @@ def _attend(
     """
     attention = block.self_attn
     width = x.shape[1] // attention.heads
-    attend = _attend_on_cpu if device_kind() == "cpu" else _attend_fused
 
     def read(start: int, stop: int) -> Array:
         piece = _load(model, x[start:stop])
@@ -302,14 +301,13 @@ def _attend(
             keys.append(to_keys(piece))
             values.append(to_values(piece))
             mx.eval(keys[-1], values[-1])
-        exact = mx.float32 if device_kind() == "cpu" else values[0].dtype
-        all_keys = mx.concatenate(keys, axis=2).astype(exact)
-        all_values = mx.concatenate(values, axis=2).astype(exact)
+        all_keys = mx.concatenate(keys, axis=2)
+        all_values = mx.concatenate(values, axis=2)
         mx.eval(all_keys, all_values)
         del keys, values
         for start, stop in _spans(len(x), pieces.queries):
             queries = to_queries(read(start, stop))
-            y[start:stop, rows] = attend(queries, all_keys, all_values)
+            y[start:stop, rows] = _store(kernels.attention(queries, all_keys, all_values, None))
             yield (first + heads * stop / len(x)) / attention.heads
 
 
@@ -335,62 +333,3 @@ def _some_outputs(linear: Any, rows: slice, heads: int) -> Callable[[Array], Arr
         return y.reshape(1, x.shape[1], heads, -1).transpose(0, 2, 1, 3)
 
     return outputs
-
-
-def _attend_fused(queries: Array, keys: Array, values: Array) -> Buffer:
-    """(1, heads, n, head width) against all keys: (n, heads * head width)."""
-    attended = kernels.attention(queries, keys, values, None)
-    return _store(attended.transpose(0, 2, 1, 3).reshape(1, queries.shape[2], -1))
-
-
-def _attend_on_cpu(queries: Array, keys: Array, values: Array) -> Buffer:
-    """The same, some keys at a time; MLX computes scores while numpy is at the ones before."""
-    queries = queries.astype(mx.float32) * queries.shape[-1] ** -0.5
-    heads, width = queries.shape[1], values.shape[-1]
-    work = [(head, *span) for head in range(heads) for span in _spans(keys.shape[2], KEYS)]
-
-    def scored(head: int, start: int, stop: int) -> Array:
-        scores = queries[0, head] @ keys[0, head, start:stop].T
-        mx.async_eval(scores)
-        return scores
-
-    mixtures = [_Mixture(queries.shape[2], width) for _ in range(heads)]
-    upcoming = scored(*work[0])
-    for index, (head, start, stop) in enumerate(work):
-        scores = upcoming
-        mx.eval(scores)
-        if index + 1 < len(work):
-            upcoming = scored(*work[index + 1])
-        mixtures[head].add(scores, values[0, head, start:stop])
-    return np.concatenate([mixture.result() for mixture in mixtures], axis=1)
-
-
-class _Mixture:
-    """Values mixed by the softmax of their scores, a part of the keys at a time.
-
-    The exponential is numpy's, in place on MLX's memory: on x86 it is vectorised
-    where MLX's is not. How a softmax is put together from parts: Milakov and
-    Gimelshein, "Online normalizer calculation for softmax" (arXiv:1805.02867).
-    """
-
-    def __init__(self, queries: int, width: int) -> None:
-        self.highest: Buffer = np.full((queries, 1), -np.inf, np.float32)
-        self.total: Buffer = np.zeros((queries, 1), np.float32)
-        self.mixed = mx.zeros((queries, width))
-
-    def add(self, scores: Array, values: Array) -> None:
-        """scores: (queries, keys), overwritten    values: (keys, width)."""
-        weights: Buffer = np.asarray(scores)
-        highest: Buffer = np.maximum(self.highest, weights.max(axis=-1, keepdims=True))
-        weights -= highest
-        np.exp(weights, out=weights)
-        shrunk: Buffer = np.exp(self.highest - highest)
-        self.total = self.total * shrunk + weights.sum(axis=-1, keepdims=True)
-        self.mixed = self.mixed * mx.array(shrunk) + scores @ values
-        mx.async_eval(self.mixed)
-        self.highest = highest
-
-    def result(self) -> Buffer:
-        """(queries, width)."""
-        mixed: Buffer = np.asarray(self.mixed)
-        return mixed / self.total

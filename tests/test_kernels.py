@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_contentvec import kernels
+from mlx_contentvec import cpu, kernels
 from mlx_contentvec.backend import mx
 
 erf = np.vectorize(math.erf)
@@ -97,6 +97,7 @@ class TestEveryForm:
         scores = np.where(valid, q @ k.swapaxes(2, 3) / 4, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected = weights / weights.sum(-1, keepdims=True) @ v
+        expected = expected.transpose(0, 2, 1, 3).reshape(2, frames, 48)
         mask = mx.array(valid) if masked else None
         got = kernels.attention(array(q), array(k), array(v), mask)
         # scores reach 50: half a float32 ulp there is 2e-6, in each weight's exponent
@@ -136,10 +137,87 @@ def test_short_runs_lose_less_than_one_long_sum(rng: np.random.Generator) -> Non
     assert rms(summed) < 0.95 * rms(mx.array(x) @ mx.array(weight).T)
 
 
-def test_powers_of_two_come_out_to_the_last_bits() -> None:
-    x = -np.linspace(0, 124, 100_001).astype(np.float32)
-    exact = np.exp2(x.astype(np.float64))
-    assert float((np.abs(np.array(kernels._exp2(mx.array(x))) - exact) / exact).max()) < 3e-7
+class TestOnACpu:
+    """What numpy computes on MLX's memory, in whatever parts and on however many threads."""
+
+    @pytest.fixture(params=[(1, 1 << 17), (1, 50), (2, 50), (3, 50)], autouse=True)
+    def division(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads, block = request.param
+        monkeypatch.setattr(cpu, "cpu_threads", lambda: threads)
+        monkeypatch.setattr(cpu, "BLOCK", block)
+
+    def test_gelu(self, rng: np.random.Generator) -> None:
+        x = (4 * rng.standard_normal((3, 41, 7))).astype(np.float32)
+        exact = 0.5 * x.astype(np.float64) * (1 + erf(x.astype(np.float64) / math.sqrt(2)))
+        given = mx.array(x)
+        assert closeness(cpu.gelu(given), exact) < 6e-7
+        assert closeness(given, x) == 0, "the input was overwritten"
+        turned = mx.array(x.transpose(2, 0, 1)).transpose(1, 2, 0)
+        assert closeness(cpu.gelu(turned), exact) < 6e-7
+
+    def test_gelu_of_what_is_far_from_zero(self) -> None:
+        x = np.array([[-1e30, -1e6, -40.0, -6.5, 6.5, 40.0, 1e6, 1e30, np.inf]], np.float32)
+        expected = np.where(x < 0, 0.0, x)
+        assert np.allclose(np.array(cpu.gelu(mx.array(x))), expected, rtol=0, atol=1e-7)
+        assert np.isnan(np.array(cpu.gelu(mx.array([[np.nan]])))).all()
+
+    def test_a_normalised_gelu(self, rng: np.random.Generator) -> None:
+        x = rng.standard_normal((2, 43, 9)).astype(np.float32)
+        mean, scale = rng.standard_normal((2, 2, 1, 9)).astype(np.float32)
+        bias = rng.standard_normal(9).astype(np.float32)
+        y = ((x - mean.astype(np.float64)) * scale + bias).astype(np.float64)
+        given = mx.array(x)
+        got = cpu.normalised_gelu(given, mx.array(mean), mx.array(scale), mx.array(bias))
+        assert closeness(got, 0.5 * y * (1 + erf(y / math.sqrt(2)))) < 2e-6
+        assert closeness(given, x) == 0, "the input was overwritten"
+
+    @pytest.mark.parametrize(("scores", "keys"), [(1 << 20, 8192), (200, 8192), (200, 7)])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_attention(
+        self,
+        scores: int,
+        keys: int,
+        masked: bool,
+        rng: np.random.Generator,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(cpu, "SCORES", scores)
+        monkeypatch.setattr(cpu, "KEYS", keys)
+        q = 3 * rng.standard_normal((2, 3, 20, 16))
+        k, v = 3 * rng.standard_normal((2, 2, 3, 50, 16))
+        valid = np.ones((2, 1, 1, 50), bool)
+        if masked:
+            valid[1, ..., 9:] = False
+        weights = np.where(valid, q @ k.swapaxes(2, 3) / 4, -np.inf)
+        weights = np.exp(weights - weights.max(-1, keepdims=True))
+        expected = (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+        mask = mx.array(valid) if masked else None
+        got = cpu.attention(array(q), array(k), array(v), mask)
+        assert closeness(got, expected.reshape(2, 20, 48)) < 1e-4
+
+    def test_scores_beyond_the_range_of_an_exponential(self) -> None:
+        q = mx.full((1, 1, 1, 4), 60.0)
+        k = mx.array([[[[60.0] * 4, [-60.0] * 4, [59.0] * 4]]])
+        v = mx.array([[[[1.0] * 4, [2.0] * 4, [3.0] * 4]]])
+        assert closeness(cpu.attention(q, k, v, None), np.ones((1, 1, 4))) < 1e-6
+
+
+def test_a_traced_function_is_computed_by_mlx_alone(rng: np.random.Generator) -> None:
+    """A gradient cannot be taken through numpy."""
+    x, q = array(rng.standard_normal((1, 5, 4))), array(rng.standard_normal((1, 2, 5, 2)))
+    step = 1e-2
+
+    def loss(x: mx.array) -> mx.array:
+        y = kernels.normalised_gelu(x, x.mean(axis=1, keepdims=True), mx.ones((1, 1, 4)), x[0, 0])
+        return (kernels.gelu(y) + kernels.attention(q * x[0, 0, 0], q, q, None)).sum()
+
+    gradient = np.array(mx.grad(loss)(x))
+    for index in ((0, 0, 0), (0, 3, 2)):
+        nudge = np.zeros((1, 5, 4), np.float32)
+        nudge[index] = step
+        difference = float(loss(x + mx.array(nudge)) - loss(x - mx.array(nudge)))
+        assert abs(difference / (2 * step) - gradient[index]) < 2e-3
+    assert closeness(mx.vmap(kernels.gelu)(x), np.array(kernels.gelu(x))) < 1e-6
 
 
 class TestWindowMoments:

@@ -114,6 +114,21 @@ def _mlx(path: str, settings: dict[str, Any]) -> Run:
     return run
 
 
+def _extract(path: str, settings: dict[str, Any]) -> Run:
+    """What a user calls: clips of any length, in pieces where they are long."""
+    from mlx_contentvec.backend import mx
+    from mlx_contentvec.model import ContentvecModel
+
+    if settings["device"] == "cpu":
+        mx.set_default_device(mx.cpu)
+    model = ContentvecModel.from_file(path)
+
+    def run(source: Waveform) -> NDArray[np.float32]:
+        return np.stack(list(model.extract_many(source)))
+
+    return run
+
+
 def _torch_device(settings: dict[str, Any]) -> Any:
     import torch
 
@@ -197,6 +212,7 @@ def _floor(path: str, settings: dict[str, Any]) -> Run:
 #: name -> loads a path and gives the function to time
 ENGINES: dict[str, Callable[[str, dict[str, Any]], Run]] = {
     "mlx": _mlx,
+    "extract": _extract,
     "transformers": _transformers,
     "fairseq": _fairseq,
     "floor": _floor,
@@ -207,7 +223,7 @@ def _memory(engine: str, device: str) -> ProcessMemory | MlxMemory | CudaMemory:
     """How to measure this engine's memory."""
     if device == "cpu":
         return ProcessMemory()
-    if engine in ("mlx", "floor"):
+    if engine in ("mlx", "extract", "floor"):
         return MlxMemory()
     import torch
 
