@@ -4,6 +4,8 @@ Every module that needs MLX takes ``mx`` and ``nn`` from here. On Linux the
 ``mlx[cpu]`` wheel is linked against the reference BLAS, some 40 times slower
 than OpenBLAS at a matrix product. Symbols of libraries already loaded globally
 win over the wheel's own, so OpenBLAS is loaded before MLX where it is found.
+Where it is not, products go to the BLAS that numpy's wheel brings
+(``mlx_contentvec.cpu``).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import ctypes
 import importlib.util
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +82,8 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
     """``mlx.core``, ``mlx.nn`` and the BLAS that was put in front of the wheel's own."""
     openblas = None
     if sys.platform == "linux" and _has_linux_backend("cpu"):
-        early = "mlx.core" in sys.modules
-        openblas = _load_openblas() if not early else None
-        if early:
-            warnings.warn(
-                "mlx was imported before mlx_contentvec, so OpenBLAS could not be put in front of "
-                "the reference BLAS of the mlx[cpu] wheel: import mlx_contentvec first, or expect "
-                "a CPU 10 to 40 times slower",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        elif openblas is None:
-            warnings.warn(
-                "OpenBLAS was not found; mlx[cpu] will use its reference BLAS, 10 to 40 times "
-                "slower. Install it, for example: apt-get install libopenblas0",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        # once MLX is there its products are bound to its own BLAS
+        openblas = _load_openblas() if "mlx.core" not in sys.modules else None
     try:
         import mlx.core as core
         import mlx.nn as layers
@@ -118,12 +104,17 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
 mx, nn, OPENBLAS = _import_mlx()
 
 
+#: whose products a CPU is given: MLX's own, or numpy's where MLX has but the reference BLAS
+BLAS = OPENBLAS or ("numpy" if sys.platform == "linux" else "Accelerate")
+
+
 def cpu_threads() -> int:
-    """How many threads a matrix product on the CPU is given: OpenBLAS's own number, else 1."""
-    if OPENBLAS is None:
-        return 1
-    threads: int = ctypes.CDLL(OPENBLAS).openblas_get_num_threads()
-    return threads
+    """How many threads a matrix product on the CPU is given."""
+    if OPENBLAS is not None:
+        threads: int = ctypes.CDLL(OPENBLAS).openblas_get_num_threads()
+        return threads
+    stated = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    return int(stated) if stated.isdecimal() and int(stated) else os.cpu_count() or 1
 
 
 def device_kind() -> str:

@@ -4,7 +4,8 @@ The ``mlx[cpu]`` wheel for Linux is built for plain x86-64, and each of its
 operations walks over memory on its own. numpy takes AVX2 or AVX-512 where they
 are, and a block of numbers stays in the cache from the first step to the last:
 an exponential takes 0.4 ns instead of 18, a GELU 1.3 instead of 5 to 13 (AMD
-EPYC with AVX-512, one core). Products stay MLX's.
+EPYC with AVX-512, one core). Products stay MLX's where OpenBLAS is in front of
+it; else they go to numpy's BLAS, which its wheels bring along.
 
 Nothing here works on an array that ``mx.compile`` or a gradient is tracing:
 ``in_memory`` says so.
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .backend import cpu_threads, mx
+from .backend import BLAS, cpu_threads, mx
 
 Array = Any
 Buffer = npt.NDArray[np.float32]
@@ -96,6 +97,33 @@ def _in_blocks(work: Callable[[slice], None], rows: int, width: int) -> None:
     share(0)
     for other in others:
         other.result()
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """``a @ b``, by whichever BLAS is fast here."""
+    if BLAS == "numpy" and in_memory(a, b):
+        return mx.array(np.matmul(np.asarray(a), np.asarray(b)))
+    return a @ b
+
+
+def summed(terms: list[Array], matrices: list[Array], bias: Array | None) -> Array:
+    """``bias + sum(term @ matrix)``; terms: (rows, in) each, matrices: (in, out) each."""
+    given = [*terms, *matrices, *([] if bias is None else [bias])]
+    if BLAS == "numpy" and in_memory(*given):
+        shape = (terms[0].shape[0], matrices[0].shape[1])
+        total = (
+            np.zeros(shape, np.float32)
+            if bias is None
+            else np.tile(np.asarray(bias), (shape[0], 1))
+        )
+        product = np.empty(shape, np.float32)
+        for term, matrix in zip(terms, matrices, strict=True):
+            total += np.matmul(np.asarray(term), np.asarray(matrix), out=product)
+        return mx.array(total)
+    result = bias
+    for term, matrix in zip(terms, matrices, strict=True):
+        result = term @ matrix if result is None else mx.addmm(result, term, matrix)
+    return result
 
 
 def gelu(x: Array) -> Array | None:
@@ -182,7 +210,7 @@ def attention(queries: Array, keys: Array, values: Array, mask: Array | None) ->
                 asked = queries[clip, some, start : start + rows]
                 mixture = _Mixture(asked)
                 for span, key, value in zip(spans, key_spans, value_spans, strict=True):
-                    scores = asked @ key[clip, some]
+                    scores = matmul(asked, key[clip, some])
                     mx.eval(scores, mixture.mixed)
                     if hidden is not None:
                         np.asarray(scores)[..., hidden[clip, 0, 0, span]] = -1e9
@@ -222,7 +250,7 @@ class _Mixture:
         highest, total = (x.reshape(self._total.shape) for x in (highest, total))
         shrunk = np.exp(self._highest - highest)
         self._total = self._total * shrunk + total
-        self.mixed = self.mixed * mx.array(shrunk) + scores @ values
+        self.mixed = self.mixed * mx.array(shrunk) + matmul(scores, values)
         mx.async_eval(self.mixed)
         self._highest = highest
 

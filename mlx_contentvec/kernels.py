@@ -116,12 +116,18 @@ def arrange(weight: Array) -> Array:
     return mx.contiguous(inputs_first).transpose(weight.ndim - 1, *range(weight.ndim - 1))
 
 
+def matmul(a: Array, b: Array) -> Array:
+    """``a @ b``."""
+    return cpu.matmul(a, b) if device_kind() == "cpu" else a @ b
+
+
 def linear(x: Array, weight: Array, bias: Array | None) -> Array:
     """x: (..., in)    weight: (out, in)    bias: (out,) or None    returns (..., out)."""
     if device_kind() == "cpu" and x.dtype == mx.float32:
         rows = x.reshape(-1, x.shape[-1])
         parts = _parts(weight.T)
-        return _summed([rows[:, part] for part, _ in parts], parts, bias).reshape(*x.shape[:-1], -1)
+        terms, matrices = [rows[:, part] for part, _ in parts], [matrix for _, matrix in parts]
+        return cpu.summed(terms, matrices, bias).reshape(*x.shape[:-1], -1)
     if bias is None:
         return x @ weight.T
     return mx.addmm(bias, x, weight.T)
@@ -131,14 +137,6 @@ def _parts(matrix: Array) -> list[tuple[slice, Array]]:
     """A (in, out) matrix ``PART`` inputs at a time, with the inputs that each takes."""
     slices = [slice(start, start + PART) for start in range(0, matrix.shape[0], PART)]
     return [(part, matrix[part]) for part in slices]
-
-
-def _summed(terms: list[Array], parts: list[tuple[slice, Array]], bias: Array | None) -> Array:
-    """``bias + sum(term @ matrix)``; terms: (rows, in) each, matrices: (in, out) each."""
-    total = bias
-    for term, (_, matrix) in zip(terms, parts, strict=True):
-        total = term @ matrix if total is None else mx.addmm(total, term, matrix)
-    return total
 
 
 def by_rows(function: Callable[[Array], Array], x: Array) -> Array:
@@ -178,7 +176,7 @@ def conv1d(
         return finish(y if bias is None else y + bias)
     count = (x.shape[1] - kernel) // stride + 1
     taps = [_parts(weight[:, tap].T) for tap in range(kernel)]
-    parts = [part for tap in taps for part in tap]
+    matrices = [matrix for tap in taps for _, matrix in tap]
     clips = []
     for clip in x:
         tiles = []
@@ -189,7 +187,7 @@ def conv1d(
                 for tap in range(kernel)
                 for part, _ in taps[tap]
             ]
-            tiles.append(finish(_summed(terms, parts, bias)[None]))
+            tiles.append(finish(cpu.summed(terms, matrices, bias)[None]))
         clips.append(mx.concatenate(tiles, axis=1))
     return mx.concatenate(clips)
 
@@ -247,7 +245,7 @@ def grouped_conv1d(x: Array, weight: Array, bias: Array, spectrum: Spectrum) -> 
     bins = mx.fft.rfft(blocked, axis=1).reshape(
         batch * blocks, -1, channels // per_group, per_group
     )
-    product = bins.transpose(1, 2, 0, 3) @ spectrum.of(weight)
+    product = cpu.matmul(bins.transpose(1, 2, 0, 3), spectrum.of(weight))
     product = product.transpose(2, 0, 1, 3).reshape(batch * blocks, -1, channels)
     y = mx.fft.irfft(product, n=size, axis=1)[:, kernel - 1 :]
     return y.reshape(batch, blocks * step, channels)[:, :frames] + bias

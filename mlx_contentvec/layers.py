@@ -151,9 +151,13 @@ class ConvBlock(nn.Module):
         scale = (self.norm.weight.astype(mx.float32) / mx.sqrt(variance + kernels.EPS))[:, None]
         bias = self.norm.bias.astype(mx.float32)
         matrix = mx.contiguous(weight.T)
+
+        def normalised(rows: Array) -> Array:
+            product = kernels.matmul(rows, matrix)
+            return kernels.normalised_gelu(product, mean, scale, bias).astype(dtype)
+
         return kernels.by_rows(
-            lambda rows: kernels.normalised_gelu(rows @ matrix, mean, scale, bias).astype(dtype),
-            kernels.windows(waveform - offset[..., None], self.kernel, self.stride),
+            normalised, kernels.windows(waveform - offset[..., None], self.kernel, self.stride)
         )
 
 

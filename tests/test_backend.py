@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,21 +47,41 @@ def test_a_choice_already_made_is_left_alone() -> None:
     assert python(code, OPENBLAS_CORETYPE="ZEN").stdout == "ZEN\n"
 
 
+WHOSE = "import mlx_contentvec.backend; print(mlx_contentvec.backend.BLAS)"
+
+
 @linux
-def test_without_openblas_it_is_said_once_what_to_install() -> None:
+def test_without_openblas_products_go_to_numpys() -> None:
     code = (
         "import ctypes\n"
         "def missing(*a, **k): raise OSError('not here')\n"
-        "ctypes.CDLL = missing\n"
-        "import mlx_contentvec.backend, mlx_contentvec.model, mlx_contentvec.kernels"
+        f"ctypes.CDLL = missing\n{WHOSE}"
     )
-    assert python(code).stderr.count("apt-get install libopenblas0") == 1
+    result = python(code)
+    assert (result.stdout, result.stderr) == ("numpy\n", "")
 
 
 @linux
-def test_mlx_imported_too_early_is_noticed() -> None:
-    result = python("import mlx.core, mlx_contentvec.backend")
-    assert result.stderr.count("import mlx_contentvec first") == 1
+def test_so_they_do_where_mlx_was_imported_before() -> None:
+    result = python(f"import mlx.core; {WHOSE}")
+    assert (result.stdout, result.stderr) == ("numpy\n", "")
+
+
+@linux
+def test_openblas_is_taken_where_it_is() -> None:
+    if ctypes.util.find_library("openblas") is None:
+        pytest.skip("no OpenBLAS here: apt-get install libopenblas0")
+    assert python(WHOSE).stdout.startswith("libopenblas.so")
+
+
+@linux
+def test_the_threads_are_those_that_the_environment_states() -> None:
+    code = "import mlx_contentvec.backend as b; print(b.cpu_threads())"
+    assert python(code, OPENBLAS_NUM_THREADS="1").stdout == "1\n"
+    early = f"import mlx.core; {code}"
+    assert python(early, OPENBLAS_NUM_THREADS="3").stdout == "3\n"
+    assert python(early, OMP_NUM_THREADS="5").stdout == "5\n"
+    assert python(early).stdout == f"{os.cpu_count()}\n"
 
 
 @linux

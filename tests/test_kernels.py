@@ -140,11 +140,26 @@ def test_short_runs_lose_less_than_one_long_sum(rng: np.random.Generator) -> Non
 class TestOnACpu:
     """What numpy computes on MLX's memory, in whatever parts and on however many threads."""
 
-    @pytest.fixture(params=[(1, 1 << 17), (1, 50), (2, 50), (3, 50)], autouse=True)
+    @pytest.fixture(
+        params=[(1, 1 << 17, "x"), (1, 50, "x"), (2, 50, "x"), (3, 50, "x"), (1, 50, "numpy")],
+        autouse=True,
+    )
     def division(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        threads, block = request.param
+        threads, block, blas = request.param
         monkeypatch.setattr(cpu, "cpu_threads", lambda: threads)
         monkeypatch.setattr(cpu, "BLOCK", block)
+        monkeypatch.setattr(cpu, "BLAS", blas)
+
+    def test_products(self, rng: np.random.Generator) -> None:
+        a, b = rng.standard_normal((2, 5, 6)), rng.standard_normal((2, 6, 7))
+        assert closeness(cpu.matmul(array(a), array(b)), a @ b) < 1e-5
+        turned = array(b.transpose(0, 2, 1)).swapaxes(1, 2)
+        assert closeness(cpu.matmul(array(a), turned), a @ b) < 1e-5
+        bias = rng.standard_normal(7)
+        terms, matrices = [array(x) for x in a], [array(x) for x in b]
+        expected = a[0] @ b[0] + a[1] @ b[1]
+        assert closeness(cpu.summed(terms, matrices, None), expected) < 1e-5
+        assert closeness(cpu.summed(terms, matrices, array(bias)), expected + bias) < 1e-5
 
     def test_gelu(self, rng: np.random.Generator) -> None:
         x = (4 * rng.standard_normal((3, 41, 7))).astype(np.float32)

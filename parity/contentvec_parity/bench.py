@@ -33,7 +33,7 @@ from .candidate import read_metadata
 
 SCHEMA = "mlx-contentvec-bench/1"
 
-#: what the others are measured against
+#: what the others are measured against, where transformers does not run in their own dtype
 YARDSTICK = "transformers float32"
 
 #: seconds of audio on which errors against float64 are taken
@@ -216,7 +216,7 @@ def _starts(
         for key in ("loaded", "first_features", "cpu", "peak"):
             row[key] = statistics.median(sample[key] for sample in samples)
         for key in ("first_features", "cpu"):
-            row[f"{key}_ratio"] = _ratio(samples, found.get(YARDSTICK), key)
+            row[f"{key}_ratio"] = _ratio(samples, _yardstick(engine, found), key)
         rows.append(row)
     return rows
 
@@ -282,7 +282,7 @@ def _steady(
                     }
                     for key in ("wall", "cpu"):
                         row[key] = statistics.median(sample[key] for sample in samples)
-                        row[f"{key}_ratio"] = _ratio(samples, found.get(YARDSTICK), key)
+                        row[f"{key}_ratio"] = _ratio(samples, _yardstick(engine, found), key)
                     rows.append(row)
     return rows
 
@@ -296,6 +296,13 @@ def _floor(
         2 * rows * inner * columns
     )
     return {key: answer[key] * scale for key in ("wall", "cpu")}
+
+
+def _yardstick(
+    engine: Engine, found: dict[str, list[dict[str, float]]]
+) -> list[dict[str, float]] | None:
+    """What transformers took with numbers of the same dtype, else in float32."""
+    return found.get(f"transformers {engine.dtype}", found.get(YARDSTICK))
 
 
 def _ratio(
@@ -408,10 +415,11 @@ def _engines(
 
     engines: list[Engine] = []
     for path in converted:
-        label = f"MLX {read_metadata(path).get('dtype', 'float32')}"
+        dtype = read_metadata(path).get("dtype", "float32")
+        label = f"MLX {dtype}"
         if any(engine.label == label for engine in engines):
             label = f"{label} ({path.name})"
-        engines.append(Engine(label, "mlx", path))
+        engines.append(Engine(label, "mlx", path, dtype))
     if "transformers" in originals and available("transformers"):
         engines += [
             Engine(f"transformers {dtype}", "transformers", huggingface, dtype)

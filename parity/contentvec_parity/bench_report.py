@@ -30,7 +30,10 @@ def print_screen(document: Document, console: Any) -> None:
     console.print(_starts(document))
     console.print(f"\nOnce warm, median of {repeats}; memory is what comes on top of the model")
     console.print(_steady(document))
-    console.print(f"x is of {yardstick}; the floor is the matrix products alone, at full speed")
+    console.print(
+        f"x is of {yardstick}, or of transformers in the same dtype where that ran; the floor is "
+        "the matrix products alone, at full speed"
+    )
     if document["errors"]:
         console.print(f"\nDistance from float64 at {document['errors'][0]['stage']}, 3 s of audio")
         console.print(_errors(document))

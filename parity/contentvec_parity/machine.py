@@ -64,9 +64,7 @@ def describe() -> dict[str, Any]:
         info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
         device |= {key: info[key] for key in ("device_name", "architecture") if key in info}
     else:
-        device["blas"] = backend.OPENBLAS or (
-            "Accelerate" if sys.platform == "darwin" else "the wheel's own"
-        )
+        device["blas"] = "numpy's own" if backend.BLAS == "numpy" else backend.BLAS
     return {
         "chip": chip(),
         "architecture": platform.machine(),
