@@ -127,10 +127,10 @@ def summed(terms: list[Array], matrices: list[Array], bias: Array | None) -> Arr
 
 
 def gelu(x: Array) -> Array | None:
-    """The exact GELU of a float32 array, computed now; None while a function is traced."""
+    """The exact GELU in float32, computed now; None while a function is traced."""
+    x = mx.contiguous(x.astype(mx.float32))
     # what the result starts as, and whose memory it gets
-    half = mx.contiguous(x) * 0.5
-    x = mx.contiguous(x)
+    half = x * 0.5
     if not in_memory(x, half):
         return None
     values, result = np.asarray(x).reshape(-1), np.asarray(half).reshape(-1)
@@ -186,11 +186,12 @@ def _add_gelu(x: Buffer, half: Buffer, square: Buffer, inner: Buffer) -> None:
 def attention(queries: Array, keys: Array, values: Array, mask: Array | None) -> Array | None:
     """Scaled dot-product attention, computed now; None while a function is traced.
 
-    queries, keys, values: (batch, heads, frames, head width), float32; there may be
-    more keys and values than queries
+    queries, keys, values: (batch, heads, frames, head width); there may be more
+    keys and values than queries
     mask: (batch, 1, 1, frames), true where a key may be attended to, or None
-    returns: (batch, frames, heads * head width)
+    returns: (batch, frames, heads * head width), float32
     """
+    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
     queries = queries * queries.shape[-1] ** -0.5
     spans = [slice(a, a + KEYS) for a in range(0, keys.shape[2], KEYS)]
     key_spans = [mx.contiguous(keys[:, :, span].swapaxes(2, 3)) for span in spans]

@@ -179,8 +179,8 @@ def _spans(length: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _load(model: ContentvecModel, rows: Buffer) -> Array:
-    """(frames, width) of a buffer as (1, frames, width) in the model's own dtype."""
-    return mx.array(rows)[None].astype(model.layer_norm.weight.dtype)
+    """(frames, width) of a buffer as (1, frames, width) in what the model computes in."""
+    return mx.array(rows)[None].astype(kernels.compute_dtype(model.layer_norm.weight.dtype))
 
 
 def _store(x: Array) -> Buffer:
@@ -312,24 +312,9 @@ def _attend(
 
 
 def _some_outputs(linear: Any, rows: slice, heads: int) -> Callable[[Array], Array]:
-    """A linear layer, plain or quantised, of which only the outputs of some heads are computed.
+    """A linear layer of which only the outputs of some heads are computed.
 
     (1, frames, width) becomes (1, heads, frames, head width).
     """
-    part = {name: mx.contiguous(array[rows]) for name, array in linear.parameters().items()}
-
-    def outputs(x: Array) -> Array:
-        if "scales" in part:
-            y = part["bias"] + mx.quantized_matmul(
-                x,
-                part["weight"],
-                scales=part["scales"],
-                biases=part["biases"],
-                group_size=linear.group_size,
-                bits=linear.bits,
-            )
-        else:
-            y = kernels.linear(x, part["weight"], part["bias"])
-        return y.reshape(1, x.shape[1], heads, -1).transpose(0, 2, 1, 3)
-
-    return outputs
+    part = linear.outputs(rows)
+    return lambda x: part(x).reshape(1, x.shape[1], heads, -1).transpose(0, 2, 1, 3)

@@ -129,6 +129,15 @@ def test_ratios_are_taken_within_a_turn() -> None:
     assert bench._ratio(ours, None, "wall") is None
 
 
+def test_half_precision_is_held_against_transformers_in_half_precision_where_that_ran() -> None:
+    half = Engine("MLX float16", "mlx", Path("w"), "float16")
+    single, double = [{"wall": 1.0}], [{"wall": 2.0}]
+    assert bench._yardstick(half, {bench.YARDSTICK: single}) is single
+    ran = {bench.YARDSTICK: single, "transformers float16": double}
+    assert bench._yardstick(half, ran) is double
+    assert bench._yardstick(half, {}) is None
+
+
 def test_the_yardstick_is_once_itself(document: dict[str, Any]) -> None:
     row = document["steady"][0]
     assert row["wall_ratio"] == row["cpu_ratio"] == 1.0

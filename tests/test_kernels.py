@@ -81,7 +81,7 @@ class TestEveryForm:
                 expected[:, frame, channel] += np.einsum(
                     "bki,ki->b", window[..., 4 * group : 4 * group + 4], weight[channel]
                 )
-        got = kernels.grouped_conv1d(array(x), array(weight), array(bias), kernels.Spectrum())
+        got = kernels.grouped_conv1d(array(x), array(weight), array(bias), kernels.Derived())
         assert got.shape == x.shape
         assert closeness(got, expected) < 5e-6
 
@@ -121,6 +121,13 @@ class TestEveryForm:
     def test_work_by_rows_is_the_same_work(self, rng: np.random.Generator) -> None:
         x = array(rng.standard_normal((2, 700, 3)))
         assert bool((kernels.by_rows(lambda rows: rows * 3, x) == x * 3).all())
+
+
+def test_what_is_derived_of_weights_is_made_anew_when_one_of_them_is_another() -> None:
+    derived, first, second = kernels.Derived(), mx.array([1.0]), mx.array([1.0])
+    made = derived.of(lambda a, b: a + b, first, second)
+    assert derived.of(lambda a, b: a + b, first, second) is made
+    assert derived.of(lambda a, b: a + b, first, mx.array([1.0])) is not made
 
 
 def test_short_runs_lose_less_than_one_long_sum(rng: np.random.Generator) -> None:

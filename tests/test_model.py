@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_contentvec import ContentvecModel, ModelConfig
-from mlx_contentvec.backend import mx
+from mlx_contentvec import ContentvecModel, ModelConfig, kernels, layers
+from mlx_contentvec.backend import mx, nn
 from mlx_contentvec.config import PRESETS, parameter_shapes
 from mlx_contentvec.errors import AudioError, ConfigError, WeightsError
 from mlx_contentvec.model import normalize_waveform
@@ -321,14 +321,35 @@ class TestWeights:
         tiny.set_dtype(mx.float16)
         assert {array.dtype for _, array in tree_flatten(tiny.parameters())} == {mx.float16}
         half = tiny(source)["x"]
-        assert half.dtype == mx.float16
+        assert half.dtype == kernels.compute_dtype(mx.float16)
         assert 1e-5 < float(mx.abs(half - exact).max()) < 0.05
+
+    def test_a_cpu_computes_half_precision_weights_in_float32(self) -> None:
+        if kernels.device_kind() != "cpu":
+            pytest.skip("needs a CPU: mx.set_default_device(mx.cpu)")
+        tiny, source = model(), mx.array(waveform())[None]
+        tiny.set_dtype(mx.bfloat16)
+        half = tiny(source)["x"]
+        tiny.set_dtype(mx.float32)
+        assert float(mx.abs(half - tiny(source)["x"]).max()) == 0
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_a_quantised_layer_is_what_mlx_makes_of_it(
+        self, device: str, bits: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        linear = layers.Linear(64, 32)
+        linear.update({"weight": mx.random.normal((32, 64)), "bias": mx.random.normal((32,))})
+        quantised, x = linear.to_quantized(32, bits), mx.random.normal((2, 5, 64))
+        expected = nn.QuantizedLinear.__call__(quantised, x)
+        monkeypatch.setattr(layers, "device_kind", lambda: device)
+        assert float(mx.abs(quantised(x) - expected).max()) < 1e-5
+        some = quantised.outputs(slice(8, 24))(x)
+        assert float(mx.abs(some - expected[..., 8:24]).max()) < 1e-5
 
     def test_long_input_runs_a_stage_at_a_time_and_can_still_be_traced(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from mlx_contentvec import kernels
-
         tiny, source = model(), mx.array(waveform())[None]
         plain = tiny(source)["x"]
         monkeypatch.setattr(kernels, "PIPELINED_SAMPLES", 0)

@@ -297,7 +297,7 @@ def test_weights_in_another_precision_are_measured_and_held_to_their_own_limit(
     assert document["tensors"]["failures"] == []
     features = [row for row in document["stages"] if row["kind"] == "features"]
     noise = min(row["candidate"]["snr_db"] for row in features)
-    assert noise < 80
+    assert noise < 100  # float32 keeps 110 and more
     assert f"{noise:.1f} dB" in document["verdict"]["reason"]
     assert document["verdict"]["passed"], document["verdict"]["reason"]
 

@@ -7,6 +7,7 @@ from mlx_contentvec import cpu, streaming
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError
+from mlx_contentvec.kernels import compute_dtype
 from mlx_contentvec.streaming import (
     Pieces,
     plan_pieces,
@@ -59,12 +60,13 @@ def test_scoring_some_keys_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(parts, reference, atol=2e-5, rtol=0)
 
 
-def test_half_precision_weights_are_streamed_in_half_precision() -> None:
+def test_half_precision_weights_are_streamed_as_they_are_run_in_one_go() -> None:
     model = random_model(TINY, mx.float16)
     waveform = noise(40000)
     whole = in_one_go(model, waveform, output_layer=3)
     pieces = streamed(model, waveform, 3, False, PIECES)
-    np.testing.assert_allclose(pieces, whole, atol=3e-2, rtol=0)
+    noise_floor = 2e-5 if compute_dtype(mx.float16) == mx.float32 else 3e-2
+    np.testing.assert_allclose(pieces, whole, atol=noise_floor, rtol=0)
 
 
 def test_quantised_weights_are_streamed() -> None:

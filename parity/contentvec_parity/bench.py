@@ -180,9 +180,9 @@ def measure(
 ) -> dict[str, Any]:
     """Every figure but the errors: starts from nothing, memory, and the steady state."""
     cold = _starts(engines, settings, progress)
-    memory = _memory(engines, settings, progress)
-    steady = _steady(engines, settings, config, progress)
-    return {"cold": cold, "memory": memory, "steady": steady}
+    memory = _memory(engines, settings, progress) if settings.device == "cpu" else []
+    steady, passing = _steady(engines, settings, config, progress)
+    return {"cold": cold, "memory": memory or passing, "steady": steady}
 
 
 def _turns(engines: Sequence[Engine], turn: int) -> Sequence[Engine]:
@@ -224,7 +224,11 @@ def _starts(
 def _memory(
     engines: Sequence[Engine], settings: Settings, progress: Progress
 ) -> list[dict[str, Any]]:
-    """What one forward pass takes above the loaded model, each in a fresh process."""
+    """What one forward pass takes above the loaded model, each in a fresh process.
+
+    A process keeps what it took once; on a GPU each pass is counted by itself,
+    and the steady passes tell.
+    """
     rows = []
     for seconds in settings.lengths:
         for batch in settings.batches:
@@ -236,22 +240,27 @@ def _memory(
                 worker.run(TO_SETTLE)
                 answer = worker.run(seconds, batch)
                 worker.close()
-                rows.append(
-                    {
-                        "engine": engine.label,
-                        "seconds": seconds,
-                        "batch": batch,
-                        "above_the_model": answer["memory"],
-                        "peak": answer["process_peak"],
-                    }
-                )
+                rows.append(_memory_row(engine, seconds, batch, answer))
     return rows
+
+
+def _memory_row(
+    engine: Engine, seconds: float, batch: int, answer: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "engine": engine.label,
+        "seconds": seconds,
+        "batch": batch,
+        "above_the_model": answer["memory"],
+        "peak": answer["process_peak"],
+    }
 
 
 def _steady(
     engines: Sequence[Engine], settings: Settings, config: ModelConfig, progress: Progress
-) -> list[dict[str, Any]]:
-    rows = []
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Times once warm, and the memory of the last pass of each."""
+    rows, memory = [], []
     with contextlib.ExitStack() as stack:
         workers = {}
         for engine in engines:
@@ -266,6 +275,8 @@ def _steady(
                         done = f"{turn + 1} of {settings.repeats}"
                         progress(f"{engine.label}, {batch} x {seconds:g} s, {done}")
                         answer = workers[engine.label].run(seconds, batch)
+                        if turn == settings.repeats - 1 and engine.kind != "floor":
+                            memory.append(_memory_row(engine, seconds, batch, answer))
                         if engine.kind == "floor":
                             answer = _floor(answer, config, seconds, batch)
                         if turn >= 0:  # the first is to warm up
@@ -284,7 +295,7 @@ def _steady(
                         row[key] = statistics.median(sample[key] for sample in samples)
                         row[f"{key}_ratio"] = _ratio(samples, _yardstick(engine, found), key)
                     rows.append(row)
-    return rows
+    return rows, memory
 
 
 def _floor(

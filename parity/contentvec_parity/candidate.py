@@ -75,8 +75,10 @@ class MlxCandidate:
         return _array(self.model.run_stage(stage, given, padding_mask=_mask(frame_mask)))
 
     def _compute_dtype(self) -> Any:
-        """The dtype activations have between stages: that of the norms' weights."""
-        return self.model.layer_norm.weight.dtype
+        """The dtype activations have between stages."""
+        from mlx_contentvec.kernels import compute_dtype
+
+        return compute_dtype(self.model.layer_norm.weight.dtype)
 
     def features(
         self, clip: Clip, call: Mapping[str, Any]
