@@ -13,6 +13,8 @@ Nothing here works on an array that ``mx.compile`` or a gradient is tracing:
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +51,21 @@ _GELU = tuple(
         0.797884941459876,
     )
 )
+
+
+def memory() -> int | None:
+    """Bytes that this process may use at most; None where the system does not say."""
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+    with contextlib.suppress(ImportError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            there = min(there, limit)
+    return there
 
 
 def in_memory(*arrays: Array) -> bool:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from . import features, first_release, kernels
+from . import cpu, features, first_release, kernels
 from .audio import LOUDEST_PEAK
-from .backend import mx, nn
+from .backend import device_kind, mx, nn
 from .config import ModelConfig, parameter_shapes
 from .errors import AudioError, ConfigError, WeightsError, name_list
 from .layers import Encoder, FeatureExtractor, Linear, Norm
+from .streaming import whole_clip_bytes
 
 Array = Any
 
@@ -472,6 +473,7 @@ class ContentvecModel(nn.Module):
                 expected=f"at least {self.config.receptive_field} "
                 f"({1000 * self.config.receptive_field / self.config.sample_rate:g} ms)",
             )
+        self._require_room(samples, batch)
         source = source.astype(mx.float32)
         try:
             peak = float(mx.abs(source).max())
@@ -490,6 +492,19 @@ class ContentvecModel(nn.Module):
                 hint="samples in int16 scale: divide by 32768",
             )
         return source
+
+    def _require_room(self, samples: int, batch: int) -> None:
+        """Refuse what cannot fit: on a CPU, MLX crashes when it is given no memory."""
+        there = cpu.memory() if device_kind() == "cpu" else None
+        needed = whole_clip_bytes(self.config, samples, batch)
+        if there is not None and needed > there:
+            raise AudioError(
+                "this is too long to be computed in one go here",
+                found=f"{batch} x {samples / self.config.sample_rate:.0f} s, about "
+                f"{needed / 2**30:.0f} GiB",
+                expected=f"less than {there / 2**30:.1f} GiB, which is all that there is",
+                hint="model.extract(waveform) computes the same features in pieces",
+            )
 
     def _lengths(self, lengths: Array, source: Array) -> Array:
         batch, samples = source.shape

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_contentvec import ContentvecModel, ModelConfig, kernels, layers
+from mlx_contentvec import ContentvecModel, ModelConfig, cpu, kernels, layers
 from mlx_contentvec.backend import mx, nn
 from mlx_contentvec.config import PRESETS, parameter_shapes
 from mlx_contentvec.errors import AudioError, ConfigError, WeightsError
@@ -323,6 +323,33 @@ class TestWeights:
         half = tiny(source)["x"]
         assert half.dtype == kernels.compute_dtype(mx.float16)
         assert 1e-5 < float(mx.abs(half - exact).max()) < 0.05
+
+    def test_what_cannot_fit_is_refused_before_it_is_tried(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if kernels.device_kind() != "cpu":
+            pytest.skip("needs a CPU: mx.set_default_device(mx.cpu)")
+        tiny, source = model(), waveform()[None]
+        monkeypatch.setattr(cpu, "memory", lambda: 1000)
+        with pytest.raises(AudioError, match="in one go") as caught:
+            tiny(source)
+        assert "model.extract" in str(caught.value)
+        monkeypatch.setattr(cpu, "memory", lambda: None)
+        tiny(source)
+
+    def test_the_memory_of_a_process_is_bounded_by_its_limit(self) -> None:
+        code = (
+            "import resource; resource.setrlimit(resource.RLIMIT_AS, (9 << 30, 9 << 30))\n"
+            "from mlx_contentvec import cpu; print(cpu.memory() <= 9 << 30)"
+        )
+        if sys.platform != "linux":
+            pytest.skip("needs Linux: elsewhere the limit is not kept to")
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "True\n"
+        assert (cpu.memory() or 0) > 1 << 30
 
     def test_a_cpu_computes_half_precision_weights_in_float32(self) -> None:
         if kernels.device_kind() != "cpu":
