@@ -24,9 +24,11 @@ EPS = 1e-5
 
 #: input channels that one product of a sum takes on a CPU. OpenBLAS adds up to 384
 #: products in a row; short runs added to each other lose less: of PyTorch's own rms error
-#: 0.39 to 0.84 is left at 64, 0.39 to 0.86 at 96, 0.40 to 1.01 at 128, 0.60 to 1.32 at 256,
-#: in 100, 94, 93 and 91 % of the time (5 s of audio)
+#: features keep 0.39 to 0.84 at 64, 0.39 to 0.86 at 96, 0.40 to 1.01 at 128, 0.60 to 1.32
+#: at 256, in 100, 94, 93 and 91 % of the time (5 s of audio)
 PART = 96
+#: the same for convolutions, which reach 1.05 times PyTorch's error at 96 and 0.97 at 64
+CONV_PART = 64
 #: rows of a convolution or a feed-forward in work at once on a CPU
 TILE = 512
 #: length of the FFT of the positional convolution, in kernels: its response is read whole for
@@ -158,7 +160,7 @@ def linear(x: Array, weight: Array, bias: Array | None) -> Array:
     """x: (..., in)    weight: (out, in)    bias: (out,) or None    returns (..., out)."""
     if device_kind() == "cpu":
         rows = x.reshape(-1, x.shape[-1])
-        parts = _parts(weight.T)
+        parts = _parts(weight.T, PART)
         terms, matrices = [rows[:, part] for part, _ in parts], [matrix for _, matrix in parts]
         return cpu.summed(terms, matrices, bias).reshape(*x.shape[:-1], -1)
     if bias is None:
@@ -166,9 +168,9 @@ def linear(x: Array, weight: Array, bias: Array | None) -> Array:
     return mx.addmm(bias, x, weight.T)
 
 
-def _parts(matrix: Array) -> list[tuple[slice, Array]]:
-    """A (in, out) matrix ``PART`` inputs at a time, with the inputs that each takes."""
-    slices = [slice(start, start + PART) for start in range(0, matrix.shape[0], PART)]
+def _parts(matrix: Array, size: int) -> list[tuple[slice, Array]]:
+    """A (in, out) matrix ``size`` inputs at a time, with the inputs that each takes."""
+    slices = [slice(start, start + size) for start in range(0, matrix.shape[0], size)]
     return [(part, matrix[part]) for part in slices]
 
 
@@ -208,7 +210,7 @@ def conv1d(
         y = mx.conv1d(x, weight, stride)
         return finish(y if bias is None else y + bias)
     count = (x.shape[1] - kernel) // stride + 1
-    taps = [_parts(weight[:, tap].T) for tap in range(kernel)]
+    taps = [_parts(weight[:, tap].T, CONV_PART) for tap in range(kernel)]
     matrices = [matrix for tap in taps for _, matrix in tap]
     clips = []
     for clip in x:
