@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -222,6 +224,25 @@ class TestOnACpu:
         k = mx.array([[[[60.0] * 4, [-60.0] * 4, [59.0] * 4]]])
         v = mx.array([[[[1.0] * 4, [2.0] * 4, [3.0] * 4]]])
         assert closeness(cpu.attention(q, k, v, None), np.ones((1, 1, 4))) < 1e-6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_starts_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "cpu_threads", lambda: 2)
+    monkeypatch.setattr(cpu, "BLOCK", 5)
+    done = np.zeros(40, np.int8)
+
+    def work(rows: slice) -> None:
+        done[rows] += 1
+
+    cpu._in_blocks(work, 40, 1)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        cpu._in_blocks(work, 40, 1)
+        os._exit(0 if (done == 2).all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (done == 1).all()
 
 
 def test_a_traced_function_is_computed_by_mlx_alone(rng: np.random.Generator) -> None:
