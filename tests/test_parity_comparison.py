@@ -234,6 +234,18 @@ def test_weights_in_half_precision_are_held_to_a_noise_limit_instead() -> None:
     assert "30.0 dB" in verdict["failures"][0]["what"]
 
 
+@pytest.mark.parametrize(("given", "adds_up"), [(41.0, True), (50.0, False)])
+def test_noise_that_adds_up_is_not_taken_for_another_input(given: float, adds_up: bool) -> None:
+    rows = healthy()
+    for item in rows:
+        if item["kind"] != "local":
+            item["candidate"]["snr_db"] = given if item["stage"] == "one" else 39.0
+    verdict = judge(report(*rows, precision="float16"), Gates())
+    assert not verdict["passed"]
+    assert (verdict["blame"]["handover"] is None) == adds_up
+    assert ("39.0 dB" in verdict["reason"] and "add up" in verdict["reason"]) == adds_up
+
+
 # ---- the helper for other ports --------------------------------------------------------------
 
 

@@ -33,6 +33,10 @@ WRONG_BY_ITSELF = 4.0
 #: ratio, in dB, that the features must keep
 SNR_LIMITS = {"float16": 40.0, "bfloat16": 25.0, "q8": 20.0, "q4": 3.0}
 
+#: dB that a stage may lose on its input without having been given something else: half the
+#: amplitude. Noise of the weights' format adds up, and crosses its limit somewhere
+SNR_STEP = 6.0
+
 
 @dataclass(frozen=True)
 class Gates:
@@ -326,9 +330,20 @@ def _handover(
             plainly_off(accumulated[stage], precision)
             and not plainly_off(local[stage], precision)
             and (before is None or not plainly_off(accumulated[before], precision))
+            and not _adds_up(accumulated, before, stage, precision)
         ):
             return {"stage": stage, "input": before or "the waveform"}
     return None
+
+
+def _adds_up(
+    accumulated: Mapping[str, Mapping[str, Any]], before: str | None, stage: str, precision: str
+) -> bool:
+    """Whether a stage has little more noise than its input, in a format that has noise."""
+    if precision not in SNR_LIMITS or before is None or before not in accumulated:
+        return False
+    given, gives = accumulated[before]["snr_db"], accumulated[stage]["snr_db"]
+    return given is not None and gives is not None and given - gives < SNR_STEP
 
 
 def _reason(report: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
