@@ -3,7 +3,7 @@
 The ``mlx[cpu]`` wheel for Linux is built for plain x86-64, and each of its
 operations walks over memory on its own. numpy takes AVX2 or AVX-512 where they
 are, and a block of numbers stays in the cache from the first step to the last:
-an exponential takes 0.4 ns instead of 18, a GELU 1.3 instead of 5 to 13 (AMD
+an exponential takes 0.4 ns instead of 18, a GELU 1.3 instead of 3.5 to 14 (AMD
 EPYC with AVX-512, one core). Products stay MLX's where OpenBLAS is in front of
 it; else they go to numpy's BLAS, which its wheels bring along.
 

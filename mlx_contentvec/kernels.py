@@ -33,7 +33,7 @@ CONV_PART = 64
 TILE = 512
 #: length of the FFT of the positional convolution, in kernels: its response is read whole for
 #: any clip, 38 MB at 2 and twice that at 4 (3.4 ms against 7.3 for 1 s of audio, 4.5 against
-#: 7.4 for 5 s, 40 against 36 for 30 s; AMD EPYC, one core; mx.conv1d takes 25, 98, 600)
+#: 7.4 for 5 s, 40 against 36 for 30 s; AMD EPYC, one core; mx.conv1d takes 25 and 98)
 FFT_KERNELS = 2
 #: taps of the positional convolution in one product on CUDA
 TAPS = 32
