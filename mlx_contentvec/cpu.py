@@ -128,15 +128,11 @@ def matmul(a: Array, b: Array) -> Array:
 
 def summed(terms: list[Array], matrices: list[Array], bias: Array | None) -> Array:
     """``bias + sum(term @ matrix)``; terms: (rows, in) each, matrices: (in, out) each."""
-    given = [*terms, *matrices, *([] if bias is None else [bias])]
-    if BLAS == "numpy" and in_memory(*given):
-        shape = (terms[0].shape[0], matrices[0].shape[1])
-        total = (
-            np.zeros(shape, np.float32)
-            if bias is None
-            else np.tile(np.asarray(bias), (shape[0], 1))
-        )
-        product = np.empty(shape, np.float32)
+    if BLAS == "numpy" and in_memory(*terms, *matrices, *([] if bias is None else [bias])):
+        total = np.zeros((terms[0].shape[0], matrices[0].shape[1]), np.float32)
+        if bias is not None:
+            total += np.asarray(bias)
+        product = np.empty_like(total)
         for term, matrix in zip(terms, matrices, strict=True):
             total += np.matmul(np.asarray(term), np.asarray(matrix), out=product)
         return mx.array(total)

@@ -46,11 +46,10 @@ def gelu(x: Array) -> Array:
 
     Source: fairseq/modules/gelu.py, ``gelu``.
     """
-    if device_kind() == "cpu":
-        computed = cpu.gelu(x)
-        if computed is not None:
-            return computed
-    return _gelu_plain(x) if device_kind() == "cpu" else _gelu_fused(x)
+    if device_kind() != "cpu":
+        return _gelu_fused(x)
+    computed = cpu.gelu(x)
+    return _gelu_plain(x) if computed is None else computed
 
 
 def _gelu_plain(x: Array) -> Array:

@@ -59,7 +59,7 @@ GPU_MEMORY = 8 << 30
 #: sizes that a piece may have, the first being the least that works. A CPU is
 #: fastest while its pieces stay in cache, a GPU wants them large
 FRAMES = {"cpu": (32, 64, 128, 256), "metal": (32, 128, 512, 2048), "cuda": (32, 128, 512, 2048)}
-QUERIES = {"cpu": (16, 64, 256, 1024), "metal": (16, 64, 256, 1024), "cuda": (16, 64, 256, 1024)}
+QUERIES = (16, 64, 256, 1024)
 #: arrays as large as its largest that front end or feed-forward hold at their peak, and
 #: copies of the scores that attention holds (measured; assumed for Metal). A CPU works
 #: in tiles, so that most of its arrays are small
@@ -110,7 +110,7 @@ def plan_pieces(config: ModelConfig, samples: int, max_memory: int | None) -> Pi
     limit = _room() if max_memory is None else max_memory
     if whole_clip_bytes(config, samples) <= limit:
         return None
-    pieces = Pieces(frames=FRAMES[device][0], heads=1, queries=QUERIES[device][0])
+    pieces = Pieces(frames=FRAMES[device][0], heads=1, queries=QUERIES[0])
     least = streamed_bytes(config, samples, pieces)
     if max_memory is None:
         limit = max(least, limit + _buffers(config, config.frames(samples)))
@@ -122,7 +122,7 @@ def plan_pieces(config: ModelConfig, samples: int, max_memory: int | None) -> Pi
             hint="give it more, or take windows, which changes the features around their seams",
         )
     heads = range(1, config.encoder_attention_heads + 1)
-    choices = (("queries", QUERIES[device]), ("frames", FRAMES[device]), ("heads", heads))
+    choices = (("queries", QUERIES), ("frames", FRAMES[device]), ("heads", heads))
     for field, sizes in choices:
         for size in sizes:
             larger = replace(pieces, **{field: size})

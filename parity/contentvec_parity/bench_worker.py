@@ -100,12 +100,19 @@ class CudaMemory:
         return int(torch.cuda.max_memory_allocated())
 
 
-def _mlx(path: str, settings: dict[str, Any]) -> Run:
+def _mlx_on(settings: dict[str, Any]) -> Any:
+    """``mlx.core``, computing where it is told to."""
     from mlx_contentvec.backend import mx
-    from mlx_contentvec.model import ContentvecModel
 
     if settings["device"] == "cpu":
         mx.set_default_device(mx.cpu)
+    return mx
+
+
+def _mlx(path: str, settings: dict[str, Any]) -> Run:
+    from mlx_contentvec.model import ContentvecModel
+
+    mx = _mlx_on(settings)
     model = ContentvecModel.from_file(path)
 
     def run(source: Waveform) -> NDArray[np.float32]:
@@ -117,11 +124,9 @@ def _mlx(path: str, settings: dict[str, Any]) -> Run:
 
 def _extract(path: str, settings: dict[str, Any]) -> Run:
     """What a user calls: clips of any length, in pieces where they are long."""
-    from mlx_contentvec.backend import mx
     from mlx_contentvec.model import ContentvecModel
 
-    if settings["device"] == "cpu":
-        mx.set_default_device(mx.cpu)
+    _mlx_on(settings)
     model = ContentvecModel.from_file(path)
 
     def run(source: Waveform) -> NDArray[np.float32]:
@@ -194,10 +199,7 @@ PRODUCT = (1536, 768, 3072)
 
 def _floor(path: str, settings: dict[str, Any]) -> Run:
     """Reads the weights, and multiplies matrices of the model's widths: no forward pass."""
-    from mlx_contentvec.backend import mx
-
-    if settings["device"] == "cpu":
-        mx.set_default_device(mx.cpu)
+    mx = _mlx_on(settings)
     np.fromfile(path, np.uint8)
     rows, inner, columns = PRODUCT
     left, right = mx.random.normal((rows, inner)), mx.random.normal((inner, columns))
