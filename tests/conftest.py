@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE_ROOTS = (PROJECT, PROJECT / "convert", PROJECT / "parity")
@@ -117,17 +118,30 @@ def tiny_large_checkpoint(make_standin: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def standin(torch: Any) -> Path:
+def made_once() -> Callable[[Path, Callable[[Path], object]], Path]:
+    """``made_once(path, make)``: path, made by the first test process to ask; the others wait.
+
+    Each making its own and renaming it would not do: whoever reads the file by
+    then is told, rightly, that it changed.
+    """
+
+    def once(path: Path, make: Callable[[Path], object]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                make(path)
+        return path
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def standin(torch: Any, made_once: Callable[..., Path]) -> Path:
     """The full-size stand-in (189.5 MB), made once and kept for later sessions."""
     from contentvec_parity.standin import DEFAULT_SEED, GENERATOR_VERSION, write_standin
 
     cache = Path(os.environ.get("MLX_CONTENTVEC_CACHE") or PROJECT / ".cache")
-    path = cache / f"standin-{GENERATOR_VERSION}-{DEFAULT_SEED}.pt"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        # two processes may both get here: each writes the same bytes and renames
-        write_standin(path, force=True)
-    return path
+    return made_once(cache / f"standin-{GENERATOR_VERSION}-{DEFAULT_SEED}.pt", write_standin)
 
 
 def _converted(checkpoint: Path, folder: Path) -> Path:

@@ -8,8 +8,11 @@ import pickletools
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -405,3 +408,23 @@ def test_the_command_reports_as_json(run_cli: Callable[..., Any], tmp_path: Path
 def test_the_command_refuses_what_it_does_not_know(run_cli: Callable[..., Any]) -> None:
     assert run_cli("standin", "x.pt", "--preset", "huge").returncode == 2
     assert run_cli("standin").returncode == 2
+
+
+def test_the_full_size_stand_in_is_made_once_for_all_test_processes(
+    tmp_path: Path, made_once: Callable[..., Path]
+) -> None:
+    makers, gate = [], threading.Barrier(4)
+
+    def make(path: Path) -> None:
+        makers.append(threading.get_ident())
+        time.sleep(0.2)
+        path.write_text("whole")
+
+    def ask() -> str:
+        gate.wait()
+        return made_once(tmp_path / "cache" / "standin.pt", make).read_text()
+
+    with ThreadPoolExecutor(4) as pool:
+        seen = [pool.submit(ask) for _ in range(4)]
+        assert [one.result() for one in seen] == ["whole"] * 4
+    assert len(makers) == 1
