@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import importlib.util
 import os
 import sys
@@ -103,24 +102,6 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
 
 
 mx, nn, OPENBLAS = _import_mlx()
-
-
-#: whose products a CPU is given: MLX's own, or numpy's where MLX has but the reference BLAS
-BLAS = OPENBLAS or ("numpy" if sys.platform == "linux" else "Accelerate")
-
-
-@functools.cache
-def _openblas() -> ctypes.CDLL:
-    return ctypes.CDLL(OPENBLAS)
-
-
-def cpu_threads() -> int:
-    """How many threads a matrix product on the CPU is given."""
-    if OPENBLAS is not None:
-        threads: int = _openblas().openblas_get_num_threads()
-        return threads
-    stated = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    return int(stated) if stated.isdecimal() and int(stated) else os.cpu_count() or 1
 
 
 def device_kind() -> str:

@@ -1,14 +1,14 @@
-"""What a CPU computes element by element: by numpy, in place, on MLX's own memory.
+"""What a CPU computes: by numpy and OpenBLAS, in place, on MLX's own memory.
 
-The ``mlx[cpu]`` wheel for Linux is built for plain x86-64, and each of its
-operations walks over memory on its own. numpy takes AVX2 or AVX-512 where they
-are, and a block of numbers stays in the cache from the first step to the last:
-an exponential takes 0.4 ns instead of 18, a GELU 1.3 instead of 3.5 to 14 (AMD
-EPYC with AVX-512, one core). Products stay MLX's where OpenBLAS is in front of
-it; else they go to numpy's BLAS, which its wheels bring along.
+The ``mlx[cpu]`` wheel for Linux is built for plain x86-64, copies whatever part
+of a matrix it is to multiply, and each of its operations walks over memory on
+its own. numpy takes AVX2 or AVX-512 where they are, and a block of numbers stays
+in the cache from a product to the last step of what follows it: an exponential
+takes 0.4 ns instead of 18, a GELU 1.3 instead of 3.5 to 14 (AMD EPYC with
+AVX-512, one core). Each thread does all of that for rows of its own.
 
-Nothing here works on an array that ``mx.compile`` or a gradient is tracing:
-``in_memory`` says so.
+Nothing here works on what ``mx.compile`` or a gradient is tracing: ``in_memory``
+says so, and such a function is computed by MLX.
 """
 
 from __future__ import annotations
@@ -16,25 +16,35 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .backend import BLAS, cpu_threads, mx
+from . import blas
+from .backend import mx
 
 Array = Any
 Buffer = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Exact = npt.NDArray[np.float64]
+Spectrum = npt.NDArray[np.complex64]
 
-#: numbers in work at once on each thread, half a megabyte. Blocks of an eighth fit the second-level
-#: cache with their scratch, and are slower: threads meet at Python's lock after every step
+#: numbers in work at once on each thread, half a megabyte
 BLOCK = 1 << 17
-#: attention scores in work at once: 75 ms for a layer of 30 s, 89 at an eighth of it
-SCORES = 1 << 20
-#: keys that queries are scored against at once, at most: longer clips come in spans of them
+#: rows of a convolution in work at once on each thread
+TILE = 512
+#: rows a thread below which it takes some outputs of a product instead of some rows
+FEW_ROWS = 256
+#: attention scores in work at once on each thread, and keys that they are of at most
+SCORES = 1 << 19
 KEYS = 4096
+#: samples that moments are summed over at once: numpy's BLAS shares larger products among
+#: threads of its own, which then wait in a loop for the next
+SAMPLES = 1 << 13
 
 # erf(x / sqrt(2)) ~ tanh(x R(x^2)). R is the polynomial whose largest error of a GELU,
 # relative to x, is least on [0, 6.2]: 2.9e-8, half a float32 ulp (Lawson's iteration on
@@ -97,96 +107,289 @@ def _helpers(count: int) -> ThreadPoolExecutor:
         return _pools[count]
 
 
-def _in_blocks(work: Callable[[slice], None], rows: int, width: int) -> None:
-    """``work`` on all rows, a block of them at a time, on as many threads as products have."""
-    step = max(1, BLOCK // width)
-    threads = min(cpu_threads(), -(-rows // step))
+def _share(work: Callable[[slice], None], count: int, step: int) -> None:
+    """``work`` on ``count`` things, ``step`` of them at a time, shared among threads.
 
-    def share(thread: int) -> None:
-        stop = rows * (thread + 1) // threads
-        # MLX does not warn of infinities and nan either
-        with np.errstate(over="ignore", invalid="ignore"):
-            for start in range(rows * thread // threads, stop, step):
-                work(slice(start, min(start + step, stop)))
+    Products within ``work`` run on the thread that asks for them.
+    """
+    with blas.own_threads() as threads:
+        threads = min(threads, -(-count // step))
 
-    if threads == 1:
+        def share(thread: int) -> None:
+            stop = count * (thread + 1) // threads
+            # MLX does not warn of infinities and nan either
+            with np.errstate(over="ignore", invalid="ignore"):
+                for start in range(count * thread // threads, stop, step):
+                    work(slice(start, min(start + step, stop)))
+
+        if threads == 1:
+            share(0)
+            return
+        helpers = _helpers(threads - 1)
+        others = [helpers.submit(share, thread) for thread in range(1, threads)]
         share(0)
-        return
-    helpers = _helpers(cpu_threads() - 1)
-    others = [helpers.submit(share, thread) for thread in range(1, threads)]
-    share(0)
-    for other in others:
-        other.result()
+        for other in others:
+            other.result()
 
 
-def matmul(a: Array, b: Array) -> Array:
-    """``a @ b``, by whichever BLAS is fast here."""
-    if BLAS == "numpy" and in_memory(a, b):
-        return mx.array(np.matmul(np.asarray(a), np.asarray(b)))
-    return a @ b
+def linear(x: Buffer, weight: Buffer, bias: Buffer | None, run: int, then_gelu: bool) -> Buffer:
+    """``x @ weight.T + bias``, and its GELU if asked.
 
+    x: (..., in)    weight: (out, in)    bias: (out,) or None    returns (..., out)
+    run: inputs that are summed in a row
+    """
+    rows, matrix = x.reshape(-1, x.shape[-1]), weight.T
+    count, outputs = len(rows), matrix.shape[1]
+    result = np.empty((*x.shape[:-1], outputs), np.float32)
+    total = result.reshape(count, outputs)
 
-def summed(terms: list[Array], matrices: list[Array], bias: Array | None) -> Array:
-    """``bias + sum(term @ matrix)``; terms: (rows, in) each, matrices: (in, out) each."""
-    if BLAS == "numpy" and in_memory(*terms, *matrices, *([] if bias is None else [bias])):
-        total = np.zeros((terms[0].shape[0], matrices[0].shape[1]), np.float32)
-        if bias is not None:
-            total += np.asarray(bias)
-        product = np.empty_like(total)
-        for term, matrix in zip(terms, matrices, strict=True):
-            total += np.matmul(np.asarray(term), np.asarray(matrix), out=product)
-        return mx.array(total)
-    result = bias
-    for term, matrix in zip(terms, matrices, strict=True):
-        result = term @ matrix if result is None else mx.addmm(result, term, matrix)
+    def work(rows: Buffer, matrix: Buffer, bias: Buffer | None, total: Buffer) -> None:
+        total[:] = np.float32(0) if bias is None else bias
+        blas.multiply(rows, matrix, total, add=True, run=run)
+        if then_gelu:
+            gelu_in_place(total)
+
+    def by_outputs(some: slice) -> None:
+        work(rows, matrix[:, some], None if bias is None else bias[some], total[:, some])
+
+    def by_rows(some: slice) -> None:
+        work(rows[some], matrix, bias, total[some])
+
+    # a product reads all of its weights: of few rows, each thread takes some outputs
+    threads = blas.threads()
+    if count < FEW_ROWS * threads:
+        _share(by_outputs, outputs, -(-outputs // threads))
+    else:
+        _share(by_rows, count, -(-count // threads))
     return result
 
 
-def gelu(x: Array) -> Array | None:
-    """The exact GELU in float32, computed now; None while a function is traced."""
-    x = mx.contiguous(x.astype(mx.float32))
-    # what the result starts as, and whose memory it gets
-    half = x * 0.5
-    if not in_memory(x, half):
-        return None
-    values, result = np.asarray(x).reshape(-1), np.asarray(half).reshape(-1)
+def conv1d(
+    x: Buffer,
+    weight: Buffer,
+    bias: Buffer | None,
+    stride: int,
+    norm: tuple[Buffer, Buffer] | None,
+    run: int,
+    epsilon: float,
+) -> Buffer:
+    """A convolution, its layer norm where there is one, and GELU.
 
-    def work(block: slice) -> None:
-        square, inner = np.empty((2, block.stop - block.start), np.float32)
-        _add_gelu(values[block], result[block], square, inner)
-
-    _in_blocks(work, len(values), 1)
-    return half
-
-
-def normalised_gelu(x: Array, mean: Array, scale: Array, bias: Array) -> Array | None:
-    """``gelu((x - mean) * scale + bias)``, computed now; None while a function is traced.
-
-    x: (batch, rows, channels)    mean, scale: (batch, 1, channels)    bias: (channels,)
+    x: (batch, time, in)    weight: (out, kernel, in)    bias: (out,) or None
+    norm: weight and bias, (out,) each    run: inputs of a tap that are summed in a row
+    returns: (batch, (time - kernel) // stride + 1, out)
     """
-    shifted = x - mean
-    if not in_memory(shifted, scale, bias):
-        return None
-    per_channel = np.asarray(bias)
-    for clip, factor in zip(np.asarray(shifted), np.asarray(scale), strict=True):
-        _normalise_and_gelu(clip, factor, per_channel)
-    return shifted
+    taps = weight.transpose(1, 2, 0)
+    kernel, _, channels = taps.shape
+    count = (x.shape[1] - kernel) // stride + 1
+    result = np.empty((len(x), count, channels), np.float32)
+
+    def work(clip: Buffer, total: Buffer, rows: slice) -> None:
+        tile = total[rows]
+        tile[:] = np.float32(0) if bias is None else bias
+        first, last = rows.start * stride, (rows.stop - 1) * stride
+        for tap in range(kernel):
+            heard = clip[first + tap : last + tap + 1 : stride]
+            blas.multiply(heard, taps[tap], tile, add=True, run=run)
+        if norm is not None:
+            _layer_norm(tile, tile, *norm, epsilon)
+        gelu_in_place(tile)
+
+    for clip, total in zip(x, result, strict=True):
+        _share(partial(work, clip, total), count, _tile(count))
+    return result
 
 
-def _normalise_and_gelu(values: Buffer, scale: Buffer, bias: Buffer) -> None:
-    def work(rows: slice) -> None:
-        x = values[rows]
-        x *= scale
-        x += bias
-        half, square, inner = x * np.float32(0.5), np.empty_like(x), np.empty_like(x)
-        _add_gelu(x, half, square, inner)
-        x[:] = half
-
-    _in_blocks(work, *values.shape)
+def _tile(rows: int) -> int:
+    return min(TILE, -(-rows // blas.threads()))
 
 
-def _add_gelu(x: Buffer, half: Buffer, square: Buffer, inner: Buffer) -> None:
-    """``half``, x / 2 before, becomes gelu(x); ``square`` and ``inner`` are scratch."""
+class Moments(NamedTuple):
+    """Mean and covariance of a waveform's windows, in float64.
+
+    A convolution is linear, so the mean and the variance over time of each of
+    its channels follow from these: mean = w . m, variance = w' C w. That gives
+    a group norm of one channel per group from the waveform alone, in one cheap
+    pass and more exactly than from the float32 channels.
+    """
+
+    #: the waveform's own mean; the rest is of the windows of ``waveform - offset``
+    offset: np.float32
+    #: (kernel,)
+    mean: Exact
+    #: (kernel, kernel)
+    covariance: Exact
+
+    @classmethod
+    def of(
+        cls,
+        waveform: Buffer,
+        kernel: int,
+        stride: int,
+        prepared: Callable[[Buffer], Buffer] = lambda samples: samples,
+    ) -> Moments:
+        """Those of ``prepared(waveform)``, which is prepared a part at a time.
+
+        waveform: (samples,)
+        """
+        samples = len(waveform)
+        count = (samples - kernel) // stride + 1
+        parts = (prepared(waveform[at : at + SAMPLES]) for at in range(0, samples, SAMPLES))
+        offset = np.float32(sum(float(x.sum(dtype=np.float64)) for x in parts) / samples)
+        first, second = np.zeros(kernel), np.zeros((kernel, kernel))
+        for start in range(0, count, SAMPLES // stride):
+            stop = min(start + SAMPLES // stride, count)
+            heard = prepared(waveform[start * stride : (stop - 1) * stride + kernel])
+            exact = heard.astype(np.float64)
+            exact -= np.float64(offset)
+            rows = np.ascontiguousarray(_windows(exact, kernel, stride))
+            first += rows.sum(axis=0)
+            second += rows.T @ rows
+        mean = first / count
+        return cls(offset, mean, second / count - np.outer(mean, mean))
+
+    def of_channels(self, weight: Buffer) -> tuple[Buffer, Buffer]:
+        """Mean and variance over time of what ``waveform - offset`` is convolved to.
+
+        weight: (channels, kernel)    returns: (channels,) each
+        """
+        exact = weight.astype(np.float64)
+        variance = ((exact @ self.covariance) * exact).sum(axis=-1)
+        return (
+            (exact @ self.mean).astype(np.float32),
+            np.maximum(variance, 0).astype(np.float32),
+        )
+
+
+def _windows(x: npt.NDArray[Any], kernel: int, stride: int) -> npt.NDArray[Any]:
+    """Every window of a sequence as one row: (rows, kernel) of (samples,)."""
+    return np.lib.stride_tricks.sliding_window_view(x, kernel)[::stride]
+
+
+def normalised_conv1d(
+    waveform: Buffer,
+    weight: Buffer,
+    scale: Buffer,
+    shift: Buffer,
+    stride: int,
+    moments: Sequence[Moments],
+    epsilon: float,
+) -> Buffer:
+    """A convolution, a group norm of one channel per group, and GELU.
+
+    waveform: (batch, samples)    weight: (channels, kernel)    scale, shift: (channels,)
+    moments: each clip's, whose mean and variance count
+    returns: (batch, (samples - kernel) // stride + 1, channels)
+
+    Scaling the product rounds less than scaling the kernel before it.
+    """
+    kernel, matrix = weight.shape[1], np.ascontiguousarray(weight.T)
+    count = (waveform.shape[1] - kernel) // stride + 1
+    result = np.empty((len(waveform), count, len(weight)), np.float32)
+
+    def work(windows: Buffer, mean: Buffer, factor: Buffer, total: Buffer, rows: slice) -> None:
+        tile = total[rows]
+        blas.multiply(np.ascontiguousarray(windows[rows]), matrix, tile)
+        tile -= mean
+        tile *= factor
+        tile += shift
+        gelu_in_place(tile)
+
+    for clip, moment, total in zip(waveform, moments, result, strict=True):
+        mean, variance = moment.of_channels(weight)
+        factor = scale / np.sqrt(variance + np.float32(epsilon))
+        windows = _windows(clip - moment.offset, kernel, stride)
+        _share(partial(work, windows, mean, factor, total), count, _tile(count))
+    return result
+
+
+def grouped_conv1d(x: Buffer, spectrum: Spectrum, bias: Buffer, kernel: int) -> Buffer:
+    """A grouped convolution of as many frames out as in, by overlap and save.
+
+    x: (batch, frames, channels)    spectrum: (bins, groups, in, out), as ``spectrum_of`` gives
+    """
+    batch, frames, channels = x.shape
+    bins, groups, per_group, _ = spectrum.shape
+    size = 2 * (bins - 1)
+    step = size - kernel + 1
+    blocks = -(-frames // step)
+    padded = np.zeros((batch, (blocks - 1) * step + size, channels), np.float32)
+    padded[:, kernel // 2 : kernel // 2 + frames] = x
+    result = np.empty((batch, blocks * step, channels), np.float32)
+
+    def work(some: slice) -> None:
+        for group in range(some.start, some.stop):
+            own = slice(group * per_group, (group + 1) * per_group)
+            for clip, total in zip(padded[..., own], result[..., own], strict=True):
+                blocked = np.stack([clip[b * step : b * step + size].T for b in range(blocks)])
+                heard = np.fft.rfft(blocked).astype(np.complex64, copy=False)
+                product = np.matmul(heard.transpose(2, 0, 1), spectrum[:, group])
+                y = np.fft.irfft(product.transpose(1, 2, 0), size)[..., kernel - 1 :]
+                total[:] = y.transpose(0, 2, 1).reshape(blocks * step, per_group)
+                total += bias[own]
+
+    _share(work, groups, 1)
+    return result[:, :frames]
+
+
+def spectrum_of(weight: Buffer, kernels: int) -> Spectrum:
+    """The frequency response of a grouped convolution's kernel, at ``kernels`` times its length.
+
+    weight: (channels, length, in)    returns: (bins, groups, in, out), complex64
+    """
+    channels, length, per_group = weight.shape
+    groups, size = channels // per_group, kernels * length
+    flipped = weight[:, ::-1]
+    response = np.empty((size // 2 + 1, groups, per_group, per_group), np.complex64)
+    # group by group: the whole in double precision is five times the kernel
+    for group in range(groups):
+        rows = flipped[group * per_group : (group + 1) * per_group].transpose(2, 0, 1)
+        bins = np.fft.rfft(np.ascontiguousarray(rows, np.float64), size)
+        response[:, group] = bins.transpose(2, 0, 1)
+    return response
+
+
+def layer_norm(x: Buffer, weight: Buffer, bias: Buffer, epsilon: float) -> Buffer:
+    """Layer norm over the last axis."""
+    width = x.shape[-1]
+    result = np.empty(x.shape, np.float32)
+    rows, normalised = x.reshape(-1, width), result.reshape(-1, width)
+
+    def work(some: slice) -> None:
+        _layer_norm(rows[some], normalised[some], weight, bias, epsilon)
+
+    _share(work, len(rows), max(1, BLOCK // width))
+    return result
+
+
+def _layer_norm(x: Buffer, out: Buffer, scale: Buffer, shift: Buffer, epsilon: float) -> None:
+    np.subtract(x, x.mean(axis=-1, keepdims=True), out=out)
+    deviation = (out * out).mean(axis=-1, keepdims=True)
+    deviation += np.float32(epsilon)
+    np.sqrt(deviation, out=deviation)
+    out /= deviation
+    out *= scale
+    out += shift
+
+
+def gelu(x: Buffer) -> Buffer:
+    """The exact (erf) GELU."""
+    result = np.array(x, np.float32, order="C")
+    values = result.reshape(-1)
+    _share(lambda block: gelu_in_place(values[block]), len(values), BLOCK)
+    return result
+
+
+def gelu_in_place(x: Buffer) -> None:
+    """The same of a vector or matrix on this thread alone, a block at a time."""
+    step = max(1, BLOCK // max(1, x[:1].size))
+    square, inner = (np.empty_like(x[:step], order="C") for _ in range(2))
+    for start in range(0, len(x), step):
+        some = x[start : start + step]
+        _gelu(some, square[: len(some)], inner[: len(some)])
+
+
+def _gelu(x: Buffer, square: Buffer, inner: Buffer) -> None:
     np.multiply(x, x, out=square)
     np.multiply(square, _GELU[0], out=inner)
     inner += _GELU[1]
@@ -195,83 +398,79 @@ def _add_gelu(x: Buffer, half: Buffer, square: Buffer, inner: Buffer) -> None:
         inner += coefficient
     inner *= x
     np.tanh(inner, out=inner)
-    inner *= half
-    half += inner
+    x *= np.float32(0.5)
+    inner *= x
+    x += inner
 
 
-def attention(queries: Array, keys: Array, values: Array, mask: Array | None) -> Array | None:
-    """Scaled dot-product attention, computed now; None while a function is traced.
+def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) -> Buffer:
+    """Scaled dot-product attention.
 
     queries, keys, values: (batch, heads, frames, head width); there may be more
     keys and values than queries
     mask: (batch, 1, 1, frames), true where a key may be attended to, or None
-    returns: (batch, frames, heads * head width), float32
+    returns: (batch, frames, heads * head width)
     """
-    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    queries = queries * queries.shape[-1] ** -0.5
-    spans = [slice(a, a + KEYS) for a in range(0, keys.shape[2], KEYS)]
-    key_spans = [mx.contiguous(keys[:, :, span].swapaxes(2, 3)) for span in spans]
-    value_spans = [mx.contiguous(values[:, :, span]) for span in spans]
-    if not in_memory(queries, *key_spans, *value_spans):
-        return None
-    hidden = None if mask is None else ~np.asarray(mask)
     batch, heads, frames, width = queries.shape
     longest = min(KEYS, keys.shape[2])
-    rows = min(frames, max(16, SCORES // longest))
-    together = max(1, SCORES // (rows * longest))
-    result = np.empty((batch, frames, heads, width), np.float32)
-    for clip in range(batch):
-        for head in range(0, heads, together):
-            some = slice(head, head + together)
-            for start in range(0, frames, rows):
-                asked = queries[clip, some, start : start + rows]
-                mixture = _Mixture(asked)
-                for span, key, value in zip(spans, key_spans, value_spans, strict=True):
-                    scores = matmul(asked, key[clip, some])
-                    mx.eval(scores, mixture.mixed)
-                    if hidden is not None:
-                        np.asarray(scores)[..., hidden[clip, 0, 0, span]] = -1e9
-                    mixture.add(scores, value[clip, some])
-                result[clip, start : start + rows, some] = mixture.result().swapaxes(0, 1)
-    return mx.array(result.reshape(batch, frames, heads * width))
+    step = min(frames, max(16, SCORES // longest))
+    starts = range(0, frames, step)
+    result = np.empty((batch, frames, heads * width), np.float32)
+    mixed = result.reshape(batch, frames, heads, width).transpose(0, 2, 1, 3)
+
+    def work(parts: slice) -> None:
+        room = np.empty(step * longest, np.float32)
+        for part in range(parts.start, parts.stop):
+            rest, piece = divmod(part, len(starts))
+            clip, head = divmod(rest, heads)
+            rows = slice(starts[piece], min(starts[piece] + step, frames))
+            _attend(
+                queries[clip, head, rows],
+                keys[clip, head],
+                values[clip, head],
+                None if mask is None else ~mask[clip, 0, 0],
+                mixed[clip, head, rows],
+                room,
+            )
+
+    parts = batch * heads * len(starts)
+    _share(work, parts, -(-parts // blas.threads()))
+    return result
 
 
-class _Mixture:
-    """Values mixed by the softmax of their scores, a part of the keys at a time.
+def _attend(
+    queries: Buffer,
+    keys: Buffer,
+    values: Buffer,
+    hidden: Mask | None,
+    out: Buffer,
+    room: Buffer,
+) -> None:
+    """The values mixed by the softmax of their scores, a span of the keys at a time.
 
+    queries: (rows, width)    keys, values: (keys, width)    hidden: (keys,) or None
+    out: (rows, width)    room: for the scores
     Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv:1805.02867).
     """
-
-    def __init__(self, queries: Array) -> None:
-        rows = (*queries.shape[:2], 1)
-        self._highest: Buffer = np.full(rows, -np.inf, np.float32)
-        self._total: Buffer = np.zeros(rows, np.float32)
-        #: (heads, queries, width), not yet divided by the weights' total
-        self.mixed = mx.zeros(queries.shape)
-
-    def add(self, scores: Array, values: Array) -> None:
-        """scores: (heads, queries, keys), overwritten    values: (heads, keys, width)."""
-        heads, queries, keys = scores.shape
-        weights: Buffer = np.asarray(scores).reshape(heads * queries, keys)
-        highest = self._highest.reshape(-1, 1).copy()
-        total = np.empty_like(highest)
-
-        def work(rows: slice) -> None:
-            some, top = weights[rows], highest[rows]
-            np.maximum(top, some.max(axis=-1, keepdims=True), out=top)
-            some -= top
-            np.exp(some, out=some)
-            some.sum(axis=-1, keepdims=True, out=total[rows])
-
-        _in_blocks(work, heads * queries, keys)
-        highest, total = (x.reshape(self._total.shape) for x in (highest, total))
-        shrunk = np.exp(self._highest - highest)
-        self._total = self._total * shrunk + total
-        self.mixed = self.mixed * mx.array(shrunk) + matmul(scores, values)
-        mx.async_eval(self.mixed)
-        self._highest = highest
-
-    def result(self) -> Buffer:
-        """(heads, queries, width)."""
-        mixed: Buffer = np.asarray(self.mixed)
-        return mixed / self._total
+    rows, width = queries.shape
+    highest: Buffer | None = None
+    total: Any = None
+    for start in range(0, len(keys), KEYS):
+        span = slice(start, min(start + KEYS, len(keys)))
+        weights = room[: rows * (span.stop - start)].reshape(rows, -1)
+        blas.multiply(queries, keys[span].T, weights, factor=width**-0.5)
+        if hidden is not None:
+            weights[:, hidden[span]] = -1e9
+        top = weights.max(axis=-1, keepdims=True)
+        if highest is not None:
+            np.maximum(top, highest, out=top)
+        weights -= top
+        np.exp(weights, out=weights)
+        weight = weights.sum(axis=-1, keepdims=True)
+        if highest is not None:
+            shrunk = np.exp(highest - top)
+            weight += total * shrunk
+            out *= shrunk
+        blas.multiply(weights, values[span], out, add=start > 0)
+        highest, total = top, weight
+    out /= total

@@ -1,15 +1,16 @@
 """How each operation is carried out on each kind of device: the one place that knows.
 
 The model says what is computed; this module says how. On Metal and CUDA the
-operations go to MLX's own primitives. On a CPU they are matrix products
-arranged so that the BLAS sees plain row-major operands.
+operations go to MLX's own primitives. A CPU computes with numpy's arrays and
+OpenBLAS (``mlx_contentvec.cpu``): ``prepared`` makes them of what comes in, and
+``mlx`` makes MLX's of what goes out. What ``mx.compile`` or a gradient traces
+stays MLX's throughout.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ EPS = 1e-5
 PART = 96
 #: the same for convolutions, which reach 1.05 times PyTorch's error at 96 and 0.97 at 64
 CONV_PART = 64
-#: rows of a convolution or a feed-forward in work at once on a CPU
+#: rows of a feed-forward in work at once on a CPU
 TILE = 512
 #: length of the FFT of the positional convolution, in kernels: its response is read whole for
 #: any clip, 38 MB at 2 and twice that at 4 (3.4 ms against 7.3 for 1 s of audio, 4.5 against
@@ -41,15 +42,92 @@ TAPS = 32
 PIPELINED_SAMPLES = 20 * 16000
 
 
+class Traced(ValueError):
+    """numpy's arrays meet weights that ``mx.compile`` or a gradient is tracing."""
+
+
+def prepared(x: Array) -> Array:
+    """``x`` as this device computes with it: on a CPU float32 of numpy's, unless it is traced."""
+    if device_kind() != "cpu":
+        return mlx(x)
+    if isinstance(x, np.ndarray):
+        return np.asarray(x, np.float32)
+    wide = mx.contiguous(x.astype(mx.float32))
+    return np.asarray(wide) if cpu.in_memory(wide) else x
+
+
+def mlx(x: Array) -> Array:
+    """``x`` as an array of MLX's."""
+    return mx.array(x) if isinstance(x, np.ndarray) else x
+
+
+def as_given(x: Array, y: Array) -> Array:
+    """``y``, which MLX has computed of ``x``, as numpy's if ``x`` is.
+
+    Raises Traced if it cannot be.
+    """
+    if not isinstance(x, np.ndarray):
+        return y
+    result = prepared(y)
+    if not isinstance(result, np.ndarray):
+        raise Traced("numpy's arrays and traced weights")
+    return result
+
+
+def rounded(x: Array, stored: Any) -> Array:
+    """``x`` in what a GPU computes in where weights are stored as ``stored``."""
+    return x if isinstance(x, np.ndarray) else x.astype(compute_dtype(stored))
+
+
+class Derived:
+    """What was made of weights, made once as long as they are those weights."""
+
+    def __init__(self) -> None:
+        self._state: tuple[tuple[Array, ...], Array] = ((), None)
+
+    def of(self, make: Callable[..., Array], *weights: Array) -> Array:
+        """``make(*weights)``, made now unless it was made of these very arrays before."""
+        known, made = self._state
+        if len(known) != len(weights) or not all(map(operator.is_, known, weights)):
+            made = make(*weights)
+            self._state = weights, made
+        return made
+
+
+def operands(x: Array, derived: Derived, *weights: Array | None) -> tuple[Array, ...]:
+    """``x`` and the weights that meet it: numpy's if ``x`` is, else MLX's.
+
+    derived: where weights are kept as numpy's
+
+    Half precision is widened on a CPU: MLX emulates it there and takes 12 (float16)
+    and 10 times (bfloat16) as long (5 s of audio; AMD EPYC, one core).
+    Raises Traced if ``x`` is numpy's and a weight is being traced.
+    """
+    if not isinstance(x, np.ndarray):
+        return x, *weights
+    return x, *derived.of(_in_memory, *weights)
+
+
+def _in_memory(*weights: Array | None) -> tuple[Array, ...]:
+    """Weights as a CPU computes with them: float32 of numpy's."""
+    wide = [None if w is None else _widened(w) for w in weights]
+    if not cpu.in_memory(*(w for w in wide if w is not None)):
+        raise Traced("numpy's arrays and traced weights")
+    return tuple(None if w is None else np.asarray(w) for w in wide)
+
+
+def _widened(weight: Array) -> Array:
+    return weight if weight.dtype == mx.float32 else arrange(weight.astype(mx.float32))
+
+
 def gelu(x: Array) -> Array:
-    """The exact (erf) GELU that every activation of the model is; on a CPU of float32 alone.
+    """The exact (erf) GELU that every activation of the model is.
 
     Source: fairseq/modules/gelu.py, ``gelu``.
     """
-    if device_kind() != "cpu":
-        return _gelu_fused(x)
-    computed = cpu.gelu(x)
-    return _gelu_plain(x) if computed is None else computed
+    if isinstance(x, np.ndarray):
+        return cpu.gelu(x)
+    return _gelu_plain(x) if device_kind() == "cpu" else _gelu_fused(x)
 
 
 def _gelu_plain(x: Array) -> Array:
@@ -65,30 +143,12 @@ _gelu_fused = mx.compile(_gelu_plain, shapeless=True)
 _normalised_gelu_fused = mx.compile(_normalised_gelu_plain, shapeless=True)
 
 
-def normalised_gelu(x: Array, mean: Array, scale: Array, bias: Array) -> Array:
-    """``gelu((x - mean) * scale + bias)``; x: (batch, rows, channels), the rest broadcast to it."""
-    if device_kind() != "cpu":
-        return _normalised_gelu_fused(x, mean, scale, bias)
-    computed = cpu.normalised_gelu(x, mean, scale, bias)
-    return _normalised_gelu_plain(x, mean, scale, bias) if computed is None else computed
-
-
-def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
-    """Layer norm over the last axis.
-
-    On a CPU, MLX adds a row up one number after the other. Partial sums are as
-    quick, and leave an error of 8e-8 rms where that leaves 2.2e-7 (768 wide).
-    """
-    if device_kind() != "cpu":
-        return mx.fast.layer_norm(x, weight, bias, EPS)
-    centred = x - _mean(x)
-    return centred * mx.rsqrt(_mean(centred * centred) + EPS) * weight + bias
-
-
-def _mean(x: Array) -> Array:
-    """Mean over the last axis, which stays with length 1, from up to 32 partial sums."""
-    parts = math.gcd(x.shape[-1], 32)
-    return x.reshape(*x.shape[:-1], parts, -1).mean(-1).mean(-1)[..., None]
+def layer_norm(x: Array, weight: Array, bias: Array, derived: Derived) -> Array:
+    """Layer norm over the last axis."""
+    x, weight, bias = operands(x, derived, weight, bias)
+    if isinstance(x, np.ndarray):
+        return cpu.layer_norm(x, weight, bias, EPS)
+    return mx.fast.layer_norm(x, weight, bias, EPS)
 
 
 def windows(x: Array, kernel: int, stride: int) -> Array:
@@ -105,35 +165,8 @@ def windows(x: Array, kernel: int, stride: int) -> Array:
 
 
 def compute_dtype(stored: Any) -> Any:
-    """What is computed in where weights are stored as ``stored``.
-
-    On a CPU always float32: MLX's half precision is emulated there and takes 12
-    (float16) and 10 times (bfloat16) as long (5 s of audio; AMD EPYC, one core).
-    """
+    """What is computed in where weights are stored as ``stored``: see ``operands``."""
     return mx.float32 if device_kind() == "cpu" else stored
-
-
-class Derived:
-    """What was made of weights, made once as long as they are those weights."""
-
-    def __init__(self) -> None:
-        self._weights: tuple[Array, ...] = ()
-        self._made: Array = None
-
-    def of(self, make: Callable[..., Array], *weights: Array) -> Array:
-        """``make(*weights)``, made now unless it was made of these very arrays before."""
-        same = len(self._weights) == len(weights) and all(map(operator.is_, self._weights, weights))
-        if not same:
-            self._weights, self._made = weights, make(*weights)
-        return self._made
-
-
-def widened(weight: Array, derived: Derived) -> Array:
-    """A weight in the precision that this device computes in."""
-    dtype = compute_dtype(weight.dtype)
-    if weight.dtype == dtype:
-        return weight
-    return derived.of(lambda stored: arrange(stored.astype(dtype)), weight)
 
 
 def arrange(weight: Array) -> Array:
@@ -150,27 +183,18 @@ def arrange(weight: Array) -> Array:
     return mx.contiguous(inputs_first).transpose(weight.ndim - 1, *range(weight.ndim - 1))
 
 
-def matmul(a: Array, b: Array) -> Array:
-    """``a @ b``."""
-    return cpu.matmul(a, b) if device_kind() == "cpu" else a @ b
+def linear(
+    x: Array, weight: Array, bias: Array | None, derived: Derived, then_gelu: bool = False
+) -> Array:
+    """A linear layer, and its GELU if asked.
 
-
-def linear(x: Array, weight: Array, bias: Array | None) -> Array:
-    """x: (..., in)    weight: (out, in)    bias: (out,) or None    returns (..., out)."""
-    if device_kind() == "cpu":
-        rows = x.astype(mx.float32).reshape(-1, x.shape[-1])
-        parts = _parts(weight.T, PART)
-        terms, matrices = [rows[:, part] for part, _ in parts], [matrix for _, matrix in parts]
-        return cpu.summed(terms, matrices, bias).reshape(*x.shape[:-1], -1)
-    if bias is None:
-        return x @ weight.T
-    return mx.addmm(bias, x, weight.T)
-
-
-def _parts(matrix: Array, size: int) -> list[tuple[slice, Array]]:
-    """A (in, out) matrix ``size`` inputs at a time, with the inputs that each takes."""
-    slices = [slice(start, start + size) for start in range(0, matrix.shape[0], size)]
-    return [(part, matrix[part]) for part in slices]
+    x: (..., in)    weight: (out, in)    bias: (out,) or None    returns (..., out)
+    """
+    x, weight, bias = operands(x, derived, weight, bias)
+    if isinstance(x, np.ndarray):
+        return cpu.linear(x, weight, bias, PART, then_gelu)
+    y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    return gelu(y) if then_gelu else y
 
 
 def by_rows(function: Callable[[Array], Array], x: Array) -> Array:
@@ -179,11 +203,10 @@ def by_rows(function: Callable[[Array], Array], x: Array) -> Array:
     On a CPU a few rows at a time, so that what lies between the first and the
     last operation never leaves the cache.
     """
-    if device_kind() != "cpu" or x.shape[1] <= TILE:
+    if not isinstance(x, np.ndarray) or x.shape[1] <= TILE:
         return function(x)
-    return mx.concatenate(
-        [function(x[:, start : start + TILE]) for start in range(0, x.shape[1], TILE)], axis=1
-    )
+    starts = range(0, x.shape[1], TILE)
+    return np.concatenate([function(x[:, at : at + TILE]) for at in starts], axis=1)
 
 
 def conv1d(
@@ -191,64 +214,34 @@ def conv1d(
     weight: Array,
     bias: Array | None,
     stride: int,
-    finish: Callable[[Array], Array],
+    norm: tuple[Array, Array] | None,
+    derived: Derived,
 ) -> Array:
-    """A convolution without padding, channels last, and what follows it frame by frame.
+    """A convolution without padding, channels last, its layer norm where there is one, and GELU.
 
     x: (batch, time, in)    weight: (out, kernel, in)    bias: (out,) or None
-    finish: from (batch, frames, out) to the same shape, frames independent
+    norm: weight and bias, (out,) each
     returns: (batch, (time - kernel) // stride + 1, out)
     """
-    out, kernel, _ = weight.shape
+    x, weight, bias, *norm_held = operands(x, derived, weight, bias, *(norm or ()))
+    if isinstance(x, np.ndarray):
+        return cpu.conv1d(x, weight, bias, stride, tuple(norm_held) or None, CONV_PART, EPS)
     if device_kind() == "cuda" and x.dtype == mx.float32:
         # 0.62 ms instead of cuDNN's 0.70 for the second convolution of 10 s (H100, no TF32);
         # in half precision cuDNN takes 0.07 and this 0.11
+        out, kernel, _ = weight.shape
         y = windows(x, kernel, stride) @ weight.transpose(1, 2, 0).reshape(-1, out)
-        return finish(y if bias is None else y + bias)
-    if device_kind() != "cpu":
+    else:
         y = mx.conv1d(x, weight, stride)
-        return finish(y if bias is None else y + bias)
-    x = x.astype(mx.float32)
-    count = (x.shape[1] - kernel) // stride + 1
-    taps = [_parts(weight[:, tap].T, CONV_PART) for tap in range(kernel)]
-    matrices = [matrix for tap in taps for _, matrix in tap]
-    clips = []
-    for clip in x:
-        tiles = []
-        for start in range(0, count, TILE):
-            first, last = start * stride, (min(start + TILE, count) - 1) * stride
-            terms = [
-                clip[first + tap : last + tap + 1 : stride, part]
-                for tap in range(kernel)
-                for part, _ in taps[tap]
-            ]
-            tiles.append(finish(cpu.summed(terms, matrices, bias)[None]))
-        clips.append(mx.concatenate(tiles, axis=1))
-    return mx.concatenate(clips)
+    if bias is not None:
+        y = y + bias
+    return gelu(mx.fast.layer_norm(y, *norm_held, EPS) if norm_held else y)
 
 
-def _spectrum(kernel: Array) -> Array:
-    """The frequency response of a grouped convolution's kernel.
-
-    kernel: (channels, length, in)    returns: (bins, groups, in, out), complex64
-    """
-    channels, length, per_group = kernel.shape
-    groups, size = channels // per_group, FFT_KERNELS * length
-    flipped = np.array(kernel.astype(mx.float32))[:, ::-1]
-    response = np.empty((size // 2 + 1, groups, per_group, per_group), np.complex64)
-    # group by group: the whole in double precision is five times the kernel
-    for group in range(groups):
-        rows = flipped[group * per_group : (group + 1) * per_group].transpose(2, 0, 1)
-        bins = np.fft.rfft(np.ascontiguousarray(rows, np.float64), size)
-        response[:, group] = bins.transpose(2, 0, 1)
-    return mx.array(response)
-
-
-def grouped_conv1d(x: Array, weight: Array, bias: Array, spectrum: Derived) -> Array:
+def grouped_conv1d(x: Array, weight: Array, bias: Array, derived: Derived) -> Array:
     """A grouped convolution of as many frames out as in, the last of an even kernel dropped.
 
     x: (batch, frames, channels)    weight: (channels, kernel, channels / groups)
-    spectrum: where a CPU keeps the frequency response of the weight
 
     fairseq pads kernel // 2 on both sides and SamePad drops the last frame when
     the kernel is even: the same as padding one less on the right.
@@ -256,29 +249,22 @@ def grouped_conv1d(x: Array, weight: Array, bias: Array, spectrum: Derived) -> A
     fairseq/modules/same_pad.py.
     """
     kernel, per_group = weight.shape[1:]
+    if isinstance(x, np.ndarray):
+        spectrum, added = derived.of(_spectrum_and_bias, weight, bias)
+        return cpu.grouped_conv1d(x, spectrum, added, kernel)
     frames = x.shape[1]
     left, right = kernel // 2, (kernel - 1) // 2
     if device_kind() == "cuda" and kernel % TAPS == 0:
         return _grouped_in_blocks(x, weight, left, right) + bias
-    if device_kind() != "cpu":
-        # padded by the convolution itself and trimmed: given frames that were padded
-        # before, cuDNN picks an engine that reads out of bounds (mlx 0.32.4, H100)
-        y = mx.conv1d(x, weight, padding=left, groups=weight.shape[0] // per_group)
-        return y[:, :frames] + bias
-    # overlap-save: blocks of `size` frames give `step` each
-    batch, _, channels = x.shape
-    size = FFT_KERNELS * kernel
-    step = size - kernel + 1
-    blocks = -(-frames // step)
-    padded = mx.pad(x, ((0, 0), (left, right + blocks * step - frames), (0, 0)))
-    blocked = windows(padded, size, step).reshape(batch * blocks, size, channels)
-    bins = mx.fft.rfft(blocked, axis=1).reshape(
-        batch * blocks, -1, channels // per_group, per_group
-    )
-    product = cpu.matmul(bins.transpose(1, 2, 0, 3), spectrum.of(_spectrum, weight))
-    product = product.transpose(2, 0, 1, 3).reshape(batch * blocks, -1, channels)
-    y = mx.fft.irfft(product, n=size, axis=1)[:, kernel - 1 :]
-    return y.reshape(batch, blocks * step, channels)[:, :frames] + bias
+    # padded by the convolution itself and trimmed: given frames that were padded
+    # before, cuDNN picks an engine that reads out of bounds (mlx 0.32.4, H100)
+    y = mx.conv1d(x, weight, padding=left, groups=weight.shape[0] // per_group)
+    return y[:, :frames] + bias
+
+
+def _spectrum_and_bias(weight: Array, bias: Array) -> tuple[Array, Array]:
+    kernel, added = _in_memory(weight, bias)
+    return cpu.spectrum_of(kernel, FFT_KERNELS), added
 
 
 def _grouped_in_blocks(x: Array, weight: Array, left: int, right: int) -> Array:
@@ -325,10 +311,8 @@ def attention(queries: Array, keys: Array, values: Array, mask: Array | None) ->
     mask: (batch, 1, 1, frames), true where a key may be attended to, or None
     returns: (batch, frames, heads * head width)
     """
-    if device_kind() == "cpu":
-        attended = cpu.attention(queries, keys, values, mask)
-        if attended is not None:
-            return attended
+    if isinstance(queries, np.ndarray):
+        return cpu.attention(queries, keys, values, None if mask is None else np.asarray(mask))
     batch, heads, frames, width = queries.shape
     attended = mx.fast.scaled_dot_product_attention(
         queries, keys, values, scale=width**-0.5, mask=mask
@@ -336,76 +320,60 @@ def attention(queries: Array, keys: Array, values: Array, mask: Array | None) ->
     return attended.transpose(0, 2, 1, 3).reshape(batch, frames, heads * width)
 
 
-def window_moments(
-    waveform: Array, lengths: Array | None, kernel: int, stride: int
-) -> tuple[Array, Array, Array]:
-    """Mean and covariance of a waveform's windows, in float64 on the CPU.
-
-    A convolution is linear, so the mean and the variance over time of each of
-    its channels follow from these: mean = w . m, variance = w' C w. That gives
-    a group norm of one channel per group from the waveform alone, in one cheap
-    pass and more exactly than from the float32 channels.
-
-    waveform: (batch, samples)
-    lengths:  (batch,) samples of each clip that count, or None for all
-    returns:  offset (batch, 1) float32: the clip's own mean, to be subtracted first;
-              mean (batch, kernel) and covariance (batch, kernel, kernel), float64,
-              of the windows of ``waveform - offset``
-    """
-    with mx.stream(mx.cpu):
-        samples = waveform.shape[1]
-        count = (samples - kernel) // stride + 1
-        exact = waveform.astype(mx.float64)
-        if lengths is None:
-            valid_samples = mx.array(samples, mx.float64)
-            valid_windows = mx.array(count, mx.float64)
-        else:
-            inside = mx.arange(samples)[None] < lengths[:, None]
-            exact = mx.where(inside, exact, mx.array(0.0, mx.float64))
-            valid_samples = lengths[:, None].astype(mx.float64)
-            valid_windows = ((lengths - kernel) // stride + 1)[:, None].astype(mx.float64)
-        offset = (exact.sum(axis=1, keepdims=True) / valid_samples).astype(mx.float32)
-        rows = windows((exact - offset.astype(mx.float64))[..., None], kernel, stride)
-        if lengths is not None:
-            counted = mx.arange(count)[None, :, None] < valid_windows[..., None]
-            rows = mx.where(counted, rows, mx.array(0.0, mx.float64))
-        rows = mx.contiguous(rows)
-        mean = rows.sum(axis=1) / valid_windows
-        second = (rows.swapaxes(1, 2) @ rows) / valid_windows[..., None]
-        covariance = second - mean[:, :, None] * mean[:, None, :]
-    return offset, mean, covariance
-
-
-def channel_statistics(
+def conv1d_normalised_over_time(
     waveform: Array,
-    lengths: Array | None,
     weight: Array,
+    scale: Array,
+    shift: Array,
     stride: int,
-    moments: tuple[Array, Array, Array] | None = None,
-) -> tuple[Array, Array, Array]:
-    """Mean and variance over time of each channel of a convolution of a waveform.
+    lengths: Array | None,
+    moments: Sequence[cpu.Moments] | None,
+    derived: Derived,
+) -> Array:
+    """A convolution of a waveform, a group norm of one channel per group, and GELU.
 
-    waveform: (batch, samples)    lengths: (batch,) samples that count, or None for all
-    weight:   (channels, kernel)
-    moments:  ``window_moments`` of the whole waveform, where this is a piece of it
-    returns:  offset (batch, 1), to be subtracted from the waveform first, mean and
-              variance (batch, channels) of what is convolved then, all float32
+    waveform: (batch, samples)    weight: (channels, kernel, 1)    scale, shift: (channels,)
+    lengths:  (batch,) samples of each clip that its norm counts, or None for all
+    moments:  each clip's, where this is a piece of it
+    returns:  (batch, (samples - kernel) // stride + 1, channels), float32
 
-    On a CPU they follow from the moments of the windows. A GPU would wait for
+    On a CPU the norm follows from the moments of the windows. A GPU would wait for
     that; it has the bandwidth to look at the channels themselves, in two passes.
     """
     kernel = weight.shape[1]
-    if moments is not None or device_kind() == "cpu":
-        offset, mean, covariance = moments or window_moments(waveform, lengths, kernel, stride)
-        with mx.stream(mx.cpu):
-            exact = weight.astype(mx.float64)
-            variance = ((exact[None] @ covariance) * exact[None]).sum(axis=-1)
-            return (
-                offset,
-                (mean @ exact.T).astype(mx.float32),
-                mx.maximum(variance, 0.0).astype(mx.float32),
-            )
-    samples = waveform.shape[1]
+    x, weight, scale, shift = operands(waveform, derived, weight, scale, shift)
+    weight = weight[..., 0]
+    if isinstance(x, np.ndarray):
+        if moments is None:
+            counts = [x.shape[1]] * len(x) if lengths is None else np.asarray(lengths).tolist()
+            moments = [
+                cpu.Moments.of(clip[:count], kernel, stride)
+                for clip, count in zip(x, counts, strict=True)
+            ]
+        return cpu.normalised_conv1d(x, weight, scale, shift, stride, moments, EPS)
+    weight, scale, shift = (w.astype(mx.float32) for w in (weight, scale, shift))
+    if moments is None:
+        offset, mean, variance = _channel_statistics(x, weight, stride, lengths)
+    else:
+        of_channels = [moment.of_channels(np.array(weight)) for moment in moments]
+        offset = mx.array([[float(moment.offset)] for moment in moments])
+        mean, variance = (mx.array(np.stack(values)) for values in zip(*of_channels, strict=True))
+    factor = scale / mx.sqrt(variance + EPS)
+    y = windows((x - offset)[..., None], kernel, stride) @ mx.contiguous(weight.T)
+    finish = _normalised_gelu_plain if device_kind() == "cpu" else _normalised_gelu_fused
+    return finish(y, mean[:, None], factor[:, None], shift)
+
+
+def _channel_statistics(
+    waveform: Array, weight: Array, stride: int, lengths: Array | None
+) -> tuple[Array, Array, Array]:
+    """Mean and variance over time of each channel of a convolution of a waveform.
+
+    waveform: (batch, samples)    weight: (channels, kernel)
+    returns:  offset (batch, 1), to be subtracted from the waveform first, mean and
+              variance (batch, channels) of what is convolved then
+    """
+    kernel, samples = weight.shape[1], waveform.shape[1]
     valid_samples: Any = samples
     valid_windows: Any = (samples - kernel) // stride + 1
     if lengths is not None:

@@ -6,10 +6,12 @@ run while one of them is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import kernels
+import numpy as np
+
+from . import cpu, kernels
 from .backend import device_kind, mx, nn
 from .config import ModelConfig
 
@@ -31,15 +33,15 @@ class Linear(nn.Linear):
             self.bias = placeholder(outputs)
         self._derived = kernels.Derived()
 
-    def __call__(self, x: Array) -> Array:
-        """(..., inputs) to (..., outputs)."""
-        return kernels.linear(x, kernels.widened(self.weight, self._derived), self.get("bias"))
+    def __call__(self, x: Array, then_gelu: bool = False) -> Array:
+        """(..., inputs) to (..., outputs), and their GELU if asked."""
+        return kernels.linear(x, self.weight, self.get("bias"), self._derived, then_gelu)
 
     def outputs(self, some: slice) -> Callable[[Array], Array]:
         """The layer with but some of its outputs."""
-        weight = kernels.arrange(kernels.widened(self.weight, self._derived)[some])
-        bias = self.bias[some]
-        return lambda x: kernels.linear(x, weight, bias)
+        weight, bias = kernels.arrange(self.weight[some]), self.bias[some]
+        derived = kernels.Derived()
+        return lambda x: kernels.linear(x, weight, bias, derived)
 
     def to_quantized(self, *arguments: Any, **keywords: Any) -> QuantizedLinear:
         """What ``nn.quantize`` puts in this layer's place."""
@@ -56,29 +58,31 @@ class QuantizedLinear(nn.QuantizedLinear):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
+        self._dequantized = kernels.Derived()
         self._derived = kernels.Derived()
 
-    def _dequantized(self) -> Array:
+    def _matrix(self) -> Array:
         def make(weight: Array, scales: Array, biases: Array) -> Array:
             matrix = mx.dequantize(
                 weight, scales, biases, self.group_size, self.bits, mode=self.mode
             )
             return kernels.arrange(matrix.astype(mx.float32))
 
-        return self._derived.of(make, self.weight, self.scales, self.biases)
+        return self._dequantized.of(make, self.weight, self.scales, self.biases)
 
-    def __call__(self, x: Array) -> Array:
-        """(..., inputs) to (..., outputs)."""
+    def __call__(self, x: Array, then_gelu: bool = False) -> Array:
+        """(..., inputs) to (..., outputs), and their GELU if asked."""
         if device_kind() == "cpu":
-            return kernels.linear(x, self._dequantized(), self.get("bias"))
-        return super().__call__(x)
+            return kernels.linear(x, self._matrix(), self.get("bias"), self._derived, then_gelu)
+        y = super().__call__(x)
+        return kernels.gelu(y) if then_gelu else y
 
     def outputs(self, some: slice) -> Callable[[Array], Array]:
         """The layer with but some of its outputs."""
         bias = self.bias[some]
         if device_kind() == "cpu":
-            matrix = kernels.arrange(self._dequantized()[some])
-            return lambda x: kernels.linear(x, matrix, bias)
+            matrix, derived = kernels.arrange(self._matrix()[some]), kernels.Derived()
+            return lambda x: kernels.linear(x, matrix, bias, derived)
         weight, scales, biases = (
             mx.contiguous(array[some]) for array in (self.weight, self.scales, self.biases)
         )
@@ -103,10 +107,11 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = placeholder(width)
         self.bias = placeholder(width)
+        self._derived = kernels.Derived()
 
     def __call__(self, x: Array) -> Array:
         """Layer norm over the last axis of (..., width)."""
-        return kernels.layer_norm(x, self.weight, self.bias)
+        return kernels.layer_norm(x, self.weight, self.bias, self._derived)
 
 
 class BatchNorm(Norm):
@@ -119,8 +124,10 @@ class BatchNorm(Norm):
 
     def __call__(self, x: Array) -> Array:
         """(batch, frames, width) in and out."""
-        scale = self.weight * mx.rsqrt(self.running_var + kernels.EPS)
-        return (x - self.running_mean) * scale + self.bias
+        x, mean, variance, weight, bias = kernels.operands(
+            x, self._derived, self.running_mean, self.running_var, self.weight, self.bias
+        )
+        return (x - mean) * (weight * (variance + kernels.EPS) ** -0.5) + bias
 
 
 class ConditionalNorm(nn.Module):
@@ -139,11 +146,13 @@ class ConditionalNorm(nn.Module):
 
     def __call__(self, x: Array, speaker: Array) -> Array:
         """x: (batch, frames, width)    speaker: (batch, speaker_dim)."""
-        exact = x.astype(mx.float32)
+        exact = kernels.mlx(x).astype(mx.float32)
         centred = exact - exact.mean(axis=(0, 2), keepdims=True)
         variance = (centred * centred).mean(axis=(0, 2), keepdims=True)
-        normalised = (centred * mx.rsqrt(variance + kernels.EPS)).astype(x.dtype)
-        return normalised * self.weight_ln(speaker)[:, None] + self.bias_ln(speaker)[:, None]
+        dtype = kernels.compute_dtype(self.weight_ln.weight.dtype)
+        normalised = (centred * mx.rsqrt(variance + kernels.EPS)).astype(dtype)
+        scale, shift = self.weight_ln(speaker)[:, None], self.bias_ln(speaker)[:, None]
+        return kernels.as_given(x, normalised * scale + shift)
 
 
 class Conv(nn.Module):
@@ -154,11 +163,6 @@ class Conv(nn.Module):
         self.weight = placeholder(channels, kernel, channels_in)
         if bias:
             self.bias = placeholder(channels)
-        self._derived = kernels.Derived()
-
-    def kernel(self) -> Array:
-        """The kernel in the precision that is computed in."""
-        return kernels.widened(self.weight, self._derived)
 
 
 class ConvBlock(nn.Module):
@@ -175,57 +179,38 @@ class ConvBlock(nn.Module):
         self.over_time = config.extractor_norm == "group" and index == 0
         if self.over_time or config.extractor_norm == "layer":
             self.norm = Norm(channels)
+        self._derived = kernels.Derived()
 
     def __call__(
         self,
         x: Array,
         lengths: Array | None = None,
-        moments: tuple[Array, Array, Array] | None = None,
+        moments: Sequence[cpu.Moments] | None = None,
     ) -> Array:
         """(batch, time, channels in) to (batch, time / stride, channels).
 
         ``lengths``, (batch,) in samples, bounds what the first block's group
-        norm counts; ``moments``, as ``kernels.window_moments`` gives them, are
-        those of a longer waveform of which ``x`` is a piece. Elsewhere neither
-        changes anything.
-        """
-        if self.over_time:
-            return self._normalised_over_time(x, lengths, moments)
-
-        def finish(y: Array) -> Array:
-            return kernels.gelu(self.norm(y) if "norm" in self else y)
-
-        return kernels.conv1d(x, self.conv.kernel(), self.conv.get("bias"), self.stride, finish)
-
-    def _normalised_over_time(
-        self,
-        waveform: Array,
-        lengths: Array | None,
-        moments: tuple[Array, Array, Array] | None,
-    ) -> Array:
-        """The first convolution, its group norm and GELU.
+        norm counts; ``moments`` are those of the longer clips of which ``x`` are
+        pieces. Elsewhere neither changes anything.
 
         ``GroupNorm(channels, channels)`` normalises each channel over time. A
         bias of the convolution shifts a channel's mean and nothing else: it cancels.
-        Scaling the product rounds less than scaling the kernel before it.
         """
-        dtype = kernels.compute_dtype(self.conv.weight.dtype)
-        weight = self.conv.weight[..., 0].astype(mx.float32)
-        offset, mean, variance = kernels.channel_statistics(
-            waveform[..., 0], lengths, weight, self.stride, moments
+        if not self.over_time:
+            norm = (self.norm.weight, self.norm.bias) if "norm" in self else None
+            bias = self.conv.get("bias")
+            return kernels.conv1d(x, self.conv.weight, bias, self.stride, norm, self._derived)
+        y = kernels.conv1d_normalised_over_time(
+            x[..., 0],
+            self.conv.weight,
+            self.norm.weight,
+            self.norm.bias,
+            self.stride,
+            lengths,
+            moments,
+            self._derived,
         )
-        mean = mean[:, None]
-        scale = (self.norm.weight.astype(mx.float32) / mx.sqrt(variance + kernels.EPS))[:, None]
-        bias = self.norm.bias.astype(mx.float32)
-        matrix = mx.contiguous(weight.T)
-
-        def normalised(rows: Array) -> Array:
-            product = kernels.matmul(rows, matrix)
-            return kernels.normalised_gelu(product, mean, scale, bias).astype(dtype)
-
-        return kernels.by_rows(
-            normalised, kernels.windows(waveform - offset[..., None], self.kernel, self.stride)
-        )
+        return kernels.rounded(y, self.conv.weight.dtype)
 
 
 class FeatureExtractor(nn.Module):
@@ -247,11 +232,11 @@ class PositionalConv(nn.Module):
         width = config.encoder_embed_dim
         self.weight = placeholder(width, config.conv_pos, width // config.conv_pos_groups)
         self.bias = placeholder(width)
-        self._spectrum = kernels.Derived()
+        self._derived = kernels.Derived()
 
     def __call__(self, x: Array) -> Array:
         """(batch, frames, width) in and out."""
-        return kernels.gelu(kernels.grouped_conv1d(x, self.weight, self.bias, self._spectrum))
+        return kernels.gelu(kernels.grouped_conv1d(x, self.weight, self.bias, self._derived))
 
 
 class SelfAttention(nn.Module):
@@ -291,9 +276,8 @@ class SelfAttention(nn.Module):
         """Queries, keys and values, (batch, frames, width) each."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         if self._joined is not None and self._joined.still_holds(parts):
-            projected = self._joined(x)
-            split: list[Array] = mx.split(projected, 3, axis=-1)
-            return split
+            projected, width = self._joined(x), x.shape[-1]
+            return [projected[..., i * width : (i + 1) * width] for i in range(3)]
         return [part(x) for part in parts]
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
@@ -316,7 +300,7 @@ class _Joined:
 
     def __call__(self, x: Array) -> Array:
         """(..., width) to (..., 3 * width)."""
-        return kernels.linear(x, kernels.widened(self._weight, self._derived), self._bias)
+        return kernels.linear(x, self._weight, self._bias, self._derived)
 
     def still_holds(self, parts: tuple[nn.Module, ...]) -> bool:
         """Whether the parameters are those parts still, not replaced since."""
@@ -354,7 +338,7 @@ class EncoderLayer(nn.Module):
 
     def feed_forward(self, x: Array) -> Array:
         """(batch, frames, width) in and out."""
-        return kernels.by_rows(lambda rows: self.fc2(kernels.gelu(self.fc1(rows))), x)
+        return kernels.by_rows(lambda rows: self.fc2(self.fc1(rows, then_gelu=True)), x)
 
     def __call__(self, x: Array, mask: Array | None, speaker: Array | None = None) -> Array:
         """x: (batch, frames, width)    speaker: (batch, speaker_dim), conditioned layers only."""
@@ -405,4 +389,6 @@ class Encoder(nn.Module):
 
 
 def _without(x: Array, padding_mask: Array) -> Array:
+    if isinstance(x, np.ndarray):
+        return np.where(np.asarray(padding_mask)[..., None], np.float32(0), x)
     return mx.where(padding_mask[..., None], mx.zeros_like(x), x)

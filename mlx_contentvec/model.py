@@ -302,7 +302,24 @@ class ContentvecModel(nn.Module):
         padding_mask: (batch, frames), true where padded
         lengths: (batch,) samples of each clip that count, for ``conv.0`` and ``positional``
         spk_emb: (batch, speaker_dim), for speaker-conditioned layers
+
+        returns: an array of MLX's, or one of numpy's where ``x`` is and the device is a CPU
         """
+        given = kernels.prepared(x)
+        try:
+            y = self._stage(name, given, padding_mask, lengths, spk_emb)
+        except kernels.Traced:
+            y = self._stage(name, kernels.mlx(given), padding_mask, lengths, spk_emb)
+        return y if isinstance(x, np.ndarray) else kernels.mlx(y)
+
+    def _stage(
+        self,
+        name: str,
+        x: Array,
+        padding_mask: Array | None,
+        lengths: Array | None,
+        spk_emb: Array | None,
+    ) -> Array:
         kind, _, number = name.partition(".")
         if kind == "conv":
             block = self.feature_extractor.conv_layers[int(number)]
@@ -335,7 +352,8 @@ class ContentvecModel(nn.Module):
         outputs: dict[str, Array] = {}
         self._run(source, spk_emb, padding_mask, None, None, outputs)
         if "final_proj" in self.stage_names():
-            outputs["final_proj"] = self.final_proj(outputs[self.stage_input("final_proj") or ""])
+            given = outputs[self.stage_input("final_proj") or ""]
+            outputs["final_proj"] = self.run_stage("final_proj", given)
         return outputs
 
     # ---- the forward pass ---------------------------------------------------
@@ -379,7 +397,9 @@ class ContentvecModel(nn.Module):
                 hint="RVC v1 features need a checkpoint that kept it; v2 features do not",
             )
         x, frame_mask = self._run(source, spk_emb, padding_mask, lengths, output_layer, None)
-        return {"x": self.final_proj(x) if project else x, "padding_mask": frame_mask}
+        if project:
+            x = self.run_stage("final_proj", x)
+        return {"x": kernels.mlx(x), "padding_mask": frame_mask}
 
     def extract_features(
         self,
@@ -421,7 +441,7 @@ class ContentvecModel(nn.Module):
             source = normalize_waveform(source, lengths)
         last = "final_norm" if output_layer is None else f"layer.{output_layer}"
         frame_mask = previous = None
-        x = source
+        x = kernels.prepared(source)
         for name in self.stage_names():
             if name == "final_proj":
                 break
@@ -429,10 +449,10 @@ class ContentvecModel(nn.Module):
                 frame_mask = self._frame_mask(x.shape[1], padding_mask, lengths)
             x = self.run_stage(name, x, padding_mask=frame_mask, lengths=lengths, spk_emb=spk_emb)
             if outputs is not None:
-                outputs[name] = x
+                outputs[name] = kernels.mlx(x)
             if name == last:
                 break
-            if source.size > kernels.PIPELINED_SAMPLES:
+            if source.size > kernels.PIPELINED_SAMPLES and not isinstance(x, np.ndarray):
                 previous = kernels.pipelined(x, previous)
         return x, frame_mask
 

@@ -6,7 +6,7 @@ Here nothing is cut. Each stage walks over the clip in pieces and is given
 exactly what it needs from beyond the piece:
 
     first convolution  its group norm's statistics, from one pass over the waveform
-                       in float64 (``kernels.window_moments`` says why that is enough)
+                       in float64 (``cpu.Moments`` says why that is enough)
     convolutions       ``receptive_field - hop`` samples of context, 80 in every known model
     positional conv    half a kernel of frames on both sides
     attention          all keys and values of a few heads, the queries piece by piece
@@ -180,12 +180,14 @@ def _spans(length: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _load(model: ContentvecModel, rows: Buffer) -> Array:
     """(frames, width) of a buffer as (1, frames, width) in what the model computes in."""
-    return mx.array(rows)[None].astype(kernels.compute_dtype(model.layer_norm.weight.dtype))
+    if device_kind() == "cpu":
+        return rows[None]
+    return mx.array(rows)[None].astype(model.layer_norm.weight.dtype)
 
 
 def _store(x: Array) -> Buffer:
     """(1, frames, width) as (frames, width) float32."""
-    stored: Buffer = np.asarray(x[0].astype(mx.float32))
+    stored: Buffer = x[0] if isinstance(x, np.ndarray) else np.asarray(x[0].astype(mx.float32))
     return stored
 
 
@@ -196,12 +198,16 @@ def _front_end(model: ContentvecModel, waveform: Buffer, step: int) -> Buffer:
     config = model.config
     frames = config.frames(len(waveform))
     scale = _Scale.of(waveform) if config.normalize else _Scale(0.0, 1.0)
-    moments = _moments(config, waveform, scale) if config.extractor_norm == "group" else None
+    moments = None
+    if config.extractor_norm == "group":
+        _, kernel, stride = config.conv_layers[0]
+        moments = [cpu.Moments.of(waveform, kernel, stride, scale.applied)]
     first, *rest = model.feature_extractor.conv_layers
     x = np.empty((frames, config.encoder_embed_dim), np.float32)
     for start, stop in _spans(frames, step):
         heard = slice(start * config.hop, (stop - 1) * config.hop + config.receptive_field)
-        piece = first(mx.array(scale.applied(waveform[heard]))[None, :, None], moments=moments)
+        samples = mx.array(scale.applied(waveform[heard]))[None]
+        piece = first(kernels.prepared(samples)[..., None], moments=moments)
         for block in rest:
             piece = block(piece)
         x[start:stop] = _store(model.run_stage("projection", piece))
@@ -226,30 +232,6 @@ class _Scale:
         if self == _Scale(0.0, 1.0):
             return waveform
         return ((waveform.astype(np.float64) - self.mean) / self.deviation).astype(np.float32)
-
-
-def _moments(config: ModelConfig, waveform: Buffer, scale: _Scale) -> tuple[Array, Array, Array]:
-    """``kernels.window_moments`` of one clip, block by block."""
-    _, kernel, stride = config.conv_layers[0]
-    count = (len(waveform) - kernel) // stride + 1
-    blocks = (scale.applied(waveform[a:b]) for a, b in _spans(len(waveform), 1 << 20))
-    total = sum(float(block.sum(dtype=np.float64)) for block in blocks)
-    offset = np.float32(total / len(waveform))
-    first, second = np.zeros(kernel), np.zeros((kernel, kernel))
-    for start, stop in _spans(count, 1 << 16):
-        heard = scale.applied(waveform[start * stride : (stop - 1) * stride + kernel])
-        centred = heard.astype(np.float64) - offset
-        rows = np.lib.stride_tricks.sliding_window_view(centred, kernel)[::stride]
-        first += rows.sum(axis=0)
-        second += rows.T @ rows
-    mean = first / count
-    covariance = second / count - np.outer(mean, mean)
-    with mx.stream(mx.cpu):
-        return (
-            mx.array(offset).reshape(1, 1),
-            mx.array(mean[None], mx.float64),
-            mx.array(covariance[None], mx.float64),
-        )
 
 
 # ---- frames to features -----------------------------------------------------------
@@ -300,15 +282,24 @@ def _attend(
             piece = read(start, stop)
             keys.append(to_keys(piece))
             values.append(to_values(piece))
-            mx.eval(keys[-1], values[-1])
-        all_keys = mx.concatenate(keys, axis=2)
-        all_values = mx.concatenate(values, axis=2)
-        mx.eval(all_keys, all_values)
+            _compute(keys[-1], values[-1])
+        all_keys, all_values = _joined(keys), _joined(values)
+        _compute(all_keys, all_values)
         del keys, values
         for start, stop in _spans(len(x), pieces.queries):
             queries = to_queries(read(start, stop))
             y[start:stop, rows] = _store(kernels.attention(queries, all_keys, all_values, None))
             yield (first + heads * stop / len(x)) / attention.heads
+
+
+def _joined(pieces: list[Array]) -> Array:
+    if isinstance(pieces[0], np.ndarray):
+        return np.concatenate(pieces, axis=2)
+    return mx.concatenate(pieces, axis=2)
+
+
+def _compute(*arrays: Array) -> None:
+    mx.eval(*(x for x in arrays if not isinstance(x, np.ndarray)))
 
 
 def _some_outputs(linear: Any, rows: slice, heads: int) -> Callable[[Array], Array]:

@@ -47,14 +47,16 @@ class Window:
 
 
 def cut_windows(config: ModelConfig, frames: int, window: float, overlap: float) -> list[Window]:
-    """Windows of ``window`` seconds, neighbours sharing ``overlap`` seconds or a little more.
+    """Windows of ``window`` seconds, neighbours sharing ``overlap`` seconds or more.
+
+    Both to the nearest frame.
 
     frames: of the whole clip. The last window ends with it and is as long as the others.
 
     Raises ConfigError if windows of that length do not get anywhere.
     """
-    length = int(window * config.sample_rate / config.hop)
-    shared = int(overlap * config.sample_rate / config.hop)
+    length = round(window * config.sample_rate / config.hop)
+    shared = round(overlap * config.sample_rate / config.hop)
     if shared < 2 or length < 2 * shared:
         raise ConfigError(
             "windows and their overlap do not fit together",

@@ -47,24 +47,33 @@ def test_a_choice_already_made_is_left_alone() -> None:
     assert python(code, OPENBLAS_CORETYPE="ZEN").stdout == "ZEN\n"
 
 
-WHOSE = "import mlx_contentvec.backend; print(mlx_contentvec.backend.BLAS)"
+NO_LIBRARY = """
+import ctypes
+def missing(*a, **k): raise OSError("not here")
+ctypes.CDLL = missing
+"""
+WHOSE = "from mlx_contentvec import blas; print(blas.name(), blas._openblas() is not None)"
 
 
 @linux
 def test_without_openblas_products_go_to_numpys() -> None:
     code = (
         "import ctypes\n"
-        "def missing(*a, **k): raise OSError('not here')\n"
-        f"ctypes.CDLL = missing\n{WHOSE}"
+        "own = ctypes.CDLL\n"
+        "def elsewhere(name, *a, **k):\n"
+        "    if 'numpy' not in name: raise OSError('not here')\n"
+        "    return own(name, *a, **k)\n"
+        f"ctypes.CDLL = elsewhere\n{WHOSE}"
     )
     result = python(code)
-    assert (result.stdout, result.stderr) == ("numpy\n", "")
+    assert (result.stdout, result.stderr) == ("numpy True\n", "")
+    assert python(NO_LIBRARY + WHOSE).stdout == "numpy False\n"
 
 
 @linux
 def test_so_they_do_where_mlx_was_imported_before() -> None:
     result = python(f"import mlx.core; {WHOSE}")
-    assert (result.stdout, result.stderr) == ("numpy\n", "")
+    assert (result.stdout, result.stderr) == ("numpy True\n", "")
 
 
 @linux
@@ -76,12 +85,12 @@ def test_openblas_is_taken_where_it_is() -> None:
 
 @linux
 def test_the_threads_are_those_that_the_environment_states() -> None:
-    code = "import mlx_contentvec.backend as b; print(b.cpu_threads())"
-    assert python(code, OPENBLAS_NUM_THREADS="1").stdout == "1\n"
-    early = f"import mlx.core; {code}"
-    assert python(early, OPENBLAS_NUM_THREADS="3").stdout == "3\n"
-    assert python(early, OMP_NUM_THREADS="5").stdout == "5\n"
-    assert python(early).stdout == f"{os.cpu_count()}\n"
+    code = "from mlx_contentvec import blas; print(blas.threads())"
+    for before in ("", "import mlx.core\n", NO_LIBRARY):
+        assert python(before + code, OPENBLAS_NUM_THREADS="1").stdout == "1\n"
+    assert python(NO_LIBRARY + code, OPENBLAS_NUM_THREADS="3").stdout == "3\n"
+    assert python(NO_LIBRARY + code, OMP_NUM_THREADS="5").stdout == "5\n"
+    assert python(NO_LIBRARY + code).stdout == f"{os.cpu_count()}\n"
 
 
 @linux

@@ -671,13 +671,15 @@ def test_a_flipped_byte_is_refused_or_changes_nothing_but_the_checksum(
 
 
 _SLOW = """
-import sys, time
+import signal, sys, time
 from contentvec_convert import writer
 from contentvec_convert.conversion import convert
 write, read = writer.Draft.write, writer.Draft.read_into
 def slow_write(self, *a): time.sleep(0.001); write(self, *a)
 def slow_read(self, *a): time.sleep(0.001); read(self, *a)
 writer.Draft.write, writer.Draft.read_into = slow_write, slow_read
+# a process started in the background of a shell may be deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print("ready", flush=True)
 convert(sys.argv[1], sys.argv[2], allow_unknown=True, force=True)
 print("done", flush=True)

@@ -185,8 +185,10 @@ def test_a_pipe_that_closes_early_is_no_traceback(here: Path) -> None:
 
 def test_an_interrupted_command_says_so_and_leaves_nothing(here: Path) -> None:
     code = (
-        "import time; from contentvec_convert.writer import Draft\n"
+        "import signal, time; from contentvec_convert.writer import Draft\n"
         "from mlx_contentvec.cli import main\n"
+        # a process started in the background of a shell may be deaf to it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "write = Draft.write\n"
         "def slow(self, *a): write(self, *a); print('writing', flush=True); time.sleep(0.2)\n"
         "Draft.write = slow\n"

@@ -3,12 +3,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_contentvec.config import ModelConfig
@@ -481,16 +482,16 @@ def test_summaries_add_up() -> None:
 # ---- windows ----------------------------------------------------------------------
 
 
-@given(st.integers(1, 3000), st.floats(0.2, 20), st.floats(0.04, 10))
-def test_windows_keep_every_frame_once(frames: int, window: float, overlap: float) -> None:
-    config = ModelConfig()
-    if int(window * 50) < 2 * int(overlap * 50):
-        return
-    pieces = cut_windows(config, frames, window, overlap)
+@given(st.integers(1, 3000), st.integers(2, 500), st.integers(0, 500))
+@example(frames=115, shared=50, more=15)
+def test_windows_keep_every_frame_once(frames: int, shared: int, more: int) -> None:
+    length = 2 * shared + more
+    pieces = cut_windows(ModelConfig(), frames, window=length / 50, overlap=shared / 50)
     kept = [frame for piece in pieces for frame in range(piece.keep_from, piece.keep_to)]
     assert kept == list(range(frames))
     assert all(p.start <= p.keep_from < p.keep_to <= p.stop for p in pieces)
-    assert all(p.stop - p.start == min(int(window * 50), frames) for p in pieces)
+    assert all(p.stop - p.start == min(length, frames) for p in pieces)
+    assert all(a.stop - b.start >= shared for a, b in pairwise(pieces))
 
 
 def test_windows_that_get_nowhere_are_refused() -> None:

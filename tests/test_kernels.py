@@ -9,8 +9,9 @@ import signal
 import numpy as np
 import pytest
 
-from mlx_contentvec import cpu, kernels
+from mlx_contentvec import blas, cpu, kernels
 from mlx_contentvec.backend import mx
+from mlx_contentvec.kernels import Derived, prepared
 
 erf = np.vectorize(math.erf)
 
@@ -28,25 +29,50 @@ def closeness(got: mx.array, expected: np.ndarray) -> float:
     return float(np.abs(np.array(got) - expected).max())
 
 
-@pytest.fixture(params=["cpu", "metal", "cuda"])
+def exact_gelu(x: np.ndarray) -> np.ndarray:
+    exact = x.astype(np.float64)
+    return 0.5 * exact * (1 + erf(exact / math.sqrt(2)))
+
+
+@pytest.fixture(params=["cpu", "cpu, traced", "metal", "cuda"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The arrangement for each kind of device, computed on the one that is here."""
-    kind: str = request.param
+    kind, _, traced = request.param.partition(", ")
     monkeypatch.setattr(kernels, "device_kind", lambda: kind)
+    if traced:
+        monkeypatch.setattr(cpu, "in_memory", lambda *_: False)
     # here it would be compiled for the CPU, by a C++ compiler that need not be there
     monkeypatch.setattr(kernels, "_gelu_fused", kernels._gelu_plain)
     monkeypatch.setattr(kernels, "_normalised_gelu_fused", kernels._normalised_gelu_plain)
-    return kind
+    param: str = request.param
+    return param
+
+
+def given(values: np.ndarray) -> mx.array:
+    """Values as the form computes with them."""
+    return prepared(array(values))
 
 
 @pytest.mark.usefixtures("form")
 class TestEveryForm:
+    def test_what_is_computed_with_is_numpys_on_a_cpu_alone(self, form: str) -> None:
+        assert isinstance(given(np.zeros(3)), np.ndarray) == (form == "cpu")
+        assert isinstance(prepared(np.zeros(3)), np.ndarray) == form.startswith("cpu")
+        assert isinstance(kernels.mlx(given(np.zeros(3))), mx.array)
+
     def test_gelu_is_the_exact_one(self) -> None:
         x = np.linspace(-12, 12, 40_001).astype(np.float32)
-        exact = 0.5 * x.astype(np.float64) * (1 + erf(x.astype(np.float64) / math.sqrt(2)))
         # tanh GELU is off by 4.7e-4, sigmoid GELU by 2e-2
-        assert closeness(kernels.gelu(mx.array(x)), exact) < 1.5e-6
-        assert closeness(kernels.gelu(mx.array(x[np.abs(x) < 1])), exact[np.abs(x) < 1]) < 2e-7
+        assert closeness(kernels.gelu(given(x)), exact_gelu(x)) < 1.5e-6
+        near = x[np.abs(x) < 1]
+        assert closeness(kernels.gelu(given(near)), exact_gelu(near)) < 2e-7
+
+    def test_a_layer_norm(self, rng: np.random.Generator) -> None:
+        x, weight, bias = rng.standard_normal((2, 9, 48)), *rng.standard_normal((2, 48))
+        centred = x - x.mean(-1, keepdims=True)
+        expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+        got = kernels.layer_norm(given(x), array(weight), array(bias), Derived())
+        assert closeness(got, expected) < 3e-6
 
     @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (10, 5), (4, 1)])
     def test_a_convolution_is_the_sum_over_its_taps(
@@ -56,15 +82,22 @@ class TestEveryForm:
         weight = rng.standard_normal((40, kernel, 96)) / math.sqrt(96 * kernel)
         bias = rng.standard_normal(40)
         count = (1300 - kernel) // stride + 1
-        expected = bias + sum(
+        plain = sum(
             x[:, tap : tap + stride * (count - 1) + 1 : stride] @ weight[:, tap].T
             for tap in range(kernel)
         )
-        got = kernels.conv1d(
-            array(x), kernels.arrange(array(weight)), array(bias), stride, lambda y: y * 2
-        )
+        arranged = kernels.arrange(array(weight))
+        got = kernels.conv1d(given(x), arranged, array(bias), stride, None, Derived())
         assert got.shape == (2, count, 40)
-        assert closeness(got, 2 * expected) < 2e-5
+        assert closeness(got, exact_gelu(plain + bias)) < 1e-5
+        got = kernels.conv1d(given(x), arranged, None, stride, None, Derived())
+        assert closeness(got, exact_gelu(plain)) < 1e-5
+        scale, shift = rng.standard_normal((2, 40))
+        norm = array(scale), array(shift)
+        got = kernels.conv1d(given(x), arranged, array(bias), stride, norm, Derived())
+        centred = plain + bias - (plain + bias).mean(-1, keepdims=True)
+        normalised = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        assert closeness(got, exact_gelu(normalised * scale + shift)) < 2e-5
 
     @pytest.mark.parametrize("frames", [1, 2, 63, 64, 65, 130, 700])
     @pytest.mark.parametrize("kernel", [64, 15])
@@ -83,7 +116,7 @@ class TestEveryForm:
                 expected[:, frame, channel] += np.einsum(
                     "bki,ki->b", window[..., 4 * group : 4 * group + 4], weight[channel]
                 )
-        got = kernels.grouped_conv1d(array(x), array(weight), array(bias), kernels.Derived())
+        got = kernels.grouped_conv1d(given(x), array(weight), array(bias), Derived())
         assert got.shape == x.shape
         assert closeness(got, expected) < 5e-6
 
@@ -101,17 +134,20 @@ class TestEveryForm:
         expected = weights / weights.sum(-1, keepdims=True) @ v
         expected = expected.transpose(0, 2, 1, 3).reshape(2, frames, 48)
         mask = mx.array(valid) if masked else None
-        got = kernels.attention(array(q), array(k), array(v), mask)
+        got = kernels.attention(given(q), given(k), given(v), mask)
         # scores reach 50: half a float32 ulp there is 2e-6, in each weight's exponent
         assert closeness(got, expected) < 1e-4
 
     def test_a_linear_layer_adds_its_bias_once(self, rng: np.random.Generator) -> None:
         x = rng.standard_normal((2, 5, 200))
         weight, bias = rng.standard_normal((30, 200)) / 14, rng.standard_normal(30)
-        got = kernels.linear(array(x), kernels.arrange(array(weight)), array(bias))
-        assert closeness(got, x @ weight.T + bias) < 5e-6
-        got = kernels.linear(array(x), array(weight), None)
-        assert closeness(got, x @ weight.T) < 5e-6
+        arranged, expected = kernels.arrange(array(weight)), x @ weight.T
+        got = kernels.linear(given(x), arranged, array(bias), Derived())
+        assert closeness(got, expected + bias) < 5e-6
+        got = kernels.linear(given(x), array(weight), None, Derived())
+        assert closeness(got, expected) < 5e-6
+        got = kernels.linear(given(x), arranged, array(bias), Derived(), then_gelu=True)
+        assert closeness(got, exact_gelu(expected + bias)) < 5e-6
 
     def test_arranging_changes_neither_shape_nor_values(self, rng: np.random.Generator) -> None:
         for shape in ((7,), (6, 4), (6, 3, 4)):
@@ -121,8 +157,47 @@ class TestEveryForm:
             assert bool((arranged == weight).all())
 
     def test_work_by_rows_is_the_same_work(self, rng: np.random.Generator) -> None:
-        x = array(rng.standard_normal((2, 700, 3)))
-        assert bool((kernels.by_rows(lambda rows: rows * 3, x) == x * 3).all())
+        x = given(rng.standard_normal((2, 700, 3)))
+        assert closeness(kernels.by_rows(lambda rows: rows * 3, x), np.array(x * 3)) == 0
+
+    @pytest.mark.parametrize("offset", [0.0, 0.5])
+    @pytest.mark.parametrize("lengths", [None, [3000, 2111]])
+    @pytest.mark.parametrize("of_longer_clips", [False, True])
+    def test_a_convolution_normalised_over_time(
+        self,
+        offset: float,
+        lengths: list[int] | None,
+        of_longer_clips: bool,
+        rng: np.random.Generator,
+    ) -> None:
+        clips = np.cumsum(rng.standard_normal((2, 3000)), axis=1) / 40
+        clips = (clips - clips.mean(axis=1, keepdims=True) + offset).astype(np.float32)
+        weight = rng.standard_normal((6, 10, 1)).astype(np.float32)
+        scale, shift = rng.standard_normal((2, 6)).astype(np.float32)
+        heard = clips[:, 500:1500] if of_longer_clips else clips
+        got = kernels.conv1d_normalised_over_time(
+            given(heard),
+            array(weight),
+            array(scale),
+            array(shift),
+            5,
+            None if lengths is None else mx.array(lengths),
+            [
+                cpu.Moments.of(clip[:n], 10, 5)
+                for clip, n in zip(clips, lengths or [3000] * 2, strict=True)
+            ]
+            if of_longer_clips
+            else None,
+            Derived(),
+        )
+        for row, length in enumerate(lengths or [3000, 3000]):
+            counted, channels = (
+                np.lib.stride_tricks.sliding_window_view(clip.astype(np.float64), 10)[::5]
+                @ weight[..., 0].T.astype(np.float64)
+                for clip in (clips[row, :length], heard[row])
+            )
+            normalised = (channels - counted.mean(axis=0)) / np.sqrt(counted.var(axis=0) + 1e-5)
+            assert closeness(got[row], exact_gelu(normalised * scale + shift)) < 2e-5
 
 
 def test_what_is_derived_of_weights_is_made_anew_when_one_of_them_is_another() -> None:
@@ -132,180 +207,245 @@ def test_what_is_derived_of_weights_is_made_anew_when_one_of_them_is_another() -
     assert derived.of(lambda a, b: a + b, first, mx.array([1.0])) is not made
 
 
-def test_short_runs_lose_less_than_one_long_sum(rng: np.random.Generator) -> None:
+def test_short_runs_lose_less_than_one_long_sum(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "device_kind", lambda: "cpu")
     x = rng.standard_normal((64, 3072)).astype(np.float32)
     weight = rng.standard_normal((64, 3072)).astype(np.float32)
     exact = x.astype(np.float64) @ weight.T.astype(np.float64)
 
-    def rms(y: mx.array) -> float:
-        return float(np.sqrt(np.mean((np.array(y) - exact) ** 2)))
+    def rms(run: int) -> float:
+        monkeypatch.setattr(kernels, "PART", run)
+        y = kernels.linear(x, kernels.arrange(mx.array(weight)), None, Derived())
+        return float(np.sqrt(np.mean((y - exact) ** 2)))
 
-    summed = kernels.linear(mx.array(x), kernels.arrange(mx.array(weight)), None)
-    if kernels.device_kind() != "cpu":
-        pytest.skip("sums are split on a CPU only: mx.set_default_device(mx.cpu)")
-    assert rms(summed) < 0.95 * rms(mx.array(x) @ mx.array(weight).T)
+    assert rms(96) < 0.95 * rms(3072)
 
 
 class TestOnACpu:
-    """What numpy computes on MLX's memory, in whatever parts and on however many threads."""
+    """In whatever parts, on however many threads and by whichever BLAS."""
 
     @pytest.fixture(
-        params=[(1, 1 << 17, "x"), (1, 50, "x"), (2, 50, "x"), (3, 50, "x"), (1, 50, "numpy")],
+        params=[
+            {},
+            {"threads": 1},
+            {"threads": 2, "FEW_ROWS": 3},
+            {"threads": 3, "BLOCK": 50, "TILE": 7, "FEW_ROWS": 4, "SAMPLES": 60},
+            {"threads": 2, "BLOCK": 50, "TILE": 7, "SCORES": 200, "KEYS": 7, "own": False},
+        ],
+        ids=str,
         autouse=True,
     )
     def division(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        threads, block, blas = request.param
-        monkeypatch.setattr(cpu, "cpu_threads", lambda: threads)
-        monkeypatch.setattr(cpu, "BLOCK", block)
-        monkeypatch.setattr(cpu, "BLAS", blas)
+        sizes = dict(request.param)
+        threads = sizes.pop("threads", None)
+        if not sizes.pop("own", True):
+            monkeypatch.setattr(blas, "_openblas", lambda: None)
+        if threads is not None:
+            monkeypatch.setattr(blas, "_stated", lambda: threads)
+        for name, size in sizes.items():
+            monkeypatch.setattr(cpu, name, size)
 
-    def test_products(self, rng: np.random.Generator) -> None:
-        a, b = rng.standard_normal((2, 5, 6)), rng.standard_normal((2, 6, 7))
-        assert closeness(cpu.matmul(array(a), array(b)), a @ b) < 1e-5
-        turned = array(b.transpose(0, 2, 1)).swapaxes(1, 2)
-        assert closeness(cpu.matmul(array(a), turned), a @ b) < 1e-5
-        bias = rng.standard_normal(7)
-        terms, matrices = [array(x) for x in a], [array(x) for x in b]
-        expected = a[0] @ b[0] + a[1] @ b[1]
-        assert closeness(cpu.summed(terms, matrices, None), expected) < 1e-5
-        assert closeness(cpu.summed(terms, matrices, array(bias)), expected + bias) < 1e-5
+    @pytest.mark.parametrize("run", [0, 1, 4, 6])
+    @pytest.mark.parametrize("rows", [1, 5])
+    def test_products_of_parts_of_matrices(
+        self, run: int, rows: int, rng: np.random.Generator
+    ) -> None:
+        a, b = rng.standard_normal((9, 9)), rng.standard_normal((9, 9))
+        out = np.ones((9, 9), np.float32)
+        for left in (a.astype(np.float32), a.astype(np.float32, order="F")):
+            for right in (b.astype(np.float32), b.astype(np.float32, order="F")):
+                for part in (slice(1, 7), slice(2, 8)):
+                    x, y = left[:rows, part], right[part, 3:8]
+                    out[:] = 1
+                    blas.multiply(x, y, out[:rows, 2:7], run=run, factor=2)
+                    assert closeness(out[:rows, 2:7], 2 * (x @ y)) < 1e-5
+                    blas.multiply(x, y, out[:rows, 2:7], run=run, factor=2, add=True)
+                    assert closeness(out[:rows, 2:7], 4 * (x @ y)) < 1e-5
+                    assert (out[rows:] == 1).all() and (out[:, :2] == 1).all()
+                    assert (out[:, 7:] == 1).all()
+
+    def test_a_product_of_every_other_row(self, rng: np.random.Generator) -> None:
+        a, b = rng.standard_normal((9, 4)).astype(np.float32), np.eye(4, dtype=np.float32)
+        out = np.empty((5, 4), np.float32)
+        blas.multiply(a[::2], b, out)
+        assert closeness(out, a[::2]) == 0
+
+    def test_what_does_not_fit_together_is_no_product(self) -> None:
+        a, b, out = np.ones((3, 4), "f"), np.ones((4, 5), "f"), np.ones((3, 5), "f")
+        for wrong in (
+            (a, b[1:], out),
+            (a, b[:, 1:], out),
+            (a[1:], b, out),
+            (a.astype(np.float64), b, out),
+            (a, b, out.astype(np.float64)),
+        ):
+            with pytest.raises(ValueError, match=r"no product|not float32"):
+                blas.multiply(*wrong)
+        assert (out == 1).all()
+
+    def test_a_linear_layer(self, rng: np.random.Generator) -> None:
+        x, weight = rng.standard_normal((2, 9, 30)), rng.standard_normal((13, 30))
+        x, weight = x.astype(np.float32), weight.astype(np.float32)
+        for bias in (None, rng.standard_normal(13).astype(np.float32)):
+            expected = x @ weight.T + (0 if bias is None else bias)
+            assert closeness(cpu.linear(x, weight, bias, 8, False), expected) < 1e-5
+            got = cpu.linear(x, weight, bias, 8, True)
+            assert closeness(got, exact_gelu(expected)) < 1e-5
+
+    def test_a_convolution(self, rng: np.random.Generator) -> None:
+        x, weight = rng.standard_normal((2, 50, 6)), rng.standard_normal((5, 3, 6))
+        x, weight = x.astype(np.float32), weight.astype(np.float32)
+        windows = np.lib.stride_tricks.sliding_window_view(x, 3, axis=1)[:, ::2]
+        expected = exact_gelu(np.einsum("btik,oki->bto", windows, weight))
+        got = cpu.conv1d(x, weight, None, 2, None, 4, 1e-5)
+        assert closeness(got, expected) < 1e-5
+
+    def test_a_grouped_convolution(self, rng: np.random.Generator) -> None:
+        x, weight = rng.standard_normal((2, 37, 6)), rng.standard_normal((6, 4, 2))
+        x, weight, bias = x.astype(np.float32), weight.astype(np.float32), np.float32(range(6))
+        padded = np.pad(x, ((0, 0), (2, 1), (0, 0))).reshape(2, 40, 3, 2)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 4, axis=1)
+        expected = np.einsum("btgik,goki->btgo", windows, weight.reshape(3, 2, 4, 2))
+        got = cpu.grouped_conv1d(x, cpu.spectrum_of(weight, 2), bias, 4)
+        assert closeness(got, expected.reshape(2, 37, 6) + bias) < 1e-5
 
     def test_gelu(self, rng: np.random.Generator) -> None:
         x = (4 * rng.standard_normal((3, 41, 7))).astype(np.float32)
-        exact = 0.5 * x.astype(np.float64) * (1 + erf(x.astype(np.float64) / math.sqrt(2)))
-        given = mx.array(x)
-        assert closeness(cpu.gelu(given), exact) < 6e-7
-        assert closeness(given, x) == 0, "the input was overwritten"
-        turned = mx.array(x.transpose(2, 0, 1)).transpose(1, 2, 0)
-        assert closeness(cpu.gelu(turned), exact) < 6e-7
+        before = x.copy()
+        assert closeness(cpu.gelu(x), exact_gelu(x)) < 6e-7
+        assert closeness(x, before) == 0, "the input was overwritten"
+        turned = np.ascontiguousarray(x.transpose(2, 0, 1)).transpose(1, 2, 0)
+        assert closeness(cpu.gelu(turned), exact_gelu(x)) < 6e-7
 
     def test_gelu_of_what_is_far_from_zero(self) -> None:
         x = np.array([[-1e30, -1e6, -40.0, -6.5, 6.5, 40.0, 1e6, 1e30, np.inf]], np.float32)
         expected = np.where(x < 0, 0.0, x)
-        assert np.allclose(np.array(cpu.gelu(mx.array(x))), expected, rtol=0, atol=1e-7)
-        assert np.isnan(np.array(cpu.gelu(mx.array([[np.nan]])))).all()
+        assert np.allclose(cpu.gelu(x), expected, rtol=0, atol=1e-7)
+        assert np.isnan(cpu.gelu(np.array([[np.nan]], np.float32))).all()
 
-    def test_a_normalised_gelu(self, rng: np.random.Generator) -> None:
-        x = rng.standard_normal((2, 43, 9)).astype(np.float32)
-        mean, scale = rng.standard_normal((2, 2, 1, 9)).astype(np.float32)
-        bias = rng.standard_normal(9).astype(np.float32)
-        y = ((x - mean.astype(np.float64)) * scale + bias).astype(np.float64)
-        given = mx.array(x)
-        got = cpu.normalised_gelu(given, mx.array(mean), mx.array(scale), mx.array(bias))
-        assert closeness(got, 0.5 * y * (1 + erf(y / math.sqrt(2)))) < 2e-6
-        assert closeness(given, x) == 0, "the input was overwritten"
-
-    @pytest.mark.parametrize(("scores", "keys"), [(1 << 20, 8192), (200, 8192), (200, 7)])
     @pytest.mark.parametrize("masked", [False, True])
-    def test_attention(
-        self,
-        scores: int,
-        keys: int,
-        masked: bool,
-        rng: np.random.Generator,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setattr(cpu, "SCORES", scores)
-        monkeypatch.setattr(cpu, "KEYS", keys)
-        q = 3 * rng.standard_normal((2, 3, 20, 16))
-        k, v = 3 * rng.standard_normal((2, 2, 3, 50, 16))
+    def test_attention(self, masked: bool, rng: np.random.Generator) -> None:
+        q = 3 * rng.standard_normal((2, 3, 20, 16)).astype(np.float32)
+        k, v = 3 * rng.standard_normal((2, 2, 3, 50, 16)).astype(np.float32)
         valid = np.ones((2, 1, 1, 50), bool)
         if masked:
             valid[1, ..., 9:] = False
         weights = np.where(valid, q @ k.swapaxes(2, 3) / 4, -np.inf)
         weights = np.exp(weights - weights.max(-1, keepdims=True))
         expected = (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
-        mask = mx.array(valid) if masked else None
-        got = cpu.attention(array(q), array(k), array(v), mask)
+        got = cpu.attention(q, k, v, valid if masked else None)
         assert closeness(got, expected.reshape(2, 20, 48)) < 1e-4
+        # heads as they lie in what their projection gives
+        apart = [x.transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3) for x in (q, k, v)]
+        assert closeness(cpu.attention(*apart, valid if masked else None), np.array(got)) < 1e-5
 
     def test_scores_beyond_the_range_of_an_exponential(self) -> None:
-        q = mx.full((1, 1, 1, 4), 60.0)
-        k = mx.array([[[[60.0] * 4, [-60.0] * 4, [59.0] * 4]]])
-        v = mx.array([[[[1.0] * 4, [2.0] * 4, [3.0] * 4]]])
+        q = np.full((1, 1, 1, 4), 60.0, np.float32)
+        k = np.array([[[[60.0] * 4, [-60.0] * 4, [59.0] * 4]]], np.float32)
+        v = np.array([[[[1.0] * 4, [2.0] * 4, [3.0] * 4]]], np.float32)
         assert closeness(cpu.attention(q, k, v, None), np.ones((1, 1, 4))) < 1e-6
+
+    def test_moments_are_mean_and_covariance_of_the_windows(self, rng: np.random.Generator) -> None:
+        waveform = rng.standard_normal(4003).astype(np.float32) + np.float32(0.5)
+        rows = np.lib.stride_tricks.sliding_window_view(waveform.astype(np.float64), 10)[::5]
+        moments = cpu.Moments.of(waveform, 10, 5)
+        assert closeness(moments.mean + moments.offset, rows.mean(0)) < 1e-9
+        assert closeness(moments.covariance, np.cov(rows.T, bias=True)) < 1e-12
+        prepared = cpu.Moments.of(waveform + 1, 10, 5, lambda samples: samples - 1)
+        assert closeness(prepared.covariance, moments.covariance) < 1e-6
+
+    def test_matrices_that_the_library_cannot_read_are_refused(self) -> None:
+        if blas._openblas() is None:
+            return  # numpy reads any
+        a = np.ones((6, 6), np.float32)
+        scattered = a[::2, ::2]
+        repeated = np.broadcast_to(np.ones(3, np.float32), (3, 3))
+        out = np.zeros((3, 3), np.float32)
+        fine = np.ones((3, 3), np.float32)
+        for wrong in ((scattered, fine, out), (fine, scattered, out), (repeated, fine, out)):
+            with pytest.raises(ValueError, match="contiguous"):
+                blas.multiply(*wrong)
+        with pytest.raises(ValueError, match="contiguous"):
+            blas.multiply(fine, fine, out.T)
+        assert (out == 0).all()
+
+    def test_the_library_keeps_its_number_of_threads(self) -> None:
+        found = blas._openblas()
+        before = None if found is None else found.get_threads()
+        with blas.own_threads() as threads:
+            assert blas.threads() == threads
+            if found is not None:
+                assert found.get_threads() == 1
+            with blas.own_threads() as within:
+                assert within == threads
+        if found is not None:
+            assert found.get_threads() == before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_starts_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "cpu_threads", lambda: 2)
-    monkeypatch.setattr(cpu, "BLOCK", 5)
+    monkeypatch.setattr(blas, "_stated", lambda: 2)
     done = np.zeros(40, np.int8)
 
     def work(rows: slice) -> None:
         done[rows] += 1
 
-    cpu._in_blocks(work, 40, 1)
+    cpu._share(work, 40, 5)
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        cpu._in_blocks(work, 40, 1)
+        cpu._share(work, 40, 5)
         os._exit(0 if (done == 2).all() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (done == 1).all()
 
 
-def test_a_traced_function_is_computed_by_mlx_alone(rng: np.random.Generator) -> None:
+def test_a_failure_on_any_thread_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "_stated", lambda: 2)
+    before = blas.threads()
+
+    def work(rows: slice) -> None:
+        if rows.start >= 20:
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        cpu._share(work, 40, 5)
+    assert blas.threads() == before
+
+
+def test_weights_that_are_traced_do_not_meet_numpys_arrays(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A gradient cannot be taken through numpy."""
-    x, q = array(rng.standard_normal((1, 5, 4))), array(rng.standard_normal((1, 2, 5, 2)))
-    step = 1e-2
+    monkeypatch.setattr(kernels, "device_kind", lambda: "cpu")
+    x, weight = rng.standard_normal((1, 5, 4)).astype(np.float32), array(np.eye(4))
 
-    def loss(x: mx.array) -> mx.array:
-        y = kernels.normalised_gelu(x, x.mean(axis=1, keepdims=True), mx.ones((1, 1, 4)), x[0, 0])
-        return (kernels.gelu(y) + kernels.attention(q * x[0, 0, 0], q, q, None)).sum()
+    def loss(weight: mx.array, given: mx.array) -> mx.array:
+        return kernels.linear(given, weight, None, Derived()).sum()
 
-    gradient = np.array(mx.grad(loss)(x))
-    for index in ((0, 0, 0), (0, 3, 2)):
-        nudge = np.zeros((1, 5, 4), np.float32)
-        nudge[index] = step
-        difference = float(loss(x + mx.array(nudge)) - loss(x - mx.array(nudge)))
-        assert abs(difference / (2 * step) - gradient[index]) < 2e-3
-    assert closeness(mx.vmap(kernels.gelu)(x), np.array(kernels.gelu(x))) < 1e-6
+    gradient = mx.grad(loss)(weight, mx.array(x))
+    assert closeness(gradient, np.tile(x.sum((0, 1)), (4, 1))) < 1e-5
+    with pytest.raises(kernels.Traced):
+        mx.grad(loss)(weight, x)
+    with pytest.raises(kernels.Traced):
+        mx.grad(lambda w: mx.array(kernels.as_given(x, mx.array(x) @ w)).sum())(weight)
 
 
-class TestWindowMoments:
-    def expected(self, waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.lib.stride_tricks.sliding_window_view(waveform.astype(np.float64), 10)[::5]
-        return rows.mean(0), np.cov(rows.T, bias=True)
+def test_what_is_traced_stays_mlxs(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "device_kind", lambda: "cpu")
+    x = array(rng.standard_normal((3, 5)))
+    seen = []
 
-    def test_they_are_mean_and_covariance_of_the_windows(self, rng: np.random.Generator) -> None:
-        waveform = rng.standard_normal((1, 4003)).astype(np.float32) + 0.5
-        offset, mean, covariance = kernels.window_moments(mx.array(waveform), None, 10, 5)
-        expected_mean, expected_covariance = self.expected(waveform[0])
-        assert closeness(mean[0].astype(mx.float32) + offset, expected_mean) < 1e-6
-        with mx.stream(mx.cpu):
-            difference = covariance[0] - mx.array(expected_covariance, mx.float64)
-            assert float(mx.abs(difference).max()) < 1e-12
+    def function(x: mx.array) -> mx.array:
+        seen.append(type(prepared(x)))
+        return kernels.gelu(x).sum()
 
-    def test_what_lies_beyond_a_clip_does_not_count(self, rng: np.random.Generator) -> None:
-        waveform = rng.standard_normal((2, 3000)).astype(np.float32)
-        waveform[1, 2111:] = 99.0
-        offset, mean, covariance = kernels.window_moments(
-            mx.array(waveform), mx.array([3000, 2111]), 10, 5
-        )
-        alone = kernels.window_moments(mx.array(waveform[1:, :2111]), None, 10, 5)
-        for padded, single in zip((offset, mean, covariance), alone, strict=True):
-            with mx.stream(mx.cpu):
-                assert float(mx.abs(padded[1] - single[0]).max()) < 1e-12
-
-
-@pytest.mark.usefixtures("form")
-class TestChannelStatistics:
-    @pytest.mark.parametrize("offset", [0.0, 0.5])
-    @pytest.mark.parametrize("lengths", [None, [3000, 2111]])
-    def test_they_are_those_of_the_convolved_waveform(
-        self, offset: float, lengths: list[int] | None, rng: np.random.Generator
-    ) -> None:
-        clips = np.cumsum(rng.standard_normal((2, 3000)), axis=1) / 40
-        clips = (clips - clips.mean(axis=1, keepdims=True) + offset).astype(np.float32)
-        weight = rng.standard_normal((6, 10)).astype(np.float32)
-        got = kernels.channel_statistics(
-            mx.array(clips), None if lengths is None else mx.array(lengths), mx.array(weight), 5
-        )
-        for row, length in enumerate(lengths or [3000, 3000]):
-            clip = clips[row, :length].astype(np.float64)
-            assert abs(float(got[0][row, 0]) - clip.mean()) < 1e-6
-            windows = np.lib.stride_tricks.sliding_window_view(clip - float(got[0][row, 0]), 10)
-            channels = windows[::5] @ weight.T.astype(np.float64)
-            assert closeness(got[1][row], channels.mean(axis=0)) < 2e-6
-            assert closeness(got[2][row] / mx.array(channels.var(axis=0)), np.ones(6)) < 2e-6
+    for traced in (mx.grad(function), mx.vmap(function), mx.compile(function)):
+        traced(x)
+    assert seen == [mx.array] * 3
+    function(x)
+    assert seen.pop() is np.ndarray

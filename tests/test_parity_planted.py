@@ -102,7 +102,7 @@ def sigmoid_gelu(x: Array) -> Array:
 
 
 def from_mlx(array: Array) -> Array:
-    return torch.from_numpy(np.array(array.astype(mx.float32))).double()
+    return torch.from_numpy(np.array(mx.array(array).astype(mx.float32))).double()
 
 
 class PlainStages:
@@ -309,7 +309,7 @@ def test_wrong_arithmetic_in_a_large_model_fails_and_the_stage_is_named(
 
 def test_products_at_tf32_precision_are_noticed(base: Any, converted_tiny: Path) -> None:
     def ten_bits(x: Array) -> Array:
-        bits = x.view(mx.uint32)
+        bits = mx.array(x).view(mx.uint32)
         return (((bits + 0x1000) >> 13) << 13).view(mx.float32)
 
     candidate = MlxCandidate.open(converted_tiny)

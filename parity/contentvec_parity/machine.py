@@ -55,7 +55,7 @@ def _memory_gib() -> float | None:
 
 def describe() -> dict[str, Any]:
     """The machine and, once MLX is loaded, the device it computes on."""
-    from mlx_contentvec import backend
+    from mlx_contentvec import backend, blas
 
     mx = backend.mx
     kind = backend.device_kind()
@@ -64,7 +64,7 @@ def describe() -> dict[str, Any]:
         info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
         device |= {key: info[key] for key in ("device_name", "architecture") if key in info}
     else:
-        device["blas"] = "numpy's own" if backend.BLAS == "numpy" else backend.BLAS
+        device["blas"] = blas.name()
     return {
         "chip": chip(),
         "architecture": platform.machine(),

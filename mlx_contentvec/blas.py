@@ -1,0 +1,159 @@
+"""Products of matrices in numpy's memory, by an OpenBLAS called in place.
+
+Two things that a product by MLX or numpy does not give: a part of a matrix is
+read where it lies, so that a long sum in short runs costs no copies; and each
+product runs on the thread that asks for it, so that whatever follows it can
+too, while no thread of OpenBLAS's own waits in a loop for the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .backend import OPENBLAS
+
+Matrix = npt.NDArray[np.float32]
+
+_ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112
+
+
+class _OpenBlas:
+    """What is used of an OpenBLAS; its names may have a prefix and a suffix, as numpy's have."""
+
+    def __init__(self, library: ctypes.CDLL, prefix: str, suffix: str) -> None:
+        integer = ctypes.c_int64 if suffix.startswith("64") else ctypes.c_int
+        self.sgemm = getattr(library, f"{prefix}cblas_sgemm{suffix}")
+        self.get_threads = getattr(library, f"{prefix}openblas_get_num_threads{suffix}")
+        self.set_threads = getattr(library, f"{prefix}openblas_set_num_threads{suffix}")
+        choice, number, place = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+        matrix = (place, integer)
+        self.sgemm.argtypes = (
+            *(choice, choice, choice, integer, integer, integer),
+            *(number, *matrix, *matrix, number, *matrix),
+        )
+        self.sgemm.restype = None
+        self.get_threads.argtypes, self.get_threads.restype = (), ctypes.c_int
+        self.set_threads.argtypes, self.set_threads.restype = (ctypes.c_int,), None
+
+
+@functools.cache
+def _openblas() -> _OpenBlas | None:
+    """The OpenBLAS in front of MLX, else the one that numpy's wheel brings, else None."""
+    candidates = [] if OPENBLAS is None else [(OPENBLAS, "", "")]
+    for brought in sorted(Path(np.__file__).parent.parent.glob("numpy.libs/*openblas*")):
+        # the names in the wheels of numpy 2 and numpy 1
+        candidates += [(str(brought), "scipy_", "64_"), (str(brought), "", "64_")]
+    for path, prefix, suffix in candidates:
+        with contextlib.suppress(OSError, AttributeError):
+            return _OpenBlas(ctypes.CDLL(path), prefix, suffix)
+    return None
+
+
+def name() -> str:
+    """Whose products these are: OpenBLAS's file, or "numpy" for that of numpy's wheel or build."""
+    return OPENBLAS or "numpy"
+
+
+_borrowing = threading.Lock()
+_borrowers = 0
+#: while there are borrowers: how many threads they have, and OpenBLAS had
+_lent = _kept = 1
+
+
+def threads() -> int:
+    """How many threads work on the CPU: as many as OpenBLAS would take for a product."""
+    with _borrowing:
+        return _lent if _borrowers else _stated()
+
+
+def _stated() -> int:
+    blas = _openblas()
+    if blas is not None:
+        count: int = blas.get_threads()
+        return count
+    stated = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    return int(stated) if stated.isdecimal() and int(stated) else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def own_threads() -> Iterator[int]:
+    """Have each product run on the thread that asks for it; gives how many threads to use."""
+    global _borrowers, _lent, _kept
+    blas = _openblas()
+    with _borrowing:
+        if not _borrowers:
+            _lent, _kept = _stated(), blas.get_threads() if blas is not None else 1
+            if blas is not None and _kept > 1:
+                blas.set_threads(1)
+        _borrowers += 1
+    try:
+        yield _lent
+    finally:
+        with _borrowing:
+            _borrowers -= 1
+            if not _borrowers and blas is not None and _kept > 1:
+                blas.set_threads(_kept)
+
+
+def multiply(
+    a: Matrix, b: Matrix, out: Matrix, *, factor: float = 1.0, add: bool = False, run: int = 0
+) -> None:
+    """``out = factor * a @ b``, or added to ``out``; ``run`` inputs summed in a row, or all.
+
+    a: (rows, inputs)    b: (inputs, outputs)    out: (rows, outputs), its rows contiguous;
+    of a and b, rows or columns are
+
+    Raises ValueError if they do not fit together: the library would read what is beside them.
+    """
+    inputs = a.shape[1]
+    if b.shape[0] != inputs or out.shape != (a.shape[0], b.shape[1]):
+        raise ValueError(f"no product: {a.shape} and {b.shape} to {out.shape}")
+    if not a.dtype == b.dtype == out.dtype == np.float32:
+        raise ValueError(f"not float32: {a.dtype}, {b.dtype}, {out.dtype}")
+    run = run or inputs
+    blas = _openblas()
+    if blas is None:
+        for start in range(0, inputs, run):
+            product = a[:, start : start + run] @ b[start : start + run]
+            product *= np.float32(factor)
+            np.add(out, product, out=out) if add or start else np.copyto(out, product)
+        return
+    rows, outputs = out.shape
+    a_order, a_place, a_width, a_step = _layout(a)
+    b_order, b_place, b_width, b_step = _layout(b.T)
+    b_order = _AS_IT_IS if b_order == _TRANSPOSED else _TRANSPOSED
+    out_order, place, width, _ = _layout(out)
+    if out_order != _AS_IT_IS:
+        raise ValueError(f"rows are not contiguous: strides {out.strides}")
+    for start in range(0, inputs, run):
+        blas.sgemm(
+            _ROW_MAJOR, a_order, b_order, rows, outputs, min(run, inputs - start),
+            factor, a_place + start * a_step, a_width, b_place + start * b_step, b_width,
+            1.0 if add or start else 0.0, place, width,
+        )  # fmt: skip
+
+
+def _place(matrix: Matrix) -> int:
+    place: int = matrix.__array_interface__["data"][0]
+    return place
+
+
+def _layout(a: Matrix) -> tuple[int, int, int, int]:
+    """Order, address, distance of two rows (or columns), and bytes from one input to the next."""
+    count, width = a.shape
+    rows, columns = a.strides
+    # strides along an axis of length 1 mean nothing
+    if (columns == 4 or width == 1) and (rows >= 4 * width or count == 1):
+        return _AS_IT_IS, _place(a), max(rows // 4, width), 4
+    if (rows == 4 or count == 1) and (columns >= 4 * count or width == 1):
+        return _TRANSPOSED, _place(a), max(columns // 4, count), columns
+    raise ValueError(f"neither rows nor columns are contiguous: strides {a.strides}")
