@@ -37,8 +37,11 @@ Spectrum = npt.NDArray[np.complex64]
 BLOCK = 1 << 17
 #: rows of a convolution in work at once on each thread
 TILE = 512
-#: rows a thread below which it takes some outputs of a product instead of some rows
-FEW_ROWS = 256
+#: multiplications below which a product is not worth another thread: 0.2 ms
+GRAIN = 1 << 24
+#: outputs of a product that a thread takes at least. It reads their weights alone, of
+#: which a product of few rows is mostly made: 1 s of audio takes 14 % longer by rows
+OUTPUTS = 128
 #: attention scores in work at once on each thread, and keys that they are of at most
 SCORES = 1 << 19
 KEYS = 4096
@@ -143,24 +146,22 @@ def linear(x: Buffer, weight: Buffer, bias: Buffer | None, run: int, then_gelu: 
     result = np.empty((*x.shape[:-1], outputs), np.float32)
     total = result.reshape(count, outputs)
 
-    def work(rows: Buffer, matrix: Buffer, bias: Buffer | None, total: Buffer) -> None:
-        total[:] = np.float32(0) if bias is None else bias
-        blas.multiply(rows, matrix, total, add=True, run=run)
-        if then_gelu:
-            gelu_in_place(total)
+    threads = min(blas.threads(), -(-count * matrix.size // GRAIN))
+    stripes = min(threads, max(1, outputs // OUTPUTS))
+    blocks = -(-threads // stripes)
 
-    def by_outputs(some: slice) -> None:
-        work(rows, matrix[:, some], None if bias is None else bias[some], total[:, some])
+    def work(parts: slice) -> None:
+        for part in range(parts.start, parts.stop):
+            block, stripe = divmod(part, stripes)
+            some = slice(count * block // blocks, count * (block + 1) // blocks)
+            own = slice(outputs * stripe // stripes, outputs * (stripe + 1) // stripes)
+            sums = total[some, own]
+            sums[:] = np.float32(0) if bias is None else bias[own]
+            blas.multiply(rows[some], matrix[:, own], sums, add=True, run=run)
+            if then_gelu:
+                gelu_in_place(sums)
 
-    def by_rows(some: slice) -> None:
-        work(rows[some], matrix, bias, total[some])
-
-    # a product reads all of its weights: of few rows, each thread takes some outputs
-    threads = blas.threads()
-    if count < FEW_ROWS * threads:
-        _share(by_outputs, outputs, -(-outputs // threads))
-    else:
-        _share(by_rows, count, -(-count // threads))
+    _share(work, blocks * stripes, 1)
     return result
 
 
@@ -196,12 +197,14 @@ def conv1d(
         gelu_in_place(tile)
 
     for clip, total in zip(x, result, strict=True):
-        _share(partial(work, clip, total), count, _tile(count))
+        _share(partial(work, clip, total), count, _tile(count, taps.size))
     return result
 
 
-def _tile(rows: int) -> int:
-    return min(TILE, -(-rows // blas.threads()))
+def _tile(rows: int, multiplications: int) -> int:
+    """How many rows, each of so many multiplications, are in work at once on each thread."""
+    fair, worthwhile = -(-rows // blas.threads()), -(-GRAIN // multiplications)
+    return min(TILE, max(fair, worthwhile))
 
 
 class Moments(NamedTuple):
@@ -299,7 +302,7 @@ def normalised_conv1d(
         mean, variance = moment.of_channels(weight)
         factor = scale / np.sqrt(variance + np.float32(epsilon))
         windows = _windows(clip - moment.offset, kernel, stride)
-        _share(partial(work, windows, mean, factor, total), count, _tile(count))
+        _share(partial(work, windows, mean, factor, total), count, TILE)
     return result
 
 
@@ -413,7 +416,9 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
     """
     batch, heads, frames, width = queries.shape
     longest = min(KEYS, keys.shape[2])
-    step = min(frames, max(16, SCORES // longest))
+    fair = -(-batch * heads * frames // blas.threads())
+    worthwhile = -(-GRAIN // (2 * longest * width))
+    step = min(frames, max(16, SCORES // longest), max(fair, worthwhile))
     starts = range(0, frames, step)
     result = np.empty((batch, frames, heads * width), np.float32)
     mixed = result.reshape(batch, frames, heads, width).transpose(0, 2, 1, 3)

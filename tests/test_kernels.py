@@ -230,8 +230,9 @@ class TestOnACpu:
         params=[
             {},
             {"threads": 1},
-            {"threads": 2, "FEW_ROWS": 3},
-            {"threads": 3, "BLOCK": 50, "TILE": 7, "FEW_ROWS": 4, "SAMPLES": 60},
+            {"threads": 2, "GRAIN": 1},
+            {"threads": 3, "BLOCK": 50, "TILE": 7, "GRAIN": 1, "SAMPLES": 60},
+            {"threads": 5, "GRAIN": 300, "OUTPUTS": 5},
             {"threads": 2, "BLOCK": 50, "TILE": 7, "SCORES": 200, "KEYS": 7, "own": False},
         ],
         ids=str,
