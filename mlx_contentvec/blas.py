@@ -24,14 +24,17 @@ from .backend import OPENBLAS
 Matrix = npt.NDArray[np.float32]
 
 _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112
+_PTHREADS = 1
 
 
 class _OpenBlas:
     """What is used of an OpenBLAS; its names may have a prefix and a suffix, as numpy's have."""
 
     def __init__(self, library: ctypes.CDLL, prefix: str, suffix: str) -> None:
+        self.plain = not prefix + suffix
         integer = ctypes.c_int64 if suffix.startswith("64") else ctypes.c_int
         self.sgemm = getattr(library, f"{prefix}cblas_sgemm{suffix}")
+        self.get_parallel = getattr(library, f"{prefix}openblas_get_parallel{suffix}")
         self.get_threads = getattr(library, f"{prefix}openblas_get_num_threads{suffix}")
         self.set_threads = getattr(library, f"{prefix}openblas_set_num_threads{suffix}")
         choice, number, place = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
@@ -41,8 +44,18 @@ class _OpenBlas:
             *(number, *matrix, *matrix, number, *matrix),
         )
         self.sgemm.restype = None
+        self.get_parallel.argtypes, self.get_parallel.restype = (), ctypes.c_int
         self.get_threads.argtypes, self.get_threads.restype = (), ctypes.c_int
         self.set_threads.argtypes, self.set_threads.restype = (ctypes.c_int,), None
+
+    def may_be_shared(self) -> bool:
+        """Whether several threads may call it at once, and each call can be kept on its own.
+
+        One built without threads need not be safe to call from several, and one
+        built with OpenMP goes by that for how many a call takes.
+        Source: OpenBLAS, ``openblas_get_parallel``.
+        """
+        return bool(self.get_parallel() == _PTHREADS)
 
 
 @functools.cache
@@ -54,13 +67,16 @@ def _openblas() -> _OpenBlas | None:
         candidates += [(str(brought), "scipy_", "64_"), (str(brought), "", "64_")]
     for path, prefix, suffix in candidates:
         with contextlib.suppress(OSError, AttributeError):
-            return _OpenBlas(ctypes.CDLL(path), prefix, suffix)
+            blas = _OpenBlas(ctypes.CDLL(path), prefix, suffix)
+            if blas.may_be_shared():
+                return blas
     return None
 
 
 def name() -> str:
     """Whose products these are: OpenBLAS's file, or "numpy" for that of numpy's wheel or build."""
-    return OPENBLAS or "numpy"
+    blas = _openblas()
+    return OPENBLAS if OPENBLAS is not None and blas is not None and blas.plain else "numpy"
 
 
 _borrowing = threading.Lock()

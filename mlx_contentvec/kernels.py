@@ -79,18 +79,46 @@ def rounded(x: Array, stored: Any) -> Array:
     return x if isinstance(x, np.ndarray) else x.astype(compute_dtype(stored))
 
 
+def place(weight: Array | None) -> int | None:
+    """Where in memory a weight lies: elsewhere once it was changed in place.
+
+    None for no weight, for one that is being traced, and for bfloat16 on a GPU:
+    numpy does not know the type, and another view would wait for all that is in work.
+    """
+    if weight is None:
+        return None
+    if weight.dtype == mx.bfloat16:
+        if device_kind() != "cpu":
+            return None
+        weight = weight.view(mx.uint16)
+    try:
+        address: int = np.asarray(weight).__array_interface__["data"][0]
+    except (ValueError, RuntimeError):
+        return None
+    return address
+
+
 class Derived:
     """What was made of weights, made once as long as they are those weights."""
 
     def __init__(self) -> None:
-        self._state: tuple[tuple[Array, ...], Array] = ((), None)
+        self._state: tuple[Any, ...] = ()
 
-    def of(self, make: Callable[..., Array], *weights: Array) -> Array:
-        """``make(*weights)``, made now unless it was made of these very arrays before."""
-        known, made = self._state
-        if len(known) != len(weights) or not all(map(operator.is_, known, weights)):
-            made = make(*weights)
-            self._state = weights, made
+    def of(self, make: Callable[..., Array], *weights: Array | None) -> Array:
+        """``make(*weights)``, made now unless it was made of these very weights before.
+
+        An array of MLX's that is changed in place (``weight *= 2``) stays the same
+        object with other memory.
+        """
+        if self._state:
+            known, places, _, made = self._state
+            same = len(known) == len(weights) and all(map(operator.is_, known, weights))
+            if same and places == [place(weight) for weight in weights]:
+                return made
+        made = make(*weights)
+        # as long as their memory is held, nothing else can come to lie there
+        held = [None if weight is None else weight[None] for weight in weights]
+        self._state = weights, [place(weight) for weight in weights], held, made
         return made
 
 
@@ -99,8 +127,8 @@ def operands(x: Array, derived: Derived, *weights: Array | None) -> tuple[Array,
 
     derived: where weights are kept as numpy's
 
-    Half precision is widened on a CPU: MLX emulates it there and takes 12 (float16)
-    and 10 times (bfloat16) as long (5 s of audio; AMD EPYC, one core).
+    Half precision is widened on a CPU: MLX emulates it there and takes more than 10
+    times as long (5 s of audio; AMD EPYC, one core).
     Raises Traced if ``x`` is numpy's and a weight is being traced.
     """
     if not isinstance(x, np.ndarray):

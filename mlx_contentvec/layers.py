@@ -266,11 +266,9 @@ class SelfAttention(nn.Module):
             return  # quantised
         weight = kernels.arrange(mx.concatenate([part.weight for part in parts]))
         bias = mx.concatenate([part.bias for part in parts])
-        width = self.q_proj.weight.shape[0]
-        for i, part in enumerate(parts):
-            part.weight = weight[i * width : (i + 1) * width]
-            part.bias = bias[i * width : (i + 1) * width]
-        self._joined = _Joined([(part.weight, part.bias) for part in parts], weight, bias)
+        self._joined = _Joined(weight, bias, len(parts))
+        for part, (own_weight, own_bias) in zip(parts, self._joined.parts, strict=True):
+            part.weight, part.bias = own_weight, own_bias
 
     def _project(self, x: Array) -> list[Array]:
         """Queries, keys and values, (batch, frames, width) each."""
@@ -290,23 +288,32 @@ class SelfAttention(nn.Module):
 
 
 class _Joined:
-    """One matrix and the parameters that were its parts when it was made."""
+    """One matrix and its parts, which become parameters."""
 
-    def __init__(self, parts: list[tuple[Array, Array]], weight: Array, bias: Array) -> None:
-        self._parts = parts
+    def __init__(self, weight: Array, bias: Array, count: int) -> None:
         self._weight = weight
         self._bias = bias
         self._derived = kernels.Derived()
+        width = len(bias) // count
+        slices = [slice(i * width, (i + 1) * width) for i in range(count)]
+        self.parts = [(weight[some], bias[some]) for some in slices]
+        # the same memory, which nobody else can change
+        self._originals = [(weight[some], bias[some]) for some in slices]
 
     def __call__(self, x: Array) -> Array:
         """(..., width) to (..., 3 * width)."""
         return kernels.linear(x, self._weight, self._bias, self._derived)
 
-    def still_holds(self, parts: tuple[nn.Module, ...]) -> bool:
-        """Whether the parameters are those parts still, not replaced since."""
+    def still_holds(self, modules: tuple[nn.Module, ...]) -> bool:
+        """Whether the parameters are those parts still, neither replaced nor changed since."""
         return all(
-            part.get("weight") is weight and part.get("bias") is bias
-            for part, (weight, bias) in zip(parts, self._parts, strict=True)
+            module.get("weight") is weight
+            and module.get("bias") is bias
+            and kernels.place(weight) == kernels.place(original_weight)
+            and kernels.place(bias) == kernels.place(original_bias)
+            for module, (weight, bias), (original_weight, original_bias) in zip(
+                modules, self.parts, self._originals, strict=True
+            )
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_contentvec import backend
+from mlx_contentvec import backend, blas
 
 PROJECT = Path(__file__).resolve().parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="run it on Linux: a Mac has Accelerate")
@@ -81,6 +81,29 @@ def test_openblas_is_taken_where_it_is() -> None:
     if ctypes.util.find_library("openblas") is None:
         pytest.skip("no OpenBLAS here: apt-get install libopenblas0")
     assert python(WHOSE).stdout.startswith("libopenblas.so")
+
+
+@linux
+def test_an_openblas_that_threads_cannot_share_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blas, "OPENBLAS", ctypes.util.find_library("openblas"))
+    kinds = blas._OpenBlas
+
+    def without_threads(library: ctypes.CDLL, prefix: str, suffix: str) -> blas._OpenBlas:
+        found = kinds(library, prefix, suffix)
+        if not prefix + suffix:
+            found.get_parallel = lambda: 0
+        return found
+
+    monkeypatch.setattr(blas, "_OpenBlas", without_threads)
+    blas._openblas.cache_clear()
+    try:
+        assert blas.name() == "numpy"
+        brought = blas._openblas()
+        assert brought is None or not brought.plain
+    finally:
+        blas._openblas.cache_clear()
 
 
 @linux

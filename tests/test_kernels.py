@@ -207,6 +207,21 @@ def test_what_is_derived_of_weights_is_made_anew_when_one_of_them_is_another() -
     assert derived.of(lambda a, b: a + b, first, mx.array([1.0])) is not made
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_it_is_made_anew_when_one_of_them_was_changed_in_place(
+    dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "device_kind", lambda: "cpu")
+    derived, weight = Derived(), mx.ones((4, 4), dtype)
+    x = np.ones((1, 4), np.float32)
+    for factor in (1.0, 2.0, 4.0, 8.0):
+        assert closeness(kernels.linear(x, weight, None, derived), 4 * factor) == 0
+        assert kernels.place(weight) == kernels.place(weight) is not None
+        weight *= 2
+    weight[1] = 0
+    assert kernels.linear(x, weight, None, derived)[0, 1] == 0
+
+
 def test_short_runs_lose_less_than_one_long_sum(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

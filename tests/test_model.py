@@ -314,6 +314,28 @@ class TestWeights:
         attention.update({part: {"weight": 2 * attention[part].weight}})
         assert float(mx.abs(tiny(source, output_layer=1)["x"] - before).max()) > 1e-3
 
+    def test_a_weight_changed_in_place_is_the_one_that_is_used(self) -> None:
+        from mlx.utils import tree_flatten
+
+        source = mx.array(waveform())[None]
+        weights = random_weights(TINY)
+        tiny = ContentvecModel(TINY)
+        tiny.load_weights([(name, weight + 0) for name, weight in weights.items()])
+        before = tiny(source)["x"]
+        unmoved = []
+        for name, parameter in tree_flatten(tiny.parameters()):
+            parameter *= 1.5
+            got = tiny(source)["x"]
+            weights[name] = weights[name] * 1.5
+            other = ContentvecModel(TINY)
+            other.load_weights(list(weights.items()))
+            assert float(mx.abs(got - other(source)["x"]).max()) < 1e-4, name
+            if float(mx.abs(got - before).max()) < 1e-6:
+                unmoved.append(name.rpartition(".")[0].rpartition(".")[2])
+            before = got
+        # a constant added to every key's score, and what features do not read
+        assert set(unmoved) <= {"k_proj", "final_proj", ""}, unmoved
+
     def test_another_dtype_reaches_every_weight_that_is_used(self) -> None:
         from mlx.utils import tree_flatten
 
