@@ -26,15 +26,15 @@ EPS = 1e-5
 #: input channels that one product of a sum takes on a CPU. OpenBLAS adds up to 384
 #: products in a row; short runs added to each other lose less: of PyTorch's own rms error
 #: features keep 0.39 to 0.84 at 64, 0.39 to 0.86 at 96, 0.40 to 1.01 at 128, 0.60 to 1.32
-#: at 256, in 100, 94, 93 and 91 % of the time (5 s of audio)
+#: at 256; 64 takes 2 % more time than the others (5 s of audio)
 PART = 96
 #: the same for convolutions, which reach 1.05 times PyTorch's error at 96 and 0.97 at 64
 CONV_PART = 64
 #: rows of a feed-forward in work at once on a CPU
 TILE = 512
 #: length of the FFT of the positional convolution, in kernels: its response is read whole for
-#: any clip, 38 MB at 2 and twice that at 4 (3.4 ms against 7.3 for 1 s of audio, 4.5 against
-#: 7.4 for 5 s, 40 against 36 for 30 s; AMD EPYC, one core; mx.conv1d takes 25 and 98)
+#: any clip, 38 MB at 2 and twice that at 4 (3.8 ms against 7.6 for 1 s of audio, 5.1 against
+#: 7.6 for 5 s, 19 against 16 for 30 s; AMD EPYC, one core; mx.conv1d takes 25 and 98)
 FFT_KERNELS = 2
 #: taps of the positional convolution in one product on CUDA
 TAPS = 32
