@@ -411,6 +411,30 @@ class TestWeights:
         gradient = mx.grad(lambda clip: tiny(clip)["x"].sum())(source)
         assert bool(mx.isfinite(gradient).all())
 
+    def test_one_layer_can_be_trained_while_the_rest_is_frozen(self) -> None:
+        import mlx.nn as nn
+
+        tiny, source = model(), mx.array(waveform())[None]
+        tiny.freeze()
+        linear = tiny.encoder.layers[1].fc1
+        linear.unfreeze()
+
+        def loss(tiny: ContentvecModel) -> mx.array:
+            features = tiny(source)["x"]
+            return (features * mx.sin(mx.arange(features.shape[-1]))).sum()
+
+        _, gradients = nn.value_and_grad(tiny, loss)(tiny)
+        gradient = np.array(gradients["encoder"]["layers"][1]["fc1"]["weight"])
+        row, column = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
+        nudge = np.zeros(gradient.shape, np.float32)
+        nudge[row, column] = 1e-2
+        weight, losses = linear.weight, []
+        for step in (mx.array(nudge), -mx.array(nudge)):
+            linear.weight = weight + step
+            losses.append(float(loss(tiny)))
+        slope = (losses[0] - losses[1]) / 2e-2
+        assert abs(slope - gradient[row, column]) < 0.02 * abs(slope)
+
     def test_a_file_of_another_model_is_told_by_its_configuration(
         self, converted_tiny: Path
     ) -> None:
