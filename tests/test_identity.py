@@ -284,3 +284,24 @@ def test_a_stand_in_is_refused_as_one(tmp_path: Path) -> None:
     path.write_bytes(b"anything")
     text = str(stand_in_refused(identify(path), "synthetic weights, nothing learnt"))
     assert "is a stand-in" in text and "nothing learnt" in text and "--allow-unknown" in text
+
+
+def test_who_waits_for_the_checksums_hears_of_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity_module, "_LOOK_EVERY", 60)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1000))
+    begun = threading.Event()
+    told: list[tuple[int, int]] = []
+
+    def hold(done: int, total: int) -> None:
+        begun.wait(30)
+
+    def hear(done: int, total: int) -> None:
+        told.append((done, total))
+        begun.set()
+
+    with Identification(path, progress=hold) as identification:
+        identification.result(hear)
+    assert (told[0][1], told[-1]) == (1000, (1000, 1000))

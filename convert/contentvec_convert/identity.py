@@ -120,11 +120,15 @@ class Identification:
         hashed so far and the bytes there are.
         """
         total = sum(state[0] for state in self._states.values())
+        waited = False
         while waiting is not None and self._thread.is_alive():
             waiting(self._done, total)
+            waited = True
             self._thread.join(_LOOK_EVERY)
         self._thread.join()
         if isinstance(self._outcome, Identity):
+            if waiting is not None and waited:
+                waiting(total, total)
             return self._outcome
         raise self._outcome or IdentityError(f"hashing {self._source.name} was stopped")
 
