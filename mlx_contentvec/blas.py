@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -158,9 +159,10 @@ def multiply(
         )  # fmt: skip
 
 
-def _place(matrix: Matrix) -> int:
-    place: int = matrix.__array_interface__["data"][0]
-    return place
+def address(array: npt.NDArray[Any]) -> int:
+    """Where in memory an array begins."""
+    begin: int = array.__array_interface__["data"][0]
+    return begin
 
 
 def _layout(a: Matrix) -> tuple[int, int, int, int]:
@@ -169,7 +171,7 @@ def _layout(a: Matrix) -> tuple[int, int, int, int]:
     rows, columns = a.strides
     # strides along an axis of length 1 mean nothing
     if (columns == 4 or width == 1) and (rows >= 4 * width or count == 1):
-        return _AS_IT_IS, _place(a), max(rows // 4, width), 4
+        return _AS_IT_IS, address(a), max(rows // 4, width), 4
     if (rows == 4 or count == 1) and (columns >= 4 * count or width == 1):
-        return _TRANSPOSED, _place(a), max(columns // 4, count), columns
+        return _TRANSPOSED, address(a), max(columns // 4, count), columns
     raise ValueError(f"neither rows nor columns are contiguous: strides {a.strides}")

@@ -423,6 +423,8 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
     result = np.empty((batch, frames, heads * width), np.float32)
     mixed = result.reshape(batch, frames, heads, width).transpose(0, 2, 1, 3)
 
+    hidden = None if mask is None else ~mask[:, 0, 0]
+
     def work(parts: slice) -> None:
         room = np.empty(step * longest, np.float32)
         for part in range(parts.start, parts.stop):
@@ -433,7 +435,7 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
                 queries[clip, head, rows],
                 keys[clip, head],
                 values[clip, head],
-                None if mask is None else ~mask[clip, 0, 0],
+                None if hidden is None else hidden[clip],
                 mixed[clip, head, rows],
                 room,
             )

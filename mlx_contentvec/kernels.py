@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cpu
+from . import blas, cpu
 from .backend import device_kind, mx
 
 Array = Any
@@ -92,10 +92,9 @@ def place(weight: Array | None) -> int | None:
             return None
         weight = weight.view(mx.uint16)
     try:
-        address: int = np.asarray(weight).__array_interface__["data"][0]
+        return blas.address(np.asarray(weight))
     except (ValueError, RuntimeError):
         return None
-    return address
 
 
 class Derived:

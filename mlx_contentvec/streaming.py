@@ -180,9 +180,7 @@ def _spans(length: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _load(model: ContentvecModel, rows: Buffer) -> Array:
     """(frames, width) of a buffer as (1, frames, width) in what the model computes in."""
-    if device_kind() == "cpu":
-        return rows[None]
-    return mx.array(rows)[None].astype(model.layer_norm.weight.dtype)
+    return kernels.rounded(kernels.prepared(rows[None]), model.layer_norm.weight.dtype)
 
 
 def _store(x: Array) -> Buffer:
@@ -206,8 +204,8 @@ def _front_end(model: ContentvecModel, waveform: Buffer, step: int) -> Buffer:
     x = np.empty((frames, config.encoder_embed_dim), np.float32)
     for start, stop in _spans(frames, step):
         heard = slice(start * config.hop, (stop - 1) * config.hop + config.receptive_field)
-        samples = mx.array(scale.applied(waveform[heard]))[None]
-        piece = first(kernels.prepared(samples)[..., None], moments=moments)
+        samples = kernels.prepared(scale.applied(waveform[heard])[None])
+        piece = first(samples[..., None], moments=moments)
         for block in rest:
             piece = block(piece)
         x[start:stop] = _store(model.run_stage("projection", piece))
