@@ -14,34 +14,43 @@ from .errors import ContentvecError
 #: subcommand -> (module:object, one line for --help). The modules live in
 #: three packages; naming them as text keeps ``--help`` from importing any.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fetch": ("contentvec_convert.fetch_command:fetch", "Download a known source checkpoint."),
-    "convert": ("contentvec_convert.commands:convert", "Convert a checkpoint to MLX safetensors."),
+    "fetch": ("contentvec_convert.commands.fetch:fetch", "Download a known source checkpoint."),
+    "convert": (
+        "contentvec_convert.commands.convert:convert",
+        "Convert a checkpoint to MLX safetensors.",
+    ),
     "export": (
-        "contentvec_convert.export_command:export",
+        "contentvec_convert.commands.export:export",
         "Write a converted file for transformers or fairseq.",
     ),
-    "models": ("contentvec_convert.models_command:models", "List the embedders that are known."),
-    "extract": ("mlx_contentvec.commands:extract", "Extract features from audio files."),
-    "inspect": ("contentvec_convert.commands:inspect", "Say what a file is, without converting."),
-    "parity": ("contentvec_parity.commands:parity", "Compare the MLX model with the original."),
+    "models": ("contentvec_convert.commands.models:models", "List the embedders that are known."),
+    "extract": ("mlx_contentvec.extract.command:extract", "Extract features from audio files."),
+    "inspect": (
+        "contentvec_convert.commands.convert:inspect",
+        "Say what a file is, without converting.",
+    ),
+    "parity": (
+        "contentvec_parity.commands.parity:parity",
+        "Compare the MLX model with the original.",
+    ),
     "package": (
-        "contentvec_parity.publish_commands:package",
+        "contentvec_parity.commands.publish:package",
         "Put converted weights and their evidence into a folder.",
     ),
     "publish": (
-        "contentvec_parity.publish_commands:publish",
+        "contentvec_parity.commands.publish:publish",
         "Publish such a folder on the Hugging Face Hub.",
     ),
     "verify": (
-        "contentvec_parity.publish_commands:verify",
+        "contentvec_parity.commands.publish:verify",
         "Check published weights on this machine.",
     ),
     "bench": (
-        "contentvec_parity.bench_command:bench",
+        "contentvec_parity.commands.bench:bench",
         "Measure speed and memory beside the original.",
     ),
     "standin": (
-        "contentvec_parity.standin_command:standin",
+        "contentvec_parity.commands.standin:standin",
         "Make a checkpoint with synthetic weights.",
     ),
 }

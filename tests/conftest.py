@@ -92,7 +92,7 @@ def speech() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def make_standin(torch: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``make_standin("tiny", dtype="float32", ...)``: a fresh checkpoint, see write_standin."""
-    from contentvec_parity.standin import write_standin
+    from contentvec_parity.standin.write import write_standin
 
     folder = tmp_path_factory.mktemp("standins")
     made = 0
@@ -138,7 +138,7 @@ def made_once() -> Callable[[Path, Callable[[Path], object]], Path]:
 @pytest.fixture(scope="session")
 def standin(torch: Any, made_once: Callable[..., Path]) -> Path:
     """The full-size stand-in (189.5 MB), made once and kept for later sessions."""
-    from contentvec_parity.standin import DEFAULT_SEED, GENERATOR_VERSION, write_standin
+    from contentvec_parity.standin.write import DEFAULT_SEED, GENERATOR_VERSION, write_standin
 
     cache = Path(os.environ.get("MLX_CONTENTVEC_CACHE") or PROJECT / ".cache")
     return made_once(cache / f"standin-{GENERATOR_VERSION}-{DEFAULT_SEED}.pt", write_standin)
@@ -180,8 +180,10 @@ def evidence_folder(
 ) -> Path:
     """``tiny_checkpoint`` converted to float32 and float16, with all that packaging asks for."""
     from contentvec_convert.conversion import convert
-    from contentvec_parity import inputs, recording, report
+    from contentvec_parity import inputs
     from contentvec_parity.harness import compare_files
+    from contentvec_parity.references import recording
+    from contentvec_parity.report import document as report
 
     folder = tmp_path_factory.mktemp("evidence")
     few = {"few": lambda: [c for c in inputs.built_in() if c.name in ("short", "min", "silence")]}

@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .comparison import Difference, compare
+    from .compare.metrics import Difference, compare_arrays
     from .harness import compare_files, replay
 
-__all__ = ["Difference", "compare", "compare_files", "replay"]
+__all__ = ["Difference", "compare_arrays", "compare_files", "replay"]
 
 #: public name -> module, imported on first use: the command line imports this package too
 _HOMES = {
-    "Difference": ".comparison",
-    "compare": ".comparison",
+    "Difference": ".compare.metrics",
+    "compare_arrays": ".compare.metrics",
     "compare_files": ".harness",
     "replay": ".harness",
 }

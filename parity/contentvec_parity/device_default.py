@@ -18,10 +18,10 @@ from typing import Any
 
 from mlx_contentvec.errors import ParityError
 
+from .compare.verdict import summarise
 from .inputs import built_in
-from .recording import write
 from .references import Reference
-from .verdict import summarise
+from .references.recording import write
 
 #: the clips it is measured on
 CLIPS = ("short", "quiet", "min")

@@ -13,15 +13,17 @@ from contentvec_convert.identity import Identification
 from mlx_contentvec.errors import ParityError
 
 from . import device_default as at_device_default
-from . import machine, report, tensors
-from .candidate import MlxCandidate
+from . import machine
+from .compare import tensors
+from .compare.candidate import MlxCandidate
+from .compare.naming import stage_input, stage_names, stage_parameters
+from .compare.stages import Progress, measure, require_same_architecture
+from .compare.verdict import Gates, judge
 from .identity import checkpoint_being_identified, identify_checkpoint, weights_facts
 from .inputs import INPUT_SETS, Clip, from_files
-from .naming import stage_input, stage_names, stage_parameters
-from .recording import Recording
 from .references import REFERENCES, Reference, choose, open_reference
-from .run import Progress, measure, require_same_architecture
-from .verdict import Gates, judge
+from .references.recording import Recording
+from .report import document as report
 
 #: on these clips --quick compares every stage, on the longer ones the features alone
 QUICK_STAGED = ("short", "quiet", "silence", "min")
@@ -163,7 +165,7 @@ def assemble(
 ) -> report.Document:
     """Measure two opened sides on ``clips`` and make the whole report of it.
 
-    staged:          see ``contentvec_parity.run.measure``
+    staged:          see ``contentvec_parity.compare.stages.measure``
     source, weights: called at the end for those two entries of the report
 
     Raises ParityError if the two are different architectures.

@@ -11,7 +11,7 @@ from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.conversion import stand_in_of
 from contentvec_convert.identity import Identification
 
-from .candidate import MlxCandidate
+from .compare.candidate import MlxCandidate
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .comparison import Difference, compare, rounding_floor
-from .verdict import RATIO, ratio
+from .compare.metrics import Difference, compare_arrays, rounding_floor
+from .compare.verdict import RATIO, ratio
 
 
 def assert_parity(
@@ -46,8 +46,8 @@ def assert_parity(
     """
     if truth is None and max_abs is None and min_cosine is None:
         raise ValueError("give truth=, max_abs= or min_cosine=: nothing would be checked")
-    found = compare(measured, truth if truth is not None else original, valid=valid)
-    theirs = compare(original, truth, valid=valid) if truth is not None else {}
+    found = compare_arrays(measured, truth if truth is not None else original, valid=valid)
+    theirs = compare_arrays(original, truth, valid=valid) if truth is not None else {}
     complaints: dict[str, list[str]] = {}
     for stage, difference in found.items():
         said: list[str] = []

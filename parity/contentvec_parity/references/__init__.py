@@ -31,7 +31,7 @@ class Reference(Protocol):
     """What a parity run needs to know of the original.
 
     Stage outputs are (batch, frames, channels); stage names are those of
-    ``contentvec_parity.naming``.
+    ``contentvec_parity.compare.naming``.
     """
 
     #: "fairseq", "transformers" or "recording"

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from mlx_contentvec.config import ModelConfig
 
+from ..compare.naming import stage_input, stage_names
 from ..inputs import Clip
-from ..naming import stage_input, stage_names
-from ..truth import true_double
+from .truth import true_double
 
 Tensor = Any
 

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError, name_list
 
-from ..naming import UNREAD, rows
+from ..compare.naming import UNREAD, rows
 from .original import TorchOriginal, frame_mask, quiet
 
 Tensor = Any

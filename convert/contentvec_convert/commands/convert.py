@@ -1,0 +1,276 @@
+"""``mlx-contentvec convert`` and ``mlx-contentvec inspect``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_contentvec.errors import name_list
+
+# Nothing here imports numpy: hashing the source takes longest and begins first.
+from ..identity import Identification, Identity
+from ..known_files import KNOWN_FILES
+
+if TYPE_CHECKING:
+    from ..inspection import Inspection
+    from ..ledger import Ledger
+    from ..transfer import Progress
+
+#: a bar appears when something takes longer than this, in seconds
+_PATIENCE = 1.0
+
+
+def _digits(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """A checksum in lower case; a usage error unless it has as many digits as its kind has."""
+    if value is None:
+        return None
+    digits, wanted = value.strip().lower(), {"expect_md5": 32, "expect_sha256": 64}
+    count = wanted[str(parameter.name)]
+    if len(digits) != count or set(digits) - set("0123456789abcdef"):
+        raise click.BadParameter(f"{value!r} is not {count} hexadecimal digits")
+    return digits
+
+
+_HEADS = click.option(
+    "--heads",
+    type=click.IntRange(min=1),
+    help="Attention heads, for a file that does not say it (no tensor shows it).",
+)
+_NORMALIZE = click.option(
+    "--normalize/--no-normalize",
+    default=None,
+    help="Whether the model wants normalised input, for a file that does not say it.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The .safetensors file to write. Default: contentvec_base.safetensors for "
+    "hubert_base.pt, else the source's name, in the working folder.",
+)
+@click.option(
+    "--dtype",
+    metavar="FORMAT",
+    default="float32",
+    help="float32 (default) holds every bit of any checkpoint; float16 every bit of a float16 "
+    "one but in the folded kernel; bfloat16 rounds; q8 and q4 quantise the linear weights to 8 "
+    "or 4 bits.",
+)
+@click.option("--allow-unknown", is_flag=True, help="Convert a file that is not a known one.")
+@click.option(
+    "--expect-md5", metavar="HEX", callback=_digits, help="Convert only the file with this MD5."
+)
+@click.option(
+    "--expect-sha256",
+    metavar="HEX",
+    callback=_digits,
+    help="Convert only the file with this SHA-256.",
+)
+@click.option("--force", is_flag=True, help="Replace an output that exists.")
+@_HEADS
+@_NORMALIZE
+@_JSON
+def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **options: Any) -> None:
+    """Convert the checkpoint SOURCE, a file or a Hugging Face folder, to MLX safetensors.
+
+    SOURCE may also be the name of a known model (see mlx-contentvec models): it
+    is fetched into the working folder first.
+
+    Only a known file is converted unasked. Every tensor is accounted for in a
+    ledger beside the output, and nothing appears before it has been written,
+    flushed, read back and compared.
+    """
+    source = _fetched(source)
+    with contextlib.ExitStack() as stack:
+        options["identification"] = (
+            stack.enter_context(Identification(source)) if not source.is_dir() else None
+        )
+        from .. import conversion
+        from ..precision import PRECISIONS
+
+        if dtype not in PRECISIONS:
+            raise click.BadParameter(f"not one of {', '.join(PRECISIONS)}", param_hint="--dtype")
+        output = output if output is not None else conversion.default_output(source)
+        progress = stack.enter_context(_late_bar())
+        ledger = conversion.convert(source, output, dtype=dtype, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps({"path": _shown(output), **ledger.to_dict()}, ensure_ascii=False))
+    else:
+        _show_ledger(ledger, source, output)
+
+
+@click.command()
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@_HEADS
+@_NORMALIZE
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@_JSON
+def inspect(
+    path: Path, heads: int | None, normalize: bool | None, tensors: bool, as_json: bool
+) -> None:
+    """Say what FILE is, a checkpoint or a converted file: nothing is converted or written."""
+    from ..inspection import inspect as inspect_file
+
+    with _late_bar() as progress:
+        found = inspect_file(path, heads=heads, normalize=normalize, progress=progress)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        _show_inspection(found, path, tensors)
+
+
+def _fetched(source: Path) -> Path:
+    """``source``, or the known file of that name, fetched where there is no such path."""
+    if source.exists() or str(source) not in {row.key for row in KNOWN_FILES}:
+        return source
+    from ..fetch import fetch
+
+    click.echo(f"fetching {source}", err=True)
+    return fetch(str(source))[0]
+
+
+def _shown(path: Path) -> str:
+    """A path as text, whatever bytes it is made of."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _line(label: str, text: str) -> None:
+    """One row of a summary; further lines of ``text`` line up below the first."""
+    click.echo(f"  {label:<10}{text.replace(chr(10), chr(10) + ' ' * 12)}")
+
+
+def _show_identity(identity: Identity, stand_in: str | None) -> None:
+    known = identity.known
+    if stand_in is not None:
+        said = "a STAND-IN with synthetic weights, not a trained model"
+    elif known is not None:
+        said = f"{known.key}: {known.what}"
+    else:
+        said = "not a file that is known here"
+    _line("is", said)
+    _line("md5", identity.md5)
+    _line("sha256", identity.sha256)
+
+
+def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
+    from ..conversion import ledger_path
+    from ..recognition import describe
+    from ..rules import TRANSFORMS
+
+    facts = ledger.to_dict()
+    counts, made, origin = facts["counts"], facts["output"], facts["source"]
+    click.echo(f"{_shown(source)} -> {_shown(output)}")
+    click.echo("source")
+    _show_identity(ledger.identity, ledger.stand_in)
+    _line("model", describe(ledger.config, origin["naming"]))
+    click.echo("tensors")
+    _line("read", f"{counts['source_tensors']} of {origin['naming']} naming, all accounted for")
+    _line("written", f"{counts['written']} as {made['dtype']}")
+    if counts["exact"]:
+        _line("proven", f"{counts['exact']} read back and undone: the source, bit for bit")
+    computed = [row for row in ledger.inexact if not TRANSFORMS[row.transform].lossless]
+    rounded = [row.target for row in ledger.inexact if TRANSFORMS[row.transform].lossless]
+    for row in computed:
+        names = name_list(source.name for source in row.sources)
+        _line("computed", f"{row.target} from {names} ({row.transform})")
+    if rounded:
+        _line("rounded", f"{len(rounded)} to {made['dtype']}: {name_list(rounded, 3)}")
+    for drop in ledger.drops:
+        _line("dropped", f"{drop.source.name}: {drop.reason}")
+    for note in ledger.notes:
+        _line("note", note)
+    click.echo("output")
+    _line("size", f"{made['size']:,} bytes")
+    _line("sha256", made["sha256"])
+    _line("ledger", _shown(ledger_path(output)))
+
+
+def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
+    from ..recognition import describe
+
+    click.echo(f"{_shown(path)}  {found.identity.size:,} bytes, {found.container}")
+    if found.provenance is None:
+        _show_identity(found.identity, found.stand_in)
+    else:
+        _show_provenance(found)
+    if found.config is not None:
+        _line("naming", found.naming)
+        _line("model", describe(found.config, found.naming))
+    held = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes().items())
+    _line("tensors", f"{len(found.tensors)} ({held}), {found.elements:,} elements")
+    for row in found.tensors:
+        if "dropped" in row:
+            _line("dropped", f"{row['name']}: {row['dropped']}")
+    for note in found.plan.notes if found.plan is not None else ():
+        _line("note", note)
+    if found.problem is not None:
+        _line("refused", f"it cannot be converted{' again' if found.provenance else ''}")
+        _line("", str(found.problem))
+    for row in found.tensors if tensors else ():
+        fate = f" -> {row['target']} ({row['transform']})" if "target" in row else ""
+        click.echo(f"    {row['name']} {row['dtype']} {tuple(row['shape'])}{fate}")
+
+
+def _show_provenance(found: Inspection) -> None:
+    """What a converted file says about where it comes from; the ledger can bear it out."""
+    said = found.provenance or {}
+    source = said.get("source")
+    source = source if isinstance(source, dict) else {}
+    if found.stand_in is not None:
+        _line("is", "made from a STAND-IN with synthetic weights, not a trained model")
+    else:
+        _line(
+            "is",
+            f"converted, as it says itself, from {source.get('known_as') or source.get('name')}",
+        )
+    _line("source", f"md5 {source.get('md5')}, {source.get('size')} bytes")
+    _line("format", f"{said.get('dtype')}, by mlx-contentvec {said['mlx_contentvec_version']}")
+    _line("sha256", found.identity.sha256)
+    _line("ledger", str(found.ledger))
+
+
+@contextlib.contextmanager
+def _late_bar() -> Iterator[Progress | None]:
+    """A bar on stderr, if that is a terminal and the work takes longer than _PATIENCE."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    begun = time.monotonic()
+    bar: Any = None
+    tasks: dict[str, Any] = {}
+
+    def advance(doing: str, done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and time.monotonic() - begun > _PATIENCE:
+            bar = _bar()
+            bar.start()
+        if bar is not None:
+            if doing not in tasks:
+                tasks[doing] = bar.add_task(doing, total=total)
+            bar.update(tasks[doing], completed=done)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    return Bar(transient=True, console=Console(stderr=True))

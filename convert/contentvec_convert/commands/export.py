@@ -1,0 +1,47 @@
+"""``mlx-contentvec export``: a converted file, back to transformers or fairseq."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..export import FORMATS
+from ..export import export as export_file
+
+
+@click.command()
+@click.argument("converted", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(FORMATS), required=True, help="The library to write for.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder (transformers) or file (fairseq) to write. "
+    "Default: CONVERTED's name with -transformers or .pt.",
+)
+@click.option("--force", is_flag=True, help="Replace what an earlier export wrote there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def export(converted: Path, to: str, output: Path | None, force: bool, as_json: bool) -> None:
+    """Write the converted file CONVERTED as a checkpoint of another library.
+
+    Tensors that the conversion only moved come back bit for bit. The weight norm
+    of the positional convolution is chosen anew (v is the kernel, g its norm).
+    """
+    if output is None:
+        name = f"{converted.stem}-transformers" if to == "transformers" else f"{converted.stem}.pt"
+        output = converted.with_name(name)
+    result = export_file(converted, output, to=to, force=force)
+    if as_json:
+        document = {
+            "path": str(result.path),
+            "format": result.format,
+            "tensors": result.tensors,
+            "notes": list(result.notes),
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    click.echo(f"{result.path}  {result.tensors} tensors, for {result.format}")
+    for note in result.notes:
+        click.echo(f"  {note}")

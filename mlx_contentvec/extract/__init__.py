@@ -1,0 +1,1 @@
+"""``mlx-contentvec extract``: features of a folder of audio files."""

@@ -1,0 +1,268 @@
+"""``mlx-contentvec extract``: audio files in, feature files out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..audio import require_decoders
+from .manifest import Manifest, locked
+from .run import (
+    DTYPES,
+    Extraction,
+    Settings,
+    Source,
+    Summary,
+    Work,
+    find_sources,
+    name_outputs,
+    name_rvc_outputs,
+    plan_work,
+    shared_out,
+)
+from .sharding import Ranks
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", re.IGNORECASE)
+
+
+def size(text: str) -> int:
+    """Bytes, written as ``800M`` or ``1.5G``: units of 1024, 1024^2 and 1024^3."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size like 800M or 1.5G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "-o", "--output", "folder", required=True, type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the features.",
+)  # fmt: skip
+@click.option(
+    "-w", "--weights", required=True,
+    help="Converted weights: a file, a folder, or owner/name on the Hugging Face Hub.",
+)  # fmt: skip
+@click.option(
+    "--version", "version", type=click.Choice(["v1", "v2"]),
+    help="RVC's features: v1 is layer 9 projected to 256, v2 is layer 12 (the default).",
+)  # fmt: skip
+@click.option("--layer", type=click.IntRange(min=1), help="Another layer, counted from 1.")
+@click.option("--project", is_flag=True, help="Put that layer through final_proj.")
+@click.option("--rvc", is_flag=True, help="RVC's training layout: 3_feature256 or 3_feature768.")
+@click.option(
+    "--safetensors", is_flag=True, help="One features.safetensors for each folder of audio."
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True,
+    help="Type of the features; RVC expects float32.",
+)  # fmt: skip
+@click.option(
+    "--max-memory", type=size,
+    help="Memory beside the model, like 800M or 1.5G; longer clips are streamed, exactly.",
+)  # fmt: skip
+@click.option(
+    "--window", type=float, metavar="SECONDS",
+    help="Cut clips into windows of this length instead: faster for hours of audio, not exact.",
+)  # fmt: skip
+@click.option(
+    "--overlap", type=float, metavar="SECONDS",
+    help="What neighbouring windows share.  [default: 2 with --window]",
+)  # fmt: skip
+@click.option(
+    "--batch-seconds", type=click.FloatRange(min=0), metavar="SECONDS",
+    help="Audio in one batch.  [default: 0 on a CPU, 60 on Metal, 120 on CUDA]",
+)  # fmt: skip
+@click.option(
+    "--padding", type=click.Choice(["exact", "fairseq"]), default="exact", show_default=True,
+    help="In a batch: each clip as if alone, or as the original pads them.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace outputs that are not of this run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def extract(paths: tuple[str, ...], folder: Path, weights: str, **options: Any) -> None:
+    """Extract features from audio: files, folders, glob patterns, or - for a list on stdin.
+
+    Finished outputs are skipped, so the same command goes on where one was
+    stopped. Files that cannot be used are listed at the end, and the exit
+    status is 1. Under mlx.launch the work is shared among its processes.
+    """
+    if options["rvc"] and options["safetensors"]:
+        raise click.UsageError("--rvc and --safetensors exclude each other")
+    if options["overlap"] is not None and options["window"] is None:
+        raise click.UsageError("--overlap needs --window")
+    ranks = Ranks.launched()
+    if "-" in paths and ranks.size > 1:
+        raise click.UsageError("a list on stdin does not reach every process of mlx.launch")
+    require_decoders()
+    summary = _run(paths, folder, weights, ranks, options)
+    if ranks.rank == 0:
+        if options["as_json"]:
+            click.echo(json.dumps({"output": str(folder), **summary.to_dict()}, indent=2))
+        else:
+            _report(summary, folder)
+    # nobody leaves before the first has reported: the launcher stops all when one fails
+    ranks.gather(None)
+    if summary.failed:
+        click.get_current_context().exit(1)
+
+
+def _run(
+    paths: tuple[str, ...], folder: Path, weights: str, ranks: Ranks, options: dict[str, Any]
+) -> Summary:
+    """Plan, extract this rank's share, and add up what all ranks did."""
+    from ..backend import device_kind
+    from ..features import BATCH_SECONDS, feature_kind
+    from ..hub import resolve, sha256_of
+    from ..model import ContentvecModel
+    from .packing import check_packs, pack, part_of
+
+    kind = feature_kind(options["version"], options["layer"], options["project"])
+    with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
+        weights_file = resolve(weights)
+        model = ContentvecModel.from_file(weights_file)
+        kind.check(model.config)
+        window = options["window"]
+        overlap = options["overlap"] or 2.0
+        settings = Settings(
+            weights=sha256_of(weights_file),
+            layer=kind.layer,
+            project=kind.project,
+            dtype=options["dtype"],
+            padding=options["padding"],
+            window=window,
+            overlap=None if window is None else overlap,
+        )
+        manifest = Manifest(folder, ranks.rank)
+        pending: list[Work] = []
+        outputs: list[str] = []
+        finished = 0
+        if ranks.rank == 0:
+            sources = find_sources(list(_listed(paths)))
+            outputs = _outputs(sources, kind.width(model.config), options)
+            if options["safetensors"]:
+                outputs = [part_of(output) for output in outputs]
+                check_packs(outputs, manifest, asdict(settings), options["force"])
+            pending, finished = plan_work(
+                sources, outputs, manifest, settings, force=options["force"]
+            )
+        batch_seconds = options["batch_seconds"]
+        extraction = Extraction(
+            model,
+            settings,
+            manifest,
+            max_memory=options["max_memory"],
+            batch_seconds=BATCH_SECONDS[device_kind()] if batch_seconds is None else batch_seconds,
+        )
+        share = shared_out(pending, ranks)
+        try:
+            with _progress(share, ranks) as advance:
+                extraction.run(share, advance)
+        except KeyboardInterrupt:
+            click.echo(
+                f"interrupted: {finished + extraction.summary.extracted} of "
+                f"{finished + len(pending)} outputs are finished; the same command goes on",
+                err=True,
+            )
+            raise click.exceptions.Exit(130) from None
+        summary = Summary.joined(ranks.gather(extraction.summary.to_dict()))
+        summary.skipped = finished
+        summary.failed.sort(key=lambda failure: failure.source)
+        if ranks.rank == 0 and options["safetensors"]:
+            pack(outputs, Manifest(folder), asdict(settings))
+        return summary
+
+
+def _listed(paths: tuple[str, ...]) -> Iterator[str]:
+    """The given paths, ``-`` replaced by the lines of stdin."""
+    for path in paths:
+        if path == "-":
+            yield from (line for line in sys.stdin.read().splitlines() if line)
+        else:
+            yield path
+
+
+def _outputs(sources: list[Source], width: int, options: dict[str, Any]) -> list[str]:
+    return name_rvc_outputs(sources, width) if options["rvc"] else name_outputs(sources)
+
+
+@contextlib.contextmanager
+def _progress(share: list[Work], ranks: Ranks) -> Iterator[Callable[[Work, float], None]]:
+    """A bar on stderr with the rate and the time left; the first rank's own share."""
+    if ranks.rank or not share or not sys.stderr.isatty():
+        yield lambda item, fraction: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.fields[clips]} clips"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        # a clip of unknown length counts a little, so that the end is reached
+        lengths = {item.output: max(item.seconds, 0.01) for item in share}
+        total = sum(lengths.values())
+        task = progress.add_task("", total=total, clips=f"0/{len(share)}", rate="")
+        done: dict[str, float] = {}
+
+        def advance(item: Work, fraction: float) -> None:
+            done[item.output] = fraction
+            completed = sum(lengths[output] * part for output, part in done.items())
+            elapsed = progress.tasks[task].elapsed or 0.0
+            finished = sum(part == 1.0 for part in done.values())
+            progress.update(
+                task,
+                completed=completed,
+                clips=f"{finished}/{len(share)}",
+                rate=f"{completed / elapsed:.1f} audio-s/s" if elapsed > 1 else "",
+            )
+
+        yield advance
+
+
+def _report(summary: Summary, folder: Path) -> None:
+    rate = summary.audio_seconds / summary.wall_seconds if summary.wall_seconds else 0.0
+    click.echo(
+        f"extracted  {summary.extracted:,} clips, {_duration(summary.audio_seconds)} of audio "
+        f"in {_duration(summary.wall_seconds)} ({rate:.1f} audio-seconds per second)"
+    )
+    if summary.ranks > 1:
+        click.echo(f"processes  {summary.ranks}")
+    if summary.skipped:
+        click.echo(f"skipped    {summary.skipped:,} finished before")
+    if summary.seams:
+        click.echo(
+            f"seams      {summary.seams:,}, windows disagree by {summary.seam_max:.2g} at most, "
+            f"{summary.seam_rms:.2g} rms"
+        )
+    click.echo(f"output     {folder}")
+    if summary.failed:
+        click.echo(f"error: {len(summary.failed)} files gave no features", err=True)
+        for failure in summary.failed:
+            click.echo(f"  {failure.source}: {failure.reason}", err=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02} min"

@@ -1,0 +1,255 @@
+"""What has been extracted: one line of JSON for every finished output, beside the outputs.
+
+A line is on the disk before its output takes its final name, so an output that
+is there is either as its line says, or broken, or not ours. Every process
+writes a file of its own and reads all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+
+NAME = "mlx-contentvec"
+LOCK = f".{NAME}.lock"
+Record = dict[str, Any]
+
+
+class State(Enum):
+    """Where one output stands before a run."""
+
+    FINISHED = "finished"
+    #: to be made: not there, broken, or its source has changed since
+    PENDING = "pending"
+    #: something else has this name: made from another file, with other settings, or not by us
+    TAKEN = "taken"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The state of an output and, where it is taken, by what."""
+
+    state: State
+    reason: str = ""
+
+
+class Manifest:
+    """The records of a folder of outputs.
+
+    folder: where the outputs are
+    rank:   which of several processes this is; each appends to its own file
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.folder = folder
+        self.path = folder / f"{NAME}.jsonl" if not rank else folder / f"{NAME}.rank-{rank}.jsonl"
+        self._records: dict[str, list[Record]] = {}
+        #: packed file -> the clips that it holds, once its checksum has been seen to be right
+        self._packed: dict[str, dict[str, Record]] = {}
+        #: clip -> the file that it was packed into
+        self._pack_of: dict[str, str] = {}
+        for path in sorted(folder.glob(f"{NAME}*.jsonl")):
+            for record in _lines(path):
+                self._note(record)
+
+    def _note(self, record: Record) -> None:
+        self._records.setdefault(record["output"], []).append(record)
+        self._packed.pop(record["output"], None)
+        for clip in record.get("clips", {}):
+            self._pack_of[clip] = record["output"]
+
+    def records(self, output: str) -> list[Record]:
+        """What is known of ``output``, oldest first."""
+        return self._records.get(output, [])
+
+    def packed(self, output: str) -> dict[str, Record]:
+        """The clips inside a packed file, by their own outputs; none if it is not as recorded."""
+        if output not in self._packed:
+            path = self.folder / output
+            whole = (record for record in reversed(self.records(output)) if holds(path, record))
+            self._packed[output] = next(whole, {}).get("clips", {})
+        return self._packed[output]
+
+    def standing(self, output: str, source: Path, settings: Record) -> Standing:
+        """Whether ``output`` has to be made from ``source`` with ``settings``."""
+        path = self.folder / output
+        if not path.exists():
+            record = self.packed(self._pack_of.get(output, "")).get(output)
+            made = record is not None and _is_of(record, source, settings)
+            return Standing(State.FINISHED if made else State.PENDING)
+        records = self.records(output)
+        if not records:
+            return Standing(State.TAKEN, "it was there before and is not in the manifest")
+        for record in records:
+            if _is_of(record, source, settings) and holds(path, record):
+                return Standing(State.FINISHED)
+        latest = records[-1]
+        if latest["source"]["path"] != str(source):
+            return Standing(State.TAKEN, f"it was made from {latest['source']['path']}")
+        if latest["settings"] != settings:
+            return Standing(State.TAKEN, f"it was made with {_difference(latest, settings)}")
+        return Standing(State.PENDING)
+
+    def add(self, record: Record) -> None:
+        """Put a record on the disk: when this returns, a power cut does not lose it.
+
+        Raises OutputError if it cannot be written.
+        """
+        try:
+            with self.path.open("ab") as file:
+                # a line that a power cut tore must not swallow this one
+                start = b"" if not file.tell() or _ends_a_line(self.path) else b"\n"
+                file.write(start + json.dumps(record, sort_keys=True).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        self._note(record)
+
+
+def identity(path: Path) -> Record:
+    """What a source file is known by. Where it lies and when it was written may change."""
+    stat = path.stat()
+    return {
+        "path": str(path),
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "crc32": checksum(path),
+    }
+
+
+def holds(path: Path, record: Record) -> bool:
+    """Whether a file has the size and the checksum that its record states."""
+    try:
+        return bool(path.stat().st_size == record["bytes"] and checksum(path) == record["crc32"])
+    except OSError:
+        return False
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file as eight hex digits, read in pieces."""
+    value = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            value = zlib.crc32(piece, value)
+    return f"{value:08x}"
+
+
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> Record:
+    """Write ``parts`` to a hidden file beside ``path``, ready to take its place.
+
+    The file is flushed to the disk and read back. Returns its ``bytes`` and
+    ``crc32``; :func:`publish` gives it its name.
+
+    Raises OutputError if it cannot be written or does not read back.
+    """
+    hidden = _hidden(path)
+    value = size = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with hidden.open("wb") as file:
+            for part in parts:
+                value = zlib.crc32(part, value)
+                size += file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        written = {"bytes": size, "crc32": f"{value:08x}"}
+        if not holds(hidden, written):
+            raise OutputError(f"{path} does not read back as it was written")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            hidden.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+    return written
+
+
+def publish(path: Path) -> None:
+    """Give the file that :func:`write_atomically` prepared its final name."""
+    _hidden(path).replace(path)
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """An OSError in this project's words."""
+    return OutputError(f"{path} cannot be written: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; a killed process lets go of it.
+
+    Raises OutputError if another process holds it.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another extraction is writing to {folder}",
+                hint="wait for it, or give this one another folder",
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        for line in file:
+            # the last line of a run that lost its power may be torn
+            with contextlib.suppress(ValueError, UnicodeDecodeError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("output"), str):
+                    yield record
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _is_of(record: Record, source: Path, settings: Record) -> bool:
+    return bool(record["settings"] == settings) and _same_file(record["source"], source)
+
+
+def _same_file(recorded: Record, source: Path) -> bool:
+    """Whether ``source`` still is, or by its content might as well be, the recorded file."""
+    try:
+        stat = source.stat()
+    except OSError:
+        return False
+    if stat.st_size != recorded["bytes"]:
+        return False
+    if (str(source), stat.st_mtime_ns) == (recorded["path"], recorded["mtime_ns"]):
+        return True
+    # moved, copied or touched: its content decides
+    return bool(checksum(source) == recorded["crc32"])
+
+
+def _difference(record: Record, settings: Record) -> str:
+    keys = sorted(set(record["settings"]) | set(settings))
+    return ", ".join(
+        f"{key} {record['settings'].get(key)} (now {settings.get(key)})"
+        for key in keys
+        if record["settings"].get(key) != settings.get(key)
+    )

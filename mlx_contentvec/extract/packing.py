@@ -1,0 +1,147 @@
+"""One safetensors file for each folder of clips, from features kept clip by clip until then.
+
+While a run goes on every clip is a ``.npy`` under ``.parts``, so that whatever
+is finished survives. At the end each folder's parts, and the clips that its
+file holds already, go into one new file that takes the old one's place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ..errors import OutputError, name_list
+from .manifest import Manifest, Record, holds, publish, write_atomically
+
+PARTS = ".parts"
+FILE = "features.safetensors"
+_DTYPES = {"float32": "F32", "float16": "F16"}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where the bytes of one clip's features lie."""
+
+    file: Path
+    offset: int
+    size: int
+    shape: tuple[int, ...]
+
+    def data(self) -> Iterator[bytes]:
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            left = self.size
+            while left and (piece := file.read(min(left, 1 << 20))):
+                left -= len(piece)
+                yield piece
+
+
+def part_of(output: str) -> str:
+    """Where the features of a clip are kept until its folder is packed."""
+    return f"{PARTS}/{output}"
+
+
+def pack_of(part: str) -> str:
+    """The file that the clips of a folder go into."""
+    return str(PurePosixPath(part).relative_to(PARTS).with_name(FILE))
+
+
+def check_packs(parts: list[str], manifest: Manifest, settings: Record, force: bool) -> None:
+    """Raise OutputError if a file to be packed into is not of this run, unless ``force``."""
+    taken = []
+    for pack in sorted({pack_of(part) for part in parts}):
+        records = manifest.records(pack)
+        if (manifest.folder / pack).exists() and not force:
+            if not records:
+                taken.append(f"{pack}: it was there before and is not in the manifest")
+            elif records[-1]["settings"] != settings:
+                taken.append(f"{pack}: it was made with other settings")
+    if taken:
+        raise OutputError(
+            f"{len(taken)} files in {manifest.folder} are not of this run",
+            found=name_list(taken, limit=3),
+            hint="choose another folder, or replace them with --force",
+        )
+
+
+def pack(parts: list[str], manifest: Manifest, settings: Record) -> list[str]:
+    """Put the parts that are there into the files of their folders; returns those files.
+
+    Raises OutputError if one cannot be written.
+    """
+    folders: dict[str, dict[str, Record]] = {}
+    for part in parts:
+        whole = (r for r in reversed(manifest.records(part)) if holds(manifest.folder / part, r))
+        if record := next(whole, None):
+            folders.setdefault(pack_of(part), {})[part] = record
+    for target, present in folders.items():
+        clips = {
+            part: record
+            for part, record in manifest.packed(target).items()
+            if record["settings"] == settings
+        }
+        tensors = {part: _in_pack(manifest.folder / target, part) for part in clips}
+        clips.update(present)
+        for part, record in present.items():
+            tensors[part] = _in_part(manifest.folder / part, record)
+        path = manifest.folder / target
+        written = write_atomically(path, _file(tensors, settings))
+        manifest.add({"output": target, "settings": settings, "clips": clips, **written})
+        publish(path)
+        for part in present:
+            (manifest.folder / part).unlink()
+    _remove_empty(manifest.folder / PARTS)
+    return list(folders)
+
+
+def _key(part: str) -> str:
+    return PurePosixPath(part).name.removesuffix(".npy")
+
+
+def _in_part(path: Path, record: Record) -> _Tensor:
+    shape = (record["frames"], record["width"])
+    size = shape[0] * shape[1] * np.dtype(record["settings"]["dtype"]).itemsize
+    return _Tensor(path, record["bytes"] - size, size, shape)
+
+
+def _in_pack(path: Path, part: str) -> _Tensor:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[_key(part)]
+    start, stop = entry["data_offsets"]
+    return _Tensor(path, 8 + length + start, stop - start, tuple(entry["shape"]))
+
+
+def _file(tensors: dict[str, _Tensor], settings: Record) -> Iterator[bytes]:
+    """A safetensors file, piece by piece: (frames, width) for each clip, by its name."""
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "mlx", "settings": json.dumps(settings, sort_keys=True)}
+    }
+    offset = 0
+    ordered = sorted(tensors.items())
+    for part, tensor in ordered:
+        header[_key(part)] = {
+            "dtype": _DTYPES[settings["dtype"]],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
+        }
+        offset += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield from tensor.data()
+
+
+def _remove_empty(folder: Path) -> None:
+    folders = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for path in [*folders, folder]:
+        with contextlib.suppress(OSError):
+            path.rmdir()

@@ -1,0 +1,442 @@
+"""How fast, how big and how exact: MLX beside the originals and beside what the machine allows.
+
+Every implementation runs in a process of its own, with the same number of
+threads; they take turns, so that a machine that is busy for a while is busy for
+all of them. Ratios are medians of the ratios within a turn. CPU time stands
+beside wall time: it is what remains comparable where something else runs too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.errors import ParityError
+
+from ..compare.candidate import read_metadata
+from .worker import PRODUCT
+
+SCHEMA = "mlx-contentvec-bench/1"
+
+#: what the others are measured against, where transformers does not run in their own dtype
+YARDSTICK = "transformers float32"
+
+#: seconds of audio on which errors against float64 are taken
+ERROR_SECONDS = 3.0
+
+#: seconds of audio after which an implementation has all its weights in memory
+TO_SETTLE = 0.1
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One implementation with one set of weights."""
+
+    #: what tables call it
+    label: str
+    #: a key of ``bench_worker.ENGINES``
+    kind: str
+    path: Path
+    dtype: str = "float32"
+
+    @property
+    def size(self) -> int:
+        """Bytes of weights on disk."""
+        files = [self.path] if self.path.is_file() else list(self.path.iterdir())
+        return sum(file.stat().st_size for file in files)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how often."""
+
+    #: seconds of audio in a clip
+    lengths: tuple[float, ...] = (1.0, 5.0, 10.0, 30.0)
+    #: clips in a batch
+    batches: tuple[int, ...] = (1,)
+    threads: int = 1
+    #: turns of each steady measurement
+    repeats: int = 5
+    #: processes started from nothing, per engine
+    starts: int = 3
+    #: "cpu", or "gpu" for what MLX and torch find
+    device: str = "cpu"
+    normalize: bool = False
+
+
+def operations(config: ModelConfig, samples: int, batch: int) -> int:
+    """Floating point operations of the matrix products in one forward pass.
+
+    Convolutions and attention count as the products they are; a multiplication
+    and an addition are two. Norms, activations and softmax are not counted.
+    """
+    total = 0
+    channels_in, length = 1, samples
+    for channels, kernel, stride in config.conv_layers:
+        length = (length - kernel) // stride + 1
+        total += length * kernel * channels_in * channels
+        channels_in = channels
+    width = config.encoder_embed_dim
+    total += length * channels_in * width
+    total += length * config.conv_pos * width * (width // config.conv_pos_groups)
+    layer = length * width * (4 * width + 2 * config.encoder_ffn_embed_dim + 2 * length)
+    total += (config.encoder_layers + config.encoder_layers_1) * layer
+    return 2 * total * batch
+
+
+class Worker:
+    """A running ``bench_worker``."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        threads = str(settings.threads)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
+            "MLX_ENABLE_TF32": "0",
+            **dict.fromkeys(
+                (
+                    "OMP_NUM_THREADS",
+                    "OPENBLAS_NUM_THREADS",
+                    "MKL_NUM_THREADS",
+                    "VECLIB_MAXIMUM_THREADS",
+                ),
+                threads,
+            ),
+        }
+        work = {
+            "engine": engine.kind,
+            "path": str(engine.path),
+            "dtype": engine.dtype,
+            "threads": settings.threads,
+            "device": settings.device,
+            "normalize": settings.normalize,
+        }
+        self.engine = engine
+        self._complaints: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._began = time.perf_counter()
+        self._process: Any = subprocess.Popen(
+            [sys.executable, "-m", "contentvec_parity.bench.worker", json.dumps(work)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            env=environment,
+            text=True,
+        )
+        self.loaded = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._complaints.seek(0)
+            said = self._complaints.read().strip().splitlines()
+            self._complaints.close()
+            raise ParityError(
+                f"{self.engine.label} cannot be measured",
+                found=said[-1] if said else f"exit status {self._process.returncode}",
+            )
+        answer: dict[str, Any] = json.loads(line)
+        answer["since_start"] = time.perf_counter() - self._began
+        return answer
+
+    def run(self, seconds: float, batch: int = 1, save: Path | None = None) -> dict[str, Any]:
+        """One forward pass: wall and CPU seconds, and the memory it took above the model's."""
+        request = {"seconds": seconds, "batch": batch, "save": save and str(save)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> float:
+        """End the process: the CPU seconds it took in all."""
+        if self._process.returncode is not None:
+            return 0.0  # it had failed, which has been said
+        self._process.stdin.close()
+        self._process.stdout.close()
+        _, status, usage = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self._complaints.close()
+        return usage.ru_utime + usage.ru_stime
+
+
+def measure(
+    engines: Sequence[Engine], settings: Settings, config: ModelConfig, progress: Progress
+) -> dict[str, Any]:
+    """Every figure but the errors: starts from nothing, memory, and the steady state."""
+    cold = _starts(engines, settings, progress)
+    memory = _memory(engines, settings, progress) if settings.device == "cpu" else []
+    steady, passing = _steady(engines, settings, config, progress)
+    return {"cold": cold, "memory": memory or passing, "steady": steady}
+
+
+def _turns(engines: Sequence[Engine], turn: int) -> Sequence[Engine]:
+    """The engines in an order that moves by one each turn."""
+    start = turn % len(engines)
+    return [*engines[start:], *engines[:start]]
+
+
+def _starts(
+    engines: Sequence[Engine], settings: Settings, progress: Progress
+) -> list[dict[str, Any]]:
+    """Processes that load the weights and return the features of one second of audio."""
+    found: dict[str, list[dict[str, float]]] = {engine.label: [] for engine in engines}
+    for turn in range(settings.starts):
+        for engine in _turns(engines, turn):
+            progress(f"starting {engine.label}, {turn + 1} of {settings.starts}")
+            worker = Worker(engine, settings)
+            first = worker.run(1.0)
+            found[engine.label].append(
+                {
+                    "loaded": worker.loaded["since_start"],
+                    "first_features": first["since_start"],
+                    "cpu": worker.close(),
+                    "peak": first["process_peak"],
+                }
+            )
+    rows = []
+    for engine in engines:
+        samples = found[engine.label]
+        row: dict[str, Any] = {"engine": engine.label, "size": engine.size, "samples": samples}
+        for key in ("loaded", "first_features", "cpu", "peak"):
+            row[key] = statistics.median(sample[key] for sample in samples)
+        for key in ("first_features", "cpu"):
+            row[f"{key}_ratio"] = _ratio(samples, _yardstick(engine, found), key)
+        rows.append(row)
+    return rows
+
+
+def _memory(
+    engines: Sequence[Engine], settings: Settings, progress: Progress
+) -> list[dict[str, Any]]:
+    """What one forward pass takes above the loaded model, each in a fresh process.
+
+    A process keeps what it took once; on a GPU each pass is counted by itself,
+    and the steady passes tell.
+    """
+    rows = []
+    for seconds in settings.lengths:
+        for batch in settings.batches:
+            for engine in engines:
+                if engine.kind == "floor":
+                    continue
+                progress(f"memory of {engine.label}, {batch} x {seconds:g} s")
+                worker = Worker(engine, settings)
+                worker.run(TO_SETTLE)
+                answer = worker.run(seconds, batch)
+                worker.close()
+                rows.append(_memory_row(engine, seconds, batch, answer))
+    return rows
+
+
+def _memory_row(
+    engine: Engine, seconds: float, batch: int, answer: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "engine": engine.label,
+        "seconds": seconds,
+        "batch": batch,
+        "above_the_model": answer["memory"],
+        "peak": answer["process_peak"],
+    }
+
+
+def _steady(
+    engines: Sequence[Engine], settings: Settings, config: ModelConfig, progress: Progress
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Times once warm, and the memory of the last pass of each."""
+    rows, memory = [], []
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for engine in engines:
+            progress(f"loading {engine.label}")
+            workers[engine.label] = worker = Worker(engine, settings)
+            stack.callback(worker.close)
+        for seconds in settings.lengths:
+            for batch in settings.batches:
+                found: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+                for turn in range(-1, settings.repeats):
+                    for engine in _turns(engines, turn):
+                        done = f"{turn + 1} of {settings.repeats}"
+                        progress(f"{engine.label}, {batch} x {seconds:g} s, {done}")
+                        answer = workers[engine.label].run(seconds, batch)
+                        if turn == settings.repeats - 1 and engine.kind != "floor":
+                            memory.append(_memory_row(engine, seconds, batch, answer))
+                        if engine.kind == "floor":
+                            answer = _floor(answer, config, seconds, batch)
+                        if turn >= 0:  # the first is to warm up
+                            found[engine.label].append(
+                                {key: answer[key] for key in ("wall", "cpu")}
+                            )
+                for engine in engines:
+                    samples = found[engine.label]
+                    row: dict[str, Any] = {
+                        "engine": engine.label,
+                        "seconds": seconds,
+                        "batch": batch,
+                        "samples": samples,
+                    }
+                    for key in ("wall", "cpu"):
+                        row[key] = statistics.median(sample[key] for sample in samples)
+                        row[f"{key}_ratio"] = _ratio(samples, _yardstick(engine, found), key)
+                    rows.append(row)
+    return rows, memory
+
+
+def _floor(
+    answer: dict[str, Any], config: ModelConfig, seconds: float, batch: int
+) -> dict[str, Any]:
+    """The time a forward pass would take at the speed of one large product, and nothing else."""
+    rows, inner, columns = PRODUCT
+    scale = operations(config, round(seconds * config.sample_rate), batch) / (
+        2 * rows * inner * columns
+    )
+    return {key: answer[key] * scale for key in ("wall", "cpu")}
+
+
+def _yardstick(
+    engine: Engine, found: dict[str, list[dict[str, float]]]
+) -> list[dict[str, float]] | None:
+    """What transformers took with numbers of the same dtype, else in float32."""
+    return found.get(f"transformers {engine.dtype}", found.get(YARDSTICK))
+
+
+def _ratio(
+    samples: Sequence[dict[str, float]], yardstick: Sequence[dict[str, float]] | None, key: str
+) -> float | None:
+    """The median over the turns of this engine's figure by the yardstick's in the same turn."""
+    if yardstick is None:
+        return None
+    return statistics.median(
+        ours[key] / theirs[key] for ours, theirs in zip(samples, yardstick, strict=True)
+    )
+
+
+def errors(
+    engines: Sequence[Engine], settings: Settings, checkpoint: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """How far each engine's features are from true float64, on three seconds of audio."""
+    from ..inputs import SAMPLE_RATE, Clip, speech_like
+    from ..references import choose, open_reference
+
+    samples = round(ERROR_SECONDS * SAMPLE_RATE)
+    progress("computing the truth in float64")
+    clip = Clip("3s", speech_like(samples, 7)[None], "three seconds, speech-like")
+    stages = open_reference(choose(checkpoint), checkpoint).truth(clip)
+    last = [stage for stage in stages if stage != "final_proj"][-1]
+    truth = stages[last]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in engines:
+            if engine.kind == "floor":
+                continue
+            progress(f"errors of {engine.label}")
+            worker = Worker(engine, settings)
+            worker.run(ERROR_SECONDS, save=Path(folder) / "features.npy")
+            worker.close()
+            difference = np.load(Path(folder) / "features.npy").astype(np.float64) - truth
+            rows.append(
+                {
+                    "engine": engine.label,
+                    "stage": last,
+                    "max": float(np.abs(difference).max()),
+                    "rms": float(np.sqrt(np.mean(difference**2))),
+                }
+            )
+    return rows
+
+
+def bench(
+    checkpoint: Path,
+    converted: Sequence[Path],
+    settings: Settings,
+    *,
+    originals: Sequence[str] = ("transformers", "fairseq"),
+    torch_dtypes: Sequence[str] = ("float32",),
+    with_errors: bool = True,
+    progress: Progress = lambda doing: None,
+) -> dict[str, Any]:
+    """Measure ``converted`` files beside the original at ``checkpoint``, and report.
+
+    checkpoint:   a fairseq checkpoint, or a Hugging Face folder
+    converted:    what was converted from it; the first must be float32
+    originals:    which of them to run; one that is not installed is left out
+    torch_dtypes: dtypes in which transformers runs
+
+    Raises ParityError if an implementation cannot be run.
+    """
+    from contentvec_convert.export import export
+
+    from .. import machine
+
+    config = ModelConfig.from_dict(json.loads(read_metadata(converted[0])["config"]))
+    settings = dataclasses.replace(settings, normalize=config.normalize)
+    with tempfile.TemporaryDirectory() as folder:
+        huggingface = checkpoint
+        if checkpoint.is_file() and "transformers" in originals:
+            progress("writing the weights for transformers")
+            huggingface = export(converted[0], Path(folder) / "hf", to="transformers").path
+        engines = _engines(checkpoint, huggingface, converted, originals, torch_dtypes)
+        document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine.describe(),
+            "versions": machine.versions(),
+            "settings": dataclasses.asdict(settings),
+            "load_average": os.getloadavg()[0],
+            "yardstick": YARDSTICK,
+            "engines": [
+                {"label": engine.label, "kind": engine.kind, "size": engine.size}
+                for engine in engines
+            ],
+            "operations": {
+                f"{seconds:g}": operations(config, round(seconds * config.sample_rate), 1)
+                for seconds in settings.lengths
+            },
+            "stand_in": json.loads(read_metadata(converted[0])["source"]).get("stand_in", False),
+            **measure(engines, settings, config, progress),
+        }
+        document["errors"] = errors(engines, settings, checkpoint, progress) if with_errors else []
+    return document
+
+
+def _engines(
+    checkpoint: Path,
+    huggingface: Path,
+    converted: Sequence[Path],
+    originals: Sequence[str],
+    torch_dtypes: Sequence[str],
+) -> list[Engine]:
+    from ..references import available
+
+    engines: list[Engine] = []
+    for path in converted:
+        dtype = read_metadata(path).get("dtype", "float32")
+        label = f"MLX {dtype}"
+        if any(engine.label == label for engine in engines):
+            label = f"{label} ({path.name})"
+        engines.append(Engine(label, "mlx", path, dtype))
+    if "transformers" in originals and available("transformers"):
+        engines += [
+            Engine(f"transformers {dtype}", "transformers", huggingface, dtype)
+            for dtype in torch_dtypes
+        ]
+    if "fairseq" in originals and checkpoint.is_file() and available("fairseq"):
+        engines.append(Engine("fairseq float32", "fairseq", checkpoint))
+    engines.append(Engine("floor", "floor", converted[0]))
+    return engines

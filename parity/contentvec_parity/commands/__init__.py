@@ -1,0 +1,1 @@
+"""The subcommands of proof and publishing, one file each."""

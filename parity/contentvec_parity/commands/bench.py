@@ -1,0 +1,147 @@
+"""``mlx-contentvec bench``: measure MLX beside the originals on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+
+def numbers(kind: type[float] | type[int]) -> Callable[[str], tuple[float, ...]]:
+    """The type of an option that takes positive numbers separated by commas."""
+
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            found = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            found = ()
+        if not found or min(found) <= 0:
+            raise click.BadParameter(f"{text!r} is no list of positive numbers such as 1,5,10")
+        return found
+
+    return parse
+
+
+BESIDE = {"both": ("transformers", "fairseq"), "none": ()}
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.argument("converted", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--lengths",
+    type=numbers(float),
+    metavar="N,N,...",
+    default="1,5,10,30",
+    show_default=True,
+    help="Seconds of audio in a clip.",
+)
+@click.option(
+    "--batches",
+    type=numbers(int),
+    metavar="N,N,...",
+    default="1",
+    show_default=True,
+    help="Clips in a batch.",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Turns of each measurement.",
+)
+@click.option(
+    "--starts",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="New processes per implementation.",
+)
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Default: what MLX uses.")
+@click.option(
+    "--beside",
+    "originals",
+    type=click.Choice(["both", "transformers", "fairseq", "none"]),
+    default="both",
+    show_default=True,
+    help="The originals to run, where they are installed.",
+)
+@click.option(
+    "--torch-dtype",
+    "torch_dtypes",
+    multiple=True,
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Also run transformers in this dtype; may be given several times.",
+)
+@click.option("--no-errors", is_flag=True, help="Leave out the comparison with float64.")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write the figures as JSON; - for stdout."
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw time and memory against length (svg, png, pdf).",
+)
+def bench(
+    checkpoint: Path,
+    converted: tuple[Path, ...],
+    lengths: tuple[float, ...],
+    batches: tuple[int, ...],
+    threads: int,
+    repeats: int,
+    starts: int,
+    device: str | None,
+    originals: str,
+    torch_dtypes: tuple[str, ...],
+    no_errors: bool,
+    json_file: str | None,
+    plot_file: Path | None,
+) -> None:
+    """Measure loading, extraction and memory of CONVERTED files on this machine.
+
+    CHECKPOINT is the original, which transformers and fairseq run beside them;
+    the first CONVERTED file must be float32. Each implementation has a process
+    of its own and the same number of threads, and they take turns.
+    """
+    from rich.console import Console
+
+    from mlx_contentvec.backend import device_kind
+
+    from ..bench.measure import Settings
+    from ..bench.measure import bench as measure
+    from ..bench.report import plot, print_screen
+
+    settings = Settings(
+        lengths=lengths,
+        batches=batches,
+        threads=threads,
+        repeats=repeats,
+        starts=starts,
+        device=device or ("cpu" if device_kind() == "cpu" else "gpu"),
+    )
+    with Console(stderr=True).status("starting") as status:
+        document = measure(
+            checkpoint,
+            converted,
+            settings,
+            originals=BESIDE.get(originals, (originals,)),
+            torch_dtypes=("float32", *(name for name in torch_dtypes if name != "float32")),
+            with_errors=not no_errors,
+            progress=status.update,
+        )
+    if json_file == "-":
+        click.echo(json.dumps(document, indent=2))
+    else:
+        if json_file is not None:
+            Path(json_file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        console = Console()
+        if not console.is_terminal:
+            console.width = 120
+        print_screen(document, console)
+    if plot_file is not None:
+        plot(document, plot_file)

@@ -1,0 +1,1 @@
+"""The comparison: stages, metrics, tensors, verdict."""

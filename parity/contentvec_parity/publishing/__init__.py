@@ -1,0 +1,1 @@
+"""Weights with their evidence: package, card, publish, verify."""

@@ -1,0 +1,593 @@
+"""A folder of weights that brings its own evidence, ready for the Hub or a USB stick.
+
+    model.safetensors            the weights
+    contentvec_base.safetensors  the same file under the name that earlier users load
+    config.json                  architecture, provenance, variants
+    README.md                    the model card, every figure from the reports below
+    parity.json, .html, .png     how near these very weights are to the original
+    ledger.json                  what became of every tensor of the checkpoint
+    recording.safetensors        inputs and the original's outputs: `mlx-contentvec verify`
+    LICENSE, SHA256SUMS
+
+A variant in another number format adds ``model.NAME.safetensors``, its ledger
+and its own report. Nothing is packaged that has not passed parity, and the
+verdict is judged again from the report's figures, not believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from contentvec_convert.conversion import ledger_path
+from mlx_contentvec import hub
+from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.errors import HubError, OutputError, name_list
+
+from ..compare.candidate import read_metadata
+from ..compare.verdict import Gates, judge
+from ..report import document as report
+
+LIBRARY = "mlx-contentvec"
+MODEL, EARLIER_NAME = hub.WEIGHTS
+LEDGER = "ledger.json"
+PARITY = "parity.json"
+PAGE = "parity.html"
+PLOT = "parity.png"
+RECORDING = "recording.safetensors"
+CARD = "README.md"
+LICENSE = "LICENSE"
+
+#: what every package holds; SHA256SUMS lists them
+_FIXED = frozenset(
+    (MODEL, EARLIER_NAME, hub.CONFIG, LEDGER, PARITY, PAGE, PLOT, RECORDING, CARD, LICENSE)
+)
+
+#: a recording larger than this does not ship
+RECORDING_LIMIT = 10_000_000
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One weights file and what was measured of it."""
+
+    #: "float32", "float16", "q8", ...: a key of the converter's precision table
+    dtype: str
+    weights: Path
+    metadata: Mapping[str, str]
+    sha256: str
+    ledger: Mapping[str, Any]
+    parity: report.Document
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What the weights say they were made from."""
+        source: dict[str, Any] = json.loads(self.metadata["source"])
+        return source
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights file."""
+        return self.weights.stat().st_size
+
+    @property
+    def stand_in(self) -> str | None:
+        """The sentence that says the weights are synthetic, if anything says so."""
+        said = self.metadata.get("stand_in") or self.parity["source"].get("stand_in")
+        return str(said) if said else ("a stand-in" if self.source.get("stand_in") else None)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A packaged folder that was found whole."""
+
+    folder: Path
+    #: file name -> SHA-256, as SHA256SUMS states and as the files have
+    checksums: Mapping[str, str]
+    config: Mapping[str, Any]
+    #: the main file first, then the variants
+    evidence: tuple[Evidence, ...]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Every file, largest first, SHA256SUMS last."""
+        sizes = {name: (self.folder / name).stat().st_size for name in self.checksums}
+        # of two names of one blob the one that readers ask for goes first
+        order = sorted(sizes, key=lambda name: (-sizes[name], name != MODEL, name))
+        return (*order, hub.CHECKSUMS)
+
+    def hash_of(self, name: str) -> str:
+        """The SHA-256 of a file of the package."""
+        return self.checksums.get(name) or hub.sha256_of(self.folder / name)
+
+    @property
+    def stand_in(self) -> str | None:
+        """Why the weights are not real, if they are not."""
+        return next((e.stand_in for e in self.evidence if e.stand_in), None)
+
+    @property
+    def title(self) -> str:
+        """What the card is headed by."""
+        return str(self.config["title"])
+
+    @property
+    def version(self) -> str:
+        """The version of this project that made it."""
+        return str(self.config["library_version"])
+
+
+def package(
+    converted: Path,
+    folder: Path,
+    *,
+    parity: Path | None = None,
+    recording: Path | None = None,
+    variants: Sequence[Path] = (),
+    repo_id: str | None = None,
+    license_id: str | None = None,
+    allow_stand_in: bool = False,
+    force: bool = False,
+    step: Callable[[str], None] = lambda _: None,
+) -> Package:
+    """Make the folder from a converted file, its ledger, its parity report and a recording.
+
+    parity, recording: by default ``<stem>.parity.json`` and
+        ``<stem>.recording.safetensors`` beside ``converted``
+    variants: further converted files of the same checkpoint, each with its
+        ledger and parity report beside it
+    repo_id:  the name that the card tells readers to load; the folder's own by default
+    license_id: the weights' license, as the Hub names it; known for ContentVec,
+        "unknown" otherwise
+    allow_stand_in: for tests; a package of synthetic weights says so everywhere
+
+    The folder appears when it is complete. Raises HubError for weights that are
+    not proven, OutputError when the folder cannot be written.
+    """
+    if folder.exists() and not force:
+        raise OutputError(f"{folder} exists", hint="give another folder, or --force to replace it")
+    if not folder.parent.is_dir():
+        raise OutputError(f"there is no folder {folder.parent}", hint="make it first")
+    recording = recording or converted.with_name(f"{converted.stem}.recording.safetensors")
+    if not recording.is_file():
+        raise HubError(
+            f"there is no recording for {converted.name}",
+            expected=str(recording),
+            hint=f"mlx-contentvec parity record CHECKPOINT {recording}",
+        )
+    evidence = []
+    for path, given in [(converted, parity), *((variant, None) for variant in variants)]:
+        step(f"checking {path.name}")
+        evidence.append(_gather(path, ledger_path(path), given or _parity_beside(path)))
+    _check_together(evidence, allow_stand_in)
+    license_id = license_id or _license(evidence[0])
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as made:
+        draft = Path(made) / "package"
+        draft.mkdir()
+        step("copying")
+        _fill(draft, evidence, recording, license_id)
+        step("drawing")
+        _show(draft, evidence, repo_id or str(folder))
+        _sum_up(draft)
+        step("checking the package")
+        open_package(draft, allow_stand_in=allow_stand_in)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    return open_package(folder, allow_stand_in=allow_stand_in, hashed=True)
+
+
+def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = False) -> Package:
+    """A folder that :func:`package` made, every claim in it checked again.
+
+    hashed: the files were hashed a moment ago
+
+    Raises HubError that names what does not fit.
+    """
+    from .card import lint
+
+    sums_path = folder / hub.CHECKSUMS
+    if not sums_path.is_file():
+        raise HubError(
+            f"{folder} is not a package",
+            expected=f"a folder with {hub.CHECKSUMS}",
+            hint="mlx-contentvec package CONVERTED FOLDER",
+        )
+    checksums = hub.read_checksums(sums_path)
+    _check_files(folder, checksums, hashed)
+    config = _read_json(folder / hub.CONFIG)
+    if config.get("library_name") != LIBRARY:
+        raise HubError(f"{folder / hub.CONFIG} was not made by {LIBRARY}")
+    evidence = [_gather(folder / MODEL, folder / LEDGER, folder / PARITY, checksums[MODEL])]
+    for dtype, row in config["variants"].items():
+        names = _variant_names(dtype)
+        if row["file"] != names[0] or any(name not in checksums for name in names):
+            raise HubError(f"{folder / hub.CONFIG} lists a variant that is not here", found=dtype)
+        paths = [folder / name for name in names]
+        evidence.append(_gather(paths[0], paths[1], paths[2], checksums[names[0]]))
+    listed = _FIXED | {n for dtype in config["variants"] for n in _variant_names(dtype)}
+    if unknown := sorted(set(checksums) - listed):
+        raise HubError(f"{folder} holds what {hub.CONFIG} does not list", found=name_list(unknown))
+    _check_together(evidence, allow_stand_in)
+    expected = _config(evidence, str(config.get("license")))
+    if config != json.loads(json.dumps(expected)):
+        differing = [key for key in expected if config.get(key) != expected[key]]
+        raise HubError(
+            f"{folder / hub.CONFIG} does not say what the weights say",
+            found=name_list(differing or sorted(set(config) - set(expected))),
+            hint="package the converted file again",
+        )
+    if checksums[MODEL] != checksums[EARLIER_NAME]:
+        raise HubError(f"{MODEL} and {EARLIER_NAME} are not the same file")
+    _check_recording(folder / RECORDING, evidence[0])
+    found = Package(folder, checksums, config, tuple(evidence))
+    problems = lint((folder / CARD).read_text(encoding="utf-8"), found)
+    if problems:
+        raise HubError(
+            f"the model card {folder / CARD} is not right",
+            found="\n            ".join(problems[:10])
+            + (f"\n            and {len(problems) - 10} more" if len(problems) > 10 else ""),
+            hint="package the converted file again; a card is generated, not edited",
+        )
+    return found
+
+
+def addressed(found: Package, repo_id: str) -> Package:
+    """The same package with a card that tells readers to load ``repo_id``."""
+    from .card import render
+
+    text = render(found, repo_id)
+    card = found.folder / CARD
+    if card.read_text(encoding="utf-8") == text:
+        return found
+    card.write_text(text, encoding="utf-8")
+    checksums = {**found.checksums, CARD: hub.sha256_of(card)}
+    _write_sums(found.folder, checksums)
+    return Package(found.folder, checksums, found.config, found.evidence)
+
+
+# what is refused -------------------------------------------------------------------
+
+
+def _gather(weights: Path, ledger: Path, parity: Path, sha256: str | None = None) -> Evidence:
+    """One weights file with its papers; HubError unless they are about this very file."""
+    if not weights.is_file():
+        raise HubError(f"there is no converted file {weights}")
+    metadata = read_metadata(weights)
+    if not {"config", "source", "dtype"} <= set(metadata) or metadata.get("format") != "mlx":
+        raise HubError(
+            f"{weights.name} was not written by mlx-contentvec convert",
+            found=f"metadata {name_list(sorted(metadata)) or 'none'}",
+            hint="mlx-contentvec convert SOURCE",
+        )
+    sha256 = sha256 or hub.sha256_of(weights)
+    found = Evidence(
+        metadata["dtype"],
+        weights,
+        metadata,
+        sha256,
+        _read_json(ledger),
+        _read_report(parity, weights),
+    )
+    _check_ledger(found, ledger)
+    _check_parity(found, parity)
+    return found
+
+
+def _check_ledger(evidence: Evidence, path: Path) -> None:
+    output = evidence.ledger.get("output", {})
+    if output.get("sha256") != evidence.sha256:
+        raise HubError(
+            f"the ledger {path.name} is not about {evidence.weights.name}",
+            found=f"it describes a file of sha256 {output.get('sha256')}",
+            expected=f"sha256 {evidence.sha256}",
+            hint="convert again, and keep both files that come out of it",
+        )
+    if evidence.ledger.get("source") != evidence.source or evidence.ledger.get(
+        "config"
+    ) != json.loads(evidence.metadata["config"]):
+        raise HubError(
+            f"the ledger {path.name} does not fit {evidence.weights.name}",
+            found="another source or configuration than the weights name",
+            hint="convert again, and keep both files that come out of it",
+        )
+
+
+def _check_parity(evidence: Evidence, path: Path) -> None:
+    document = evidence.parity
+    again = f"mlx-contentvec parity CHECKPOINT {evidence.weights.name} --json {path.name}"
+    if document["weights"]["sha256"] != evidence.sha256:
+        raise HubError(
+            f"the parity report {path.name} is not about {evidence.weights.name}",
+            found=f"it measured a file of sha256 {document['weights']['sha256']}",
+            expected=f"sha256 {evidence.sha256}",
+            hint=again,
+        )
+    if document["source"]["sha256"] != evidence.source["sha256"]:
+        raise HubError(
+            f"the parity report {path.name} compared with another checkpoint",
+            found=f"sha256 {document['source']['sha256']}",
+            expected=f"sha256 {evidence.source['sha256']}, which the weights were made from",
+            hint=again,
+        )
+    if document["tensors"] is None:
+        raise HubError(
+            f"the parity report {path.name} did not compare the tensors",
+            hint="run it against the checkpoint itself, not against a recording\n" + again,
+        )
+    if not any(row["kind"] == "features" for row in document["stages"]):
+        raise HubError(f"the parity report {path.name} measured no features", hint=again)
+    try:
+        # the limits of the project, whatever the run was made with
+        verdict = judge(document, Gates())
+    except (KeyError, TypeError) as error:
+        raise HubError(
+            f"the parity report {path.name} cannot be judged",
+            found=f"it lacks {error}",
+            hint="run it again with this version\n" + again,
+        ) from error
+    if not verdict["passed"]:
+        raise HubError(
+            f"{evidence.weights.name} has not passed parity",
+            found=verdict["reason"],
+            hint="mlx-contentvec parity says which stage is to blame\n" + again,
+        )
+
+
+def _check_together(evidence: Sequence[Evidence], allow_stand_in: bool) -> None:
+    """The main file and its variants: one checkpoint, one model, each format once."""
+    main = evidence[0]
+    for other in evidence[1:]:
+        for what, ours, theirs in (
+            ("checkpoint", main.source["sha256"], other.source["sha256"]),
+            ("configuration", main.metadata["config"], other.metadata["config"]),
+        ):
+            if ours != theirs:
+                raise HubError(
+                    f"{other.weights.name} is not a variant of {main.weights.name}",
+                    found=f"another {what}",
+                )
+    formats = [e.dtype for e in evidence]
+    if len(set(formats)) < len(formats):
+        raise HubError("two files have the same number format", found=name_list(formats))
+    stand_in = next((e.stand_in for e in evidence if e.stand_in), None)
+    if stand_in and not allow_stand_in:
+        raise HubError(
+            "synthetic weights are never packaged for others",
+            found=stand_in,
+            hint="convert the real checkpoint: mlx-contentvec fetch contentvec",
+        )
+
+
+def _check_files(folder: Path, checksums: Mapping[str, str], hashed: bool) -> None:
+    missing = sorted(name for name in _FIXED | set(checksums) if not (folder / name).is_file())
+    if missing:
+        raise HubError(f"{folder} is not whole", found=f"missing: {name_list(missing)}")
+    there = {path.name for path in folder.iterdir()} - {hub.CHECKSUMS}
+    surplus = sorted(there - set(checksums))
+    unlisted = sorted(_FIXED - set(checksums))
+    if surplus or unlisted:
+        raise HubError(
+            f"{folder / hub.CHECKSUMS} does not list every file",
+            found=name_list(surplus or unlisted),
+            hint="take away what does not belong there, or package again",
+        )
+    known: dict[tuple[int, int], str] = {}
+    for name, stated in checksums.items():
+        if hashed:
+            continue
+        stat = (folder / name).stat()
+        # two names of one blob are hashed once
+        key = (stat.st_dev, stat.st_ino)
+        digest = known.get(key) or hub.sha256_of(folder / name)
+        known[key] = digest
+        if digest != stated:
+            raise HubError(
+                f"{folder / name} is not the file that {hub.CHECKSUMS} describes",
+                found=f"sha256 {digest}",
+                expected=f"sha256 {stated}",
+                hint="it was changed or damaged: package the converted file again",
+            )
+
+
+def _check_recording(path: Path, evidence: Evidence) -> None:
+    from ..references.recording import read_header
+
+    size = path.stat().st_size
+    if size > RECORDING_LIMIT:
+        raise HubError(
+            f"{path.name} is too large to ship",
+            found=f"{size:,} bytes",
+            expected=f"at most {RECORDING_LIMIT:,} bytes",
+        )
+    source = read_header(path)["source"]
+    if source["sha256"] != evidence.source["sha256"]:
+        raise HubError(
+            f"{path.name} was recorded from another checkpoint",
+            found=f"sha256 {source['sha256']}",
+            expected=f"sha256 {evidence.source['sha256']}",
+        )
+
+
+# what is written --------------------------------------------------------------------
+
+
+def _parity_beside(converted: Path) -> Path:
+    return converted.with_name(f"{converted.stem}.parity.json")
+
+
+def _variant_names(dtype: str) -> tuple[str, str, str]:
+    """Weights, ledger and report of a variant."""
+    return f"model.{dtype}.safetensors", f"ledger.{dtype}.json", f"parity.{dtype}.json"
+
+
+def _fill(draft: Path, evidence: Sequence[Evidence], recording: Path, license_id: str) -> None:
+    """Everything that is copied or follows from the weights."""
+    from .card import fill
+
+    main = evidence[0]
+    _link(main.weights, draft / MODEL)
+    _link(draft / MODEL, draft / EARLIER_NAME)
+    shutil.copyfile(recording, draft / RECORDING)
+    _write_papers(draft, main, MODEL, LEDGER, PARITY)
+    for other in evidence[1:]:
+        weights, ledger, parity = _variant_names(other.dtype)
+        _link(other.weights, draft / weights)
+        _write_papers(draft, other, weights, ledger, parity)
+    config = json.dumps(_config(evidence, license_id), indent=2, ensure_ascii=False)
+    (draft / hub.CONFIG).write_text(config + "\n", encoding="utf-8")
+    text = fill("LICENSE.jinja", license=license_id, source=main.source)
+    (draft / LICENSE).write_text(text, encoding="utf-8")
+
+
+def _write_papers(draft: Path, evidence: Evidence, weights: str, ledger: str, parity: str) -> None:
+    text = json.dumps(evidence.ledger, indent=1, ensure_ascii=False)
+    (draft / ledger).write_text(text + "\n", encoding="utf-8")
+    document = {
+        **evidence.parity,
+        "weights": {**evidence.parity["weights"], "name": weights},
+        # judged by the project's own limits, which the card quotes
+        "verdict": judge(evidence.parity, Gates()),
+    }
+    (draft / parity).write_text(report.to_json(document) + "\n", encoding="utf-8")
+
+
+def _show(draft: Path, evidence: Sequence[Evidence], address: str) -> None:
+    """The page, the plot and the card, from what has been written."""
+    from ..report.page import to_html
+    from ..report.plots import stage_plot
+    from .card import render
+
+    document = report.read(draft / PARITY)
+    (draft / PAGE).write_text(to_html(document), encoding="utf-8")
+    stage_plot(document, draft / PLOT)
+    config = _read_json(draft / hub.CONFIG)
+    (draft / CARD).write_text(
+        render(Package(draft, _hashes(draft), config, tuple(evidence)), address), encoding="utf-8"
+    )
+
+
+def _config(evidence: Sequence[Evidence], license_id: str) -> dict[str, Any]:
+    """config.json: what a program needs to know before it opens the weights."""
+    main = evidence[0]
+    model = ModelConfig.from_dict(json.loads(main.metadata["config"]))
+    last = model.encoder_layers
+    first = min(9, last)
+    config: dict[str, Any] = {
+        "model_type": "contentvec",
+        "architectures": ["ContentvecModel"],
+        "library_name": LIBRARY,
+        "library_version": main.metadata["mlx_contentvec_version"],
+        "title": _title(main),
+        "license": license_id,
+        "sample_rate": model.sample_rate,
+        "normalize": model.normalize,
+        "hop": model.hop,
+        "receptive_field": model.receptive_field,
+        "num_layers": last,
+        "hidden_size": model.encoder_embed_dim,
+        "features": {
+            "rvc_v2": {"output_layer": last, "width": model.encoder_embed_dim},
+        },
+        "dtype": main.dtype,
+        "model": model.to_dict(),
+        "source": main.source,
+        "weights": {"file": MODEL, "size": main.size, "sha256": main.sha256},
+        "variants": {
+            other.dtype: {
+                "file": _variant_names(other.dtype)[0],
+                "size": other.size,
+                "sha256": other.sha256,
+                **_quantization(other),
+            }
+            for other in evidence[1:]
+        },
+        # mlx-lm's key, so that its tools recognise a quantised repository
+        **_quantization(main),
+    }
+    if model.final_dim is not None:
+        config["features"]["rvc_v1"] = {
+            "output_layer": first,
+            "project": True,
+            "width": model.final_dim,
+        }
+    if main.stand_in:
+        config["stand_in"] = main.stand_in
+    return config
+
+
+def _quantization(evidence: Evidence) -> dict[str, Any]:
+    if "quantization" not in evidence.metadata:
+        return {}
+    return {"quantization": json.loads(evidence.metadata["quantization"])}
+
+
+def _title(main: Evidence) -> str:
+    known = main.source.get("known_as")
+    name = "ContentVec" if known and "content" in known else known or Path(main.source["name"]).stem
+    return f"{name} for MLX" + (" (synthetic weights)" if main.stand_in else "")
+
+
+def _license(main: Evidence) -> str:
+    """The license of what is known; a stand-in is this project's own."""
+    known = str(main.source.get("known_as") or "")
+    return "mit" if main.stand_in or known.startswith("content") else "unknown"
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every file of a folder but the list itself; links are hashed once."""
+    known: dict[tuple[int, int], str] = {}
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name == hub.CHECKSUMS:
+            continue
+        stat = path.stat()
+        key = (stat.st_dev, stat.st_ino)
+        known[key] = known.get(key) or hub.sha256_of(path)
+        found[path.name] = known[key]
+    return found
+
+
+def _sum_up(folder: Path) -> None:
+    _write_sums(folder, _hashes(folder))
+
+
+def _write_sums(folder: Path, checksums: Mapping[str, str]) -> None:
+    lines: Iterable[str] = (f"{checksums[name]}  {name}\n" for name in sorted(checksums))
+    (folder / hub.CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the same bytes where the file system allows it, a copy elsewhere."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HubError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise HubError(f"{path} is not JSON", found=str(error)) from error
+    if not isinstance(found, dict):
+        raise HubError(f"{path} is not what it should be", expected="a JSON object")
+    return found
+
+
+def _read_report(path: Path, weights: Path) -> report.Document:
+    if not path.is_file():
+        raise HubError(
+            f"there is no parity report for {weights.name}",
+            expected=str(path),
+            hint=f"mlx-contentvec parity CHECKPOINT {weights.name} --json {path}",
+        )
+    return report.read(path)

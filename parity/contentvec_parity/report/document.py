@@ -1,0 +1,486 @@
+"""The report of a parity run: one JSON document, and its renderings.
+
+Everything that is shown is rendered from the document, and the verdict is a
+function of it, so a saved run can be shown and judged again without running it.
+
+The document, ``schema`` "mlx-contentvec-parity/1":
+
+``schema``     name and version of this layout; a new field does not change it
+``created``    UTC time, ISO 8601
+``seconds``    how long the run took
+``weights``    the converted file: ``name``, ``size``, ``sha256``, ``precision``
+               (a name in ``contentvec_convert.precision``), ``source`` (what its
+               metadata say it was made from)
+``source``     the original: ``name``, ``size``, ``md5``, ``sha256``, ``known_as``
+               (None for a file that is not in the table of known ones),
+               ``stand_in`` (a sentence if its weights are synthetic, else None)
+``machine``    ``chip``, ``architecture``, ``cores``, ``memory_gib``, ``system``,
+               ``device`` {``kind``: "cpu", "metal" or "cuda", ...}
+``versions``   package -> version
+``flags``      ``tf32``: whether MLX was allowed TF32 products; ``environment``;
+               ``torch_threads``; ``torch_blas``: "its own", or "OpenBLAS" if that was
+               loaded before PyTorch and computes its products
+``config``     the model's configuration (``mlx_contentvec.config``)
+``reference``  ``name`` ("fairseq", "transformers", "recording"), ``versions`` of what
+               computed it, ``recorded_from`` (which of the two, for a recording),
+               ``stages`` in the order they run, ``inputs``: stage -> the stage it
+               is fed by (None: the waveform), ``reads``: stage -> parameters it reads
+``clips``      one entry per input: ``name``, ``about``, ``origin`` (seed or file and
+               resampler), ``batch``, ``samples``, ``seconds``, ``frames``,
+               ``padded``, ``mask_agrees`` (None without padding)
+``stages``     one row per clip, stage and ``kind``:
+               "stage"     the stage's output, from the audio
+               "local"     the stage by itself, fed what the original's was given
+               "features"  what a public call returned; ``name`` says which call
+               Each has ``name``, ``stage``, ``clip``, ``values`` (how many numbers
+               were compared), ``shape``, ``expected_shape``, ``comparable`` (False:
+               another shape, or numbers that are not finite; then nothing follows),
+               ``candidate`` (MLX against the float64 truth), ``reference`` (PyTorch
+               float32 against it), ``floor`` (the truth rounded to float32 against
+               it), and for features ``variant`` (whether it is another way to ask for
+               what a row has already), ``apart`` (MLX against PyTorch) and ``nearest``
+               (another stage whose truth is nearer, or None). The metrics are
+               those of ``contentvec_parity.compare.metrics.METRICS``.
+``tensors``    the tensor-by-tensor proof (``contentvec_parity.compare.tensors``); None where
+               the original's tensors were not at hand
+``device_default``  features of a few clips at the device's own precision: ``flags``,
+               ``summary`` as in the verdict, the lowest ``snr_db``; None where that
+               is what was measured anyway. It is told, not judged.
+``verdict``    ``passed``, ``reason`` (one sentence), ``gates``, ``failures``,
+               ``blame``, ``summary`` (``contentvec_parity.compare.verdict``)
+
+Infinite numbers are written as the strings "inf" and "-inf".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_contentvec.errors import ParityError
+
+from ..inputs import built_in
+
+SCHEMA = "mlx-contentvec-parity/1"
+
+Document = dict[str, Any]
+
+#: the clips whose figures are shown one by one
+BUILT_IN = frozenset(clip.name for clip in built_in())
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """The document as JSON; infinities become the strings that ``read`` undoes."""
+    return json.dumps(_strict(document), indent=1)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value
+
+
+def _lenient(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lenient(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_lenient(item) for item in value]
+    return (
+        {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}.get(value, value)
+        if isinstance(value, str)
+        else value
+    )
+
+
+def read(path: Path) -> Document:
+    """A saved document.
+
+    Raises ParityError if the file is not one, or of another schema.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        schema = found["schema"]
+    except OSError as error:
+        raise ParityError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParityError(
+            f"{path.name} is not a saved parity run",
+            expected=f"JSON with a schema, as --json FILE writes ({SCHEMA})",
+        ) from error
+    if schema != SCHEMA:
+        raise ParityError(
+            f"{path.name} was saved in another layout",
+            found=str(schema),
+            expected=SCHEMA,
+            hint="run parity again with this version",
+        )
+    document: Document = _lenient(found)
+    return document
+
+
+# ---- words and figures the renderings share --------------------------------------------
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """``1.2e-05``; a dash for nothing."""
+    return "-" if value is None else f"{value:.{digits - 1}e}"
+
+
+def times(value: float) -> str:
+    """A ratio: ``0.87``, ``12``, ``2300``, ``inf``."""
+    if math.isinf(value):
+        return "inf"
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"
+
+
+def similarity(cosine: float) -> str:
+    """A cosine, with as many nines as it has: ``1-3.1e-11``."""
+    return f"1-{max(0.0, 1 - cosine):.1e}"
+
+
+def device_line(document: Mapping[str, Any]) -> str:
+    """``cpu (OpenBLAS), TF32 off, mlx 0.32.4``."""
+    device = document["machine"]["device"]
+    name = device.get("device_name") or device.get("blas")
+    tf32 = "TF32 allowed" if document["flags"]["tf32"] else "TF32 off"
+    kind = f"{device['kind']} ({name})" if name else str(device["kind"])
+    return f"{kind}, {tf32}, mlx {document['versions'].get('mlx', '?')}"
+
+
+def reference_line(document: Mapping[str, Any]) -> str:
+    """``fairseq 0.12.3.1, torch 2.13.0``, or that it is a recording of that."""
+    reference = document["reference"]
+    parts = [f"{package} {version}" for package, version in reference["versions"].items()]
+    text = ", ".join(sorted(parts, key=lambda part: not part.startswith(_computed_by(reference))))
+    if document["flags"].get("torch_blas") == "OpenBLAS":
+        text += " (on an OpenBLAS that was loaded before it)"
+    return f"a recording of {text}" if reference["name"] == "recording" else text
+
+
+def _computed_by(reference: Mapping[str, Any]) -> str:
+    return str(reference.get("recorded_from") or reference["name"])
+
+
+def headline(document: Mapping[str, Any]) -> str:
+    """``PASSED`` or ``FAILED``."""
+    return "PASSED" if document["verdict"]["passed"] else "FAILED"
+
+
+def feature_tables(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Features -> one entry per clip, the clips that only widen the net pooled into one.
+
+    An entry has ``clip`` and either ``problem`` (it could not be compared) or
+    ``candidate``, ``reference`` and ``apart`` with their metrics. Other ways to
+    ask for the same features are left out: the summary has them.
+    """
+    shown = {clip["name"] for clip in document["clips"] if _is_shown(document, clip)}
+    rows = [row for row in document["stages"] if row["kind"] == "features"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for label in dict.fromkeys(row["name"] for row in rows if not row.get("variant")):
+        mine = [row for row in rows if row["name"] == label]
+        entries = [_feature_entry(row) for row in mine if row["clip"] in shown]
+        others = [row for row in mine if row["clip"] not in shown]
+        entries += [_feature_entry(row) for row in others if not row["comparable"]]
+        pooled = [row for row in others if row["comparable"]]
+        if pooled:
+            entries.append({"clip": f"{len(pooled)} more", **_pool_features(pooled)})
+        found[label] = entries
+    return found
+
+
+def _is_shown(document: Mapping[str, Any], clip: Mapping[str, Any]) -> bool:
+    recorded = document["reference"]["name"] == "recording"
+    return recorded or clip["name"] in BUILT_IN or "file" in clip["origin"]
+
+
+def _feature_entry(row: Mapping[str, Any]) -> dict[str, Any]:
+    if row["comparable"]:
+        return {key: row[key] for key in ("clip", "candidate", "reference", "apart")}
+    return {"clip": row["clip"], "problem": not_comparable(row)}
+
+
+def not_comparable(row: Mapping[str, Any]) -> str:
+    """Why a row of the report could not be compared."""
+    if row["shape"] != row["expected_shape"]:
+        return f"shape {tuple(row['shape'])}, not {tuple(row['expected_shape'])}"
+    return "numbers that are not finite"
+
+
+def _pool_features(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The worst of several clips in every metric; rms over all values."""
+    total = sum(row["values"] for row in rows)
+    found: dict[str, Any] = {}
+    for who in ("candidate", "reference", "apart"):
+        squares = sum(row["values"] * row[who]["rms"] ** 2 for row in rows)
+        found[who] = {
+            "max_abs": max(row[who]["max_abs"] for row in rows),
+            "rms": math.sqrt(squares / total),
+            **{m: min(row[who][m] for row in rows) for m in ("cosine", "worst_frame_cosine")},
+        }
+    return found
+
+
+def advice(document: Mapping[str, Any]) -> list[str]:
+    """For a failed run: what it means and what to look at, in plain sentences."""
+    verdict = document["verdict"]
+    blame = verdict["blame"]
+    if verdict["passed"] or not blame:
+        return []
+    lines = []
+    for wrong in blame["wrong"][:3]:
+        stage = wrong["stage"]
+        if wrong["differing_tensors"]:
+            lines.append(f"{stage} reads tensors that are not the original's:")
+            what = {item["name"]: item["what"] for item in document["tensors"]["failures"]}
+            names = wrong["differing_tensors"]
+            lines += [f"  {name}: {what[name]}" for name in names[:10]]
+            if len(names) > 10:
+                lines.append(f"  and {len(names) - 10} more")
+        else:
+            lines.append(
+                f"{stage} holds the original's tensors but computes something else: fed the "
+                f"original's own input, its error is {times(wrong['local_ratio'])} x PyTorch's."
+            )
+            lines.append(
+                "  it reads "
+                + ", ".join(wrong["reads"][:6])
+                + (f" and {len(wrong['reads']) - 6} more" if len(wrong["reads"]) > 6 else "")
+            )
+    if len(blame["wrong"]) > 3:
+        rest = ", ".join(wrong["stage"] for wrong in blame["wrong"][3:])
+        lines.append(f"also wrong by themselves: {rest}")
+    if blame["wrong"]:
+        lines.append(
+            "Stages after the first wrong one are off as well because they are fed its output; "
+            "by themselves they may be right."
+        )
+    for call in blame.get("calls", []):
+        like = call["looks_like"]
+        lines.append(
+            f"every stage up to {call['stage']} is right, but asking for {call['name']!r} returns "
+            "something else" + (f": what it returns is nearest to {like}." if like else ".")
+        )
+    orphans = [
+        item for item in (document["tensors"] or {}).get("failures", []) if not item["stage"]
+    ]
+    lines += [f"{item['name']}: {item['what']}" for item in orphans[:10]]
+    if blame.get("largest_local"):
+        lines.append(
+            "No stage is wrong by itself: the arithmetic is merely less exact than PyTorch's. "
+            "Largest errors of single stages, as multiples of PyTorch's: "
+            + ", ".join(f"{e['stage']} {times(e['ratio'])}" for e in blame["largest_local"])
+        )
+    return lines
+
+
+# ---- on the screen ------------------------------------------------------------------------
+
+
+def print_screen(document: Mapping[str, Any], console: Any) -> None:
+    """The verdict, then the features, the stages and the tensors, to a rich console."""
+    verdict = document["verdict"]
+    colour = "green" if verdict["passed"] else "red"
+    console.print(f"[bold {colour}]{headline(document)}[/]  ", end="")
+    console.print(verdict["reason"], highlight=False, markup=False)
+    for line in advice(document):
+        console.print(f"  {line}", highlight=False, markup=False)
+    if document["source"].get("stand_in"):
+        console.print("[yellow]stand-in[/]  ", end="")
+        console.print(document["source"]["stand_in"], highlight=False, markup=False)
+    console.print(
+        f"MLX on {device_line(document)}; against {reference_line(document)}\n"
+        f"{document['machine']['chip']}, {document['machine']['cores']} cores, "
+        f"{document['machine']['system']}",
+        highlight=False,
+        markup=False,
+    )
+    console.print(_feature_table(document))
+    console.print(_stage_table(document))
+    for line in filter(None, (tensor_line(document), default_line(document))):
+        console.print(line, highlight=False, markup=False)
+
+
+def _table(title: str, first: str, *headings: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _feature_table(document: Mapping[str, Any]) -> Any:
+    table = _table(
+        "\nFeatures: errors against the float64 truth, and how far MLX is from PyTorch",
+        "",
+        "largest\nMLX",
+        "error\nPyTorch",
+        "rms\nMLX",
+        "error\nPyTorch",
+        "MLX - PyT\nlargest",
+        "worst frame's\ncosine",
+    )
+    for label, entries in feature_tables(document).items():
+        table.add_row(f"[bold]{label}[/]")
+        for entry in entries:
+            if "problem" in entry:
+                table.add_row(f"  {entry['clip']}", f"[red]{entry['problem']}[/]")
+                continue
+            mine, theirs, apart = entry["candidate"], entry["reference"], entry["apart"]
+            table.add_row(
+                f"  {entry['clip']}",
+                figure(mine["max_abs"]),
+                figure(theirs["max_abs"]),
+                figure(mine["rms"]),
+                figure(theirs["rms"]),
+                figure(apart["max_abs"]),
+                similarity(apart["worst_frame_cosine"]),
+            )
+    return table
+
+
+def _stage_table(document: Mapping[str, Any]) -> Any:
+    table = _table(
+        "\nStages, all clips together: error of MLX as a multiple of PyTorch's",
+        "",
+        "from the audio\nrms",
+        "\nlargest",
+        "by itself\nrms",
+        "\nlargest",
+        "MLX rms\nerror",
+    )
+    verdict = document["verdict"]
+    limit, alone = verdict["gates"]["ratio"], verdict["limits"]["wrong_by_itself"]
+
+    def shown(entry: Mapping[str, Any] | None, metric: str, bound: float) -> str:
+        if entry is None:
+            return "-"
+        value = entry["ratio"][metric]
+        return f"[red]{times(value)}[/]" if value > bound else times(value)
+
+    for name, (entry, local) in stage_entries(document).items():
+        table.add_row(
+            f"  {name}",
+            shown(entry, "rms", limit),
+            shown(entry, "max_abs", limit),
+            shown(local, "rms", max(alone, limit)),
+            shown(local, "max_abs", max(alone, limit)),
+            figure(entry["candidate"]["rms"]) if "candidate" in entry else "-",
+        )
+    return table
+
+
+# ---- for a model card ---------------------------------------------------------------------
+
+
+def to_markdown(document: Mapping[str, Any]) -> str:
+    """The verdict, the features and the stages as GitHub Markdown."""
+    verdict = document["verdict"]
+    lines = [f"**Parity: {headline(document).lower()}.** {sentence(verdict['reason'])}", ""]
+    lines += [f"- {sentence(line.strip())}" for line in advice(document)]
+    if document["source"].get("stand_in"):
+        lines += [f"> Stand-in: {document['source']['stand_in']}", ""]
+    lines += [
+        "",
+        f"MLX on {device_line(document)}, against {reference_line(document)}; "
+        f"{document['machine']['chip']}, {document['machine']['system']}. "
+        "Errors are those against the same model in float64.",
+        "",
+        "| features | clip | MLX max | PyTorch max | MLX rms | PyTorch rms "
+        "| MLX - PyTorch max | worst frame's cosine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, entries in feature_tables(document).items():
+        for entry in entries:
+            if "problem" in entry:
+                lines.append(f"| {label} | {entry['clip']} | {entry['problem']} | | | | | |")
+                continue
+            sides = (entry["candidate"], entry["reference"])
+            cells = [
+                label,
+                entry["clip"],
+                *(figure(side[metric]) for metric in ("max_abs", "rms") for side in sides),
+                figure(entry["apart"]["max_abs"]),
+                similarity(entry["apart"]["worst_frame_cosine"]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Error of MLX as a multiple of PyTorch's, all clips together:",
+        "",
+        "| stage | from the audio, rms | max | by itself, rms | max |",
+        "|---|---|---|---|---|",
+    ]
+    for stage, pair in stage_entries(document).items():
+        ratios = [
+            "-" if entry is None else times(entry["ratio"][metric])
+            for entry in pair
+            for metric in ("rms", "max_abs")
+        ]
+        lines.append("| " + " | ".join([stage, *ratios]) + " |")
+    default = default_line(document)
+    lines += ["", tensor_line(document), *(["", default] if default else []), ""]
+    return "\n".join(lines)
+
+
+def sentence(text: str) -> str:
+    """``text`` with a full stop, and a capital unless it begins with a name."""
+    word = text.split(" ", 1)[0]
+    text = text[:1].upper() + text[1:] if word.isalpha() else text
+    return text + ("" if text.endswith((".", ":")) else ".")
+
+
+def stage_entries(
+    document: Mapping[str, Any],
+) -> dict[str, tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Stage -> its pooled errors from the audio, and by itself (None if it was not run so)."""
+    summary = document["verdict"]["summary"]
+    local = {entry["name"]: entry for entry in summary if entry["kind"] == "local"}
+    return {
+        entry["name"]: (entry, local.get(entry["name"]))
+        for entry in summary
+        if entry["kind"] == "stage"
+    }
+
+
+def default_line(document: Mapping[str, Any]) -> str | None:
+    """One sentence on what users get who set nothing, where that differs."""
+    default = document["device_default"]
+    if default is None:
+        return None
+    entry = max(default["summary"], key=lambda e: max(e["ratio"].values()))
+    snr = "no error at all" if default["snr_db"] is None else f"{default['snr_db']:.0f} dB"
+    return (
+        "Device default: without MLX_ENABLE_TF32=0 the error of the features is up to "
+        f"{times(max(entry['ratio'].values()))} x PyTorch's ({entry['name']}, largest "
+        f"{figure(entry['candidate']['max_abs'])}; signal to noise {snr} or better)."
+    )
+
+
+def tensor_line(document: Mapping[str, Any]) -> str:
+    """One sentence on the tensor-by-tensor proof."""
+    tensors = document["tensors"]
+    if tensors is None:
+        return "Tensors: not compared (the original's were not at hand)."
+    if tensors["failures"]:
+        return f"Tensors: {len(tensors['failures'])} of {tensors['parameters']} parameters differ."
+    if tensors["sources"] is None:
+        return (
+            f"Tensors: {tensors['exact']} of {tensors['parameters']} parameters equal the recorded "
+            f"ones bit for bit, {tensors['uncompared']} cannot be compared by a hash."
+        )
+    text = f"Tensors: all {tensors['sources']} of the original accounted for; {tensors['exact']} "
+    text += "parameters equal it bit for bit"
+    if tensors["rounded"]:
+        text += f", {tensors['rounded']} computed to {tensors['largest_ulps']:.0f} ulp"
+    if tensors["quantized"]:
+        text += f", {tensors['quantized']} quantised"
+    return text + f", {len(tensors['unread'])} unread ({', '.join(tensors['unread'])})."

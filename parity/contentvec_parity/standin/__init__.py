@@ -1,0 +1,1 @@
+"""Checkpoints with synthetic weights, in the real file's structure."""

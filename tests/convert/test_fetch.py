@@ -1,0 +1,265 @@
+"""fetch: a known file arrives whole and proven, or does not get its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from contentvec_convert.fetch import known_file
+from contentvec_convert.known_files import CONTENTVEC, KNOWN_FILES
+from mlx_contentvec.errors import HubError
+from tests.hub_server import HubServer
+
+PROJECT = Path(__file__).resolve().parents[2]
+REPO = CONTENTVEC.home.removeprefix("https://huggingface.co/")
+CONTENT = bytes(range(256)) * 1200
+OTHER = b"not the same" * 30_000
+
+#: the table's first row, with this test's bytes for the 189 MB that it describes;
+#: the client's pieces are made small, and nobody waits between attempts
+PREAMBLE = f"""
+import dataclasses, sys, time
+time.sleep = lambda seconds: None
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = 4096
+from contentvec_convert import fetch, known_files
+row = dataclasses.replace(
+    known_files.CONTENTVEC, size={len(CONTENT)},
+    md5="{hashlib.md5(CONTENT).hexdigest()}", sha256="{hashlib.sha256(CONTENT).hexdigest()}")
+folder = dataclasses.replace(
+    row, key="contentvec-hf", names=("pytorch_model.bin",),
+    hub_path="hubert_base/pytorch_model.bin", beside=("config.json",))
+kept = [r for r in known_files.KNOWN_FILES if not r.hub_path]
+known_files.KNOWN_FILES = fetch.KNOWN_FILES = (row, folder, *kept)
+"""
+RUN = """
+from mlx_contentvec.cli import main
+main(sys.argv[1:])
+"""
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def server() -> Iterator[HubServer]:
+    with HubServer() as running:
+        running.add_repo(REPO, {"hubert_base.pt": CONTENT, "hubert_base/config.json": b"{}"})
+        yield running
+
+
+@pytest.fixture
+def fetch(server: HubServer, tmp_path: Path) -> Run:
+    """``fetch(arguments)``: the command, run in tmp_path."""
+
+    def run(*arguments: str, before: str = "", **env: str):
+        roots = [PROJECT, PROJECT / "convert", PROJECT / "parity"]
+        return subprocess.run(
+            [sys.executable, "-c", PREAMBLE + before + RUN, "fetch", *arguments],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, roots)),
+                **server.environment(tmp_path / "home", **env),
+            },
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def test_the_file_arrives_under_its_name(fetch: Run, tmp_path: Path, server: HubServer) -> None:
+    result = fetch()
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+    assert not (tmp_path / "hubert_base.pt.part").exists()
+    assert hashlib.sha256(CONTENT).hexdigest() in result.stdout
+    assert not server.leaks
+
+
+def test_a_file_that_is_there_is_not_fetched_again(fetch: Run, server: HubServer) -> None:
+    fetch()
+    before = len(server.requests)
+    assert fetch().returncode == 0
+    assert len(server.requests) == before
+
+
+def test_another_file_in_its_place_is_not_replaced_unasked(fetch: Run, tmp_path: Path) -> None:
+    (tmp_path / "hubert_base.pt").write_bytes(OTHER)
+    result = fetch()
+    assert result.returncode == 1
+    assert "exists, and is not contentvec" in result.stderr
+    assert (tmp_path / "hubert_base.pt").read_bytes() == OTHER
+    assert fetch("--force").returncode == 0
+    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+
+
+def test_output_names_the_file_or_its_folder(fetch: Run, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    assert fetch("-o", "weights").returncode == 0
+    assert (tmp_path / "weights" / "hubert_base.pt").read_bytes() == CONTENT
+    assert fetch("-o", "other.pt").returncode == 0
+    assert (tmp_path / "other.pt").read_bytes() == CONTENT
+
+
+def test_a_folder_that_is_not_there_is_said(fetch: Run) -> None:
+    result = fetch("-o", "no/where.pt")
+    assert result.returncode == 1
+    assert "there is no folder no" in result.stderr
+
+
+def test_a_model_of_several_files_becomes_a_folder(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    server.add_repo(
+        REPO, {"hubert_base/pytorch_model.bin": CONTENT, "hubert_base/config.json": b'{"a": 1}'}
+    )
+    result = fetch("contentvec-hf")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "contentvec-hf" / "pytorch_model.bin").read_bytes() == CONTENT
+    assert (tmp_path / "contentvec-hf" / "config.json").read_bytes() == b'{"a": 1}'
+
+
+def test_a_dropped_connection_goes_on_where_it_stopped(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    server.fail("GET /storage", drop_response=100_000)
+    result = fetch()
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+    ranges = [request.range for request in server.asked("GET /storage")]
+    assert ranges[0] is None
+    assert ranges[1] == "bytes=98304-"
+
+
+def test_a_network_that_is_gone_leaves_a_part_that_the_next_run_takes_up(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    server.fail("GET /storage", drop_response=100_000)
+    server.fail("GET /storage", times=99, drop_response=0)
+    broken = fetch()
+    assert broken.returncode == 1
+    assert "the connection to" in broken.stderr
+    assert "what has arrived" in broken.stderr
+    assert not (tmp_path / "hubert_base.pt").exists()
+    part = (tmp_path / "hubert_base.pt.part").read_bytes()
+    assert part == CONTENT[: len(part)]
+    assert len(part) == 98_304
+    server.faults.clear()
+    assert fetch().returncode == 0
+    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+    assert server.asked("GET /storage")[-1].range == f"bytes={len(part)}-"
+
+
+def test_the_part_of_another_file_does_not_spoil_this_one(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    (tmp_path / "hubert_base.pt.part").write_bytes(OTHER[:5000])
+    result = fetch()
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("surplus", [b"", b"and more"])
+def test_a_part_that_is_complete_or_too_long_is_dealt_with(
+    fetch: Run, tmp_path: Path, surplus: bytes
+) -> None:
+    (tmp_path / "hubert_base.pt.part").write_bytes(CONTENT + surplus)
+    assert fetch().returncode == 0
+    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("fault", "nature"),
+    [
+        ({"alter": lambda content: b"X" + content[1:]}, "bytes"),
+        ({"alter": lambda content: b"<!DOCTYPE html><title>Log in</title>"}, "a web page"),
+        ({"shorten": 1000}, "306,200 bytes"),
+    ],
+    ids=["altered", "web page", "short"],
+)
+def test_what_is_not_the_file_does_not_get_its_name(
+    fetch: Run, tmp_path: Path, server: HubServer, fault: dict[str, object], nature: str
+) -> None:
+    server.fail("GET /storage", times=9, **fault)
+    result = fetch()
+    assert result.returncode == 1
+    assert f"what {REPO} served is not contentvec, and was thrown away" in result.stderr
+    assert nature in result.stderr
+    assert hashlib.md5(CONTENT).hexdigest() in result.stderr
+    assert not list(tmp_path.glob("hubert_base*"))
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, "the Hub does not accept the token"),
+        (403, "the token may not do that"),
+        (404, "the Hub refuses"),
+        (500, "the Hub has a fault of its own"),
+    ],
+)
+def test_what_the_hub_answers_is_said_in_plain_words(
+    fetch: Run, tmp_path: Path, server: HubServer, status: int, said: str
+) -> None:
+    server.fail("GET /", times=99, status=status)
+    result = fetch()
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert f"HTTP {status}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "hubert_base.pt").exists()
+
+
+def test_offline_says_so(fetch: Run) -> None:
+    result = fetch(HF_HUB_OFFLINE="1")
+    assert result.returncode == 1
+    assert "HF_HUB_OFFLINE is set" in result.stderr
+
+
+def test_a_file_in_the_cache_is_taken_from_there_even_offline(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    cache = f'from huggingface_hub import hf_hub_download as d; d("{REPO}", "hubert_base.pt")\n'
+    assert fetch("--list", before=cache).returncode == 0
+    before = len(server.requests)
+    result = fetch(HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+    assert len(server.requests) == before
+
+
+def test_json_is_one_document(fetch: Run) -> None:
+    document = json.loads(fetch("--json").stdout)
+    assert document["sha256"] == hashlib.sha256(CONTENT).hexdigest()
+    assert Path(document["path"]).name == "hubert_base.pt"
+
+
+def test_list_names_what_can_be_fetched(fetch: Run) -> None:
+    assert fetch("--list").stdout.startswith("contentvec ")
+
+
+def test_an_unknown_key_lists_the_known_ones() -> None:
+    with pytest.raises(HubError, match="no known file is called nonsense") as caught:
+        known_file("nonsense")
+    assert "contentvec" in str(caught.value)
+
+
+def test_a_file_without_a_checksum_is_not_fetched() -> None:
+    with pytest.raises(HubError, match="no checksum of it is known"):
+        known_file("hubert-base-ls960")
+
+
+def test_whatever_can_be_fetched_can_be_proven() -> None:
+    for row in KNOWN_FILES:
+        if row.hub_path is not None:
+            assert row.verifiable
+            assert row.home.startswith("https://huggingface.co/")

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.small_models import DEEP, noise, random_weights_file
+
+soundfile = pytest.importorskip(
+    "soundfile", reason="audio files need soundfile: pip install 'mlx-contentvec[audio]'"
+)
+PROJECT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "mlx_contentvec", "extract"]
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_weights_file(tmp_path_factory.mktemp("weights") / "deep.safetensors", DEEP)
+
+
+def write_clips(folder: Path, count: int, samples: int = 8000) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        soundfile.write(folder / f"{i:03}.wav", noise(samples + 160 * i, seed=i), 16000)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    roots = [PROJECT, PROJECT / "convert", PROJECT / "parity"]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "OMP_NUM_THREADS": "1"}
+
+
+def outputs(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.npy"))
+
+
+def stopped_after(count: int, how: int, folder: Path, command: list[Any]) -> int:
+    """Start an extraction, send it a signal once ``count`` outputs are there; its exit status."""
+    # where tests run in the background Ctrl-C is ignored, and children inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [*map(str, command)], env=environment(), stderr=subprocess.DEVNULL, cwd=PROJECT
+    )
+    signal.signal(signal.SIGINT, before)
+    end = time.monotonic() + 60
+    while len(outputs(folder)) < count and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(how)
+    return process.wait(timeout=60)
+
+
+def test_a_folder_becomes_features_and_a_summary(
+    run_cli: RunCli, weights: Path, tmp_path: Path
+) -> None:
+    write_clips(tmp_path / "in", 3)
+    done = run_cli("extract", tmp_path / "in", "-o", tmp_path / "out", "-w", weights)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("extracted  3 clips, 1.5 s of audio in ")
+    assert "audio-seconds per second" in done.stdout
+    assert outputs(tmp_path / "out") == ["000.npy", "001.npy", "002.npy"]
+    assert np.load(tmp_path / "out/001.npy").shape == (DEEP.frames(8160), 96)
+
+
+def test_version_one_is_projected(run_cli: RunCli, weights: Path, tmp_path: Path) -> None:
+    clip = write_clips(tmp_path / "in", 1) / "000.wav"
+    common = ["extract", clip, "-w", weights]
+    assert run_cli(*common, "-o", tmp_path / "v1", "--version", "v1").returncode == 0
+    same = run_cli(*common, "-o", tmp_path / "l9", "--layer", "9", "--project")
+    assert same.returncode == 0
+    v1 = np.load(tmp_path / "v1/000.npy")
+    assert v1.shape == (24, 32)
+    np.testing.assert_array_equal(v1, np.load(tmp_path / "l9/000.npy"))
+
+
+def test_a_list_comes_on_stdin(run_cli: RunCli, weights: Path, tmp_path: Path) -> None:
+    folder = write_clips(tmp_path / "in", 3)
+    listed = f"{folder / '000.wav'}\n{folder / '002.wav'}\n"
+    done = run_cli("extract", "-", "-o", tmp_path / "out", "-w", weights, input=listed)
+    assert done.returncode == 0
+    assert outputs(tmp_path / "out") == ["000.npy", "002.npy"]
+
+
+def test_bad_files_are_named_and_the_status_is_one(
+    run_cli: RunCli, weights: Path, tmp_path: Path
+) -> None:
+    folder = write_clips(tmp_path / "in", 2)
+    (folder / "bad.wav").write_text("hello")
+    command = ["extract", folder, "-o", tmp_path / "out", "-w", weights]
+    done = run_cli(*command)
+    assert done.returncode == 1
+    assert "extracted  2 clips" in done.stdout
+    assert "error: 1 files gave no features" in done.stderr
+    assert f"{folder / 'bad.wav'}: is not audio" in done.stderr
+    again = run_cli(*command, "--json")
+    summary = json.loads(again.stdout)
+    assert again.returncode == 1
+    assert (summary["extracted"], summary["skipped"]) == (0, 2)
+    assert [Path(failure["source"]).name for failure in summary["failed"]] == ["bad.wav"]
+
+
+def test_one_safetensors_for_each_folder(run_cli: RunCli, weights: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    write_clips(tmp_path / "in/a", 2)
+    out = tmp_path / "out"
+    done = run_cli("extract", tmp_path / "in", "-o", out, "-w", weights, "--safetensors")
+    assert done.returncode == 0
+    assert sorted(load_file(out / "a/features.safetensors")) == ["000", "001"]
+    assert outputs(out) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--rvc", "--safetensors"], 2, "exclude each other"),
+        (["--overlap", "1"], 2, "--overlap needs --window"),
+        (["--max-memory", "much"], 2, "not a size like 800M"),
+        (["--layer", "13"], 1, "no layer 13"),
+        (["--rvc"], 1, "RVC has no folder for features 96 wide"),
+        (["--version", "v1", "--layer", "3"], 1, "version v1, layer 3"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    run_cli: RunCli, weights: Path, tmp_path: Path, options: list[str], status: int, message: str
+) -> None:
+    folder = write_clips(tmp_path / "in", 1)
+    done = run_cli("extract", folder, "-o", tmp_path / "out", "-w", weights, *options)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert message in done.stderr
+    assert outputs(tmp_path / "out") == []
+
+
+def test_a_clip_that_does_not_fit_its_memory_is_named(
+    run_cli: RunCli, weights: Path, tmp_path: Path
+) -> None:
+    folder = write_clips(tmp_path / "in", 1)
+    soundfile.write(folder / "long.wav", noise(16000 * 100), 16000)
+    common = ["extract", folder, "-w", weights, "--max-memory", "3M"]
+    done = run_cli(*common, "-o", tmp_path / "out")
+    assert done.returncode == 1
+    assert "long.wav: a clip of 100.0 s does not fit the memory" in done.stderr
+    assert outputs(tmp_path / "out") == ["000.npy"]
+    windows = run_cli(*common, "-o", tmp_path / "windows", "--window", "10", "--overlap", "1")
+    assert windows.returncode == 0
+    assert "seams      10, windows disagree by" in windows.stdout
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_keeps_what_is_finished_and_goes_on(
+    run_cli: RunCli, weights: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    folder = write_clips(tmp_path / "in", 40, samples=16000)
+    out = tmp_path / "out"
+    command = [folder, "-o", out, "-w", weights]
+    status = stopped_after(5, how, out, [*COMMAND, *command])
+    assert status == (130 if how == signal.SIGINT else -how)
+    kept = outputs(out)
+    assert 5 <= len(kept) < 40
+    for name in kept:
+        assert np.load(out / name).shape[1] == 96
+    times = {name: (out / name).stat().st_mtime_ns for name in kept}
+    done = run_cli("extract", *command)
+    assert done.returncode == 0
+    assert f"skipped    {len(kept)} finished before" in done.stdout
+    assert len(outputs(out)) == 40
+    assert all((out / name).stat().st_mtime_ns == mtime for name, mtime in times.items())
+
+
+# ---- several processes ------------------------------------------------------------
+
+LAUNCH = shutil.which("mlx.launch", path=str(Path(sys.executable).parent))
+needs_launcher = pytest.mark.skipif(LAUNCH is None, reason="mlx.launch comes with MLX")
+
+
+def launched(count: int, *arguments: Any) -> list[str]:
+    variables = [f"{k}={v}" for k, v in environment().items() if k in ("PYTHONPATH",)]
+    return [
+        *(str(LAUNCH), "-n", str(count), "--env", "OMP_NUM_THREADS=1"),
+        *(part for variable in variables for part in ("--env", variable)),
+        *("--", *map(str, [*COMMAND, *arguments])),
+    ]
+
+
+@needs_launcher
+def test_two_processes_share_the_work_and_report_once(weights: Path, tmp_path: Path) -> None:
+    folder = write_clips(tmp_path / "in", 8)
+    (folder / "bad.wav").write_text("hello")
+    out = tmp_path / "out"
+    done = subprocess.run(
+        launched(2, folder, "-o", out, "-w", weights, "--json"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    summary = json.loads(done.stdout)
+    assert (summary["extracted"], summary["ranks"], len(summary["failed"])) == (8, 2, 1)
+    assert len(outputs(out)) == 8
+    lines = [len(path.read_text().splitlines()) for path in sorted(out.glob("*.jsonl"))]
+    assert sum(lines) == 8
+    assert min(lines) >= 3
+
+
+@needs_launcher
+def test_a_killed_process_loses_only_what_it_had_not_finished(
+    run_cli: RunCli, weights: Path, tmp_path: Path
+) -> None:
+    folder = write_clips(tmp_path / "in", 40, samples=16000)
+    out = tmp_path / "out"
+    launcher = subprocess.Popen(
+        launched(2, folder, "-o", out, "-w", weights),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
+    second = out / "mlx-contentvec.rank-1.jsonl"
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not (second.exists() and len(outputs(out)) > 4):
+        time.sleep(0.005)
+    os.kill(_writer_of(folder), signal.SIGKILL)
+    launcher.wait(timeout=60)
+    kept = outputs(out)
+    assert 4 < len(kept) < 40
+    done = run_cli("extract", folder, "-o", out, "-w", weights)
+    assert done.returncode == 0
+    assert f"skipped    {len(kept)} finished before" in done.stdout
+    assert len(outputs(out)) == 40
+
+
+def _writer_of(folder: Path) -> int:
+    """The process of rank 1 that extracts ``folder``, found by its arguments."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(folder).encode() in arguments and b"MLX_RANK=1" in variables:
+            return int(process.name)
+    raise AssertionError("rank 1 is not running")

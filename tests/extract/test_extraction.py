@@ -1,0 +1,526 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.errors import AudioError, ConfigError, OutputError
+from mlx_contentvec.extract.manifest import Manifest, locked, publish, write_atomically
+from mlx_contentvec.extract.packing import FILE, check_packs, pack, part_of
+from mlx_contentvec.extract.run import (
+    Extraction,
+    Settings,
+    Source,
+    Summary,
+    find_sources,
+    name_outputs,
+    name_rvc_outputs,
+    plan_work,
+)
+from mlx_contentvec.extract.sharding import Ranks, shares
+from mlx_contentvec.extract.windows import cut_windows, windowed
+from mlx_contentvec.features import FeatureKind
+from mlx_contentvec.model import ContentvecModel
+from tests.small_models import TINY, in_one_go, noise, random_model
+
+soundfile = pytest.importorskip(
+    "soundfile", reason="audio files need soundfile: pip install 'mlx-contentvec[audio]'"
+)
+SETTINGS = Settings(weights="0" * 64, layer=3, project=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> ContentvecModel:
+    return random_model(TINY)
+
+
+def write_clip(path: Path, samples: int = 8000, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, noise(samples, seed), 16000, subtype="PCM_16")
+    return path
+
+
+def heard(path: Path) -> np.ndarray:
+    samples: np.ndarray = soundfile.read(path, dtype="float32")[0]
+    return samples
+
+
+def run(
+    model: ContentvecModel,
+    folder: Path,
+    paths: list[Path],
+    *,
+    settings: Settings = SETTINGS,
+    force: bool = False,
+    **options: Any,
+) -> tuple[Summary, int]:
+    """Plan and extract; the summary and the number of outputs that were finished before."""
+    manifest = Manifest(folder)
+    sources = find_sources(paths)
+    folder.mkdir(exist_ok=True)
+    pending, finished = plan_work(sources, name_outputs(sources), manifest, settings, force=force)
+    return Extraction(model, settings, manifest, **options).run(pending), finished
+
+
+# ---- sources ----------------------------------------------------------------------
+
+
+def test_a_folder_is_searched_through_and_hidden_files_are_left(tmp_path: Path) -> None:
+    for name in ("b.wav", "a/c.FLAC", "a/.hidden.wav", ".trash/d.wav", "notes.txt", "a/._c.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(s.place) for s in find_sources([tmp_path])] == ["b.wav", "a/c.FLAC"]
+
+
+def test_a_linked_folder_is_searched_once(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.wav").touch()
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    assert [str(s.place) for s in find_sources([tmp_path])] == ["a/x.wav"]
+
+
+def test_patterns_files_and_folders_name_each_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.wav", "a/y.wav", "b/y.mp3", "b/notes.txt", "b/raw.bin"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    sources = find_sources(["*/y.*", "a", "b/raw.bin", tmp_path / "a/x.wav"])
+    assert [str(s.place) for s in sources] == ["a/y.wav", "b/y.mp3", "x.wav", "raw.bin"]
+    assert all(s.path.is_absolute() for s in sources)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "nothing-*.wav", "empty"])
+def test_a_path_without_audio_is_an_error(tmp_path: Path, path: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AudioError, match=path.replace("*", r"\*")):
+        find_sources([tmp_path / path])
+
+
+def test_a_name_with_brackets_is_a_name_where_it_exists(tmp_path: Path) -> None:
+    (tmp_path / "a[1].wav").touch()
+    assert [str(s.place) for s in find_sources([tmp_path / "a[1].wav"])] == ["a[1].wav"]
+
+
+# ---- names ------------------------------------------------------------------------
+
+
+def named(*paths: str) -> list[str]:
+    return name_outputs([Source(Path(path), PurePosixPath(Path(path).name)) for path in paths])
+
+
+def test_files_of_one_name_are_told_apart_by_folder_then_by_suffix() -> None:
+    assert named("/d/a/x.wav", "/d/b/x.wav", "/d/b/y.wav") == ["a/x.npy", "b/x.npy", "y.npy"]
+    assert named("/d/x.wav", "/d/x.flac", "/d/y.wav") == ["x.wav.npy", "x.flac.npy", "y.npy"]
+
+
+def test_no_two_sources_share_an_output_whatever_they_are_called() -> None:
+    paths = [f"/{a}/{b}/{c}" for a in "pq" for b in "pq" for c in ("x.wav", "x.flac", "x")]
+    outputs = named(*paths)
+    assert len(set(outputs)) == len(paths)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", "a/b"]), st.sampled_from(["x.wav", "x.flac", "x.npy"])
+        ),
+        unique=True,
+    )
+)
+def test_names_never_collide(files: list[tuple[str, str]]) -> None:
+    outputs = named(*(f"/d/{folder}/{name}" for folder, name in files))
+    assert len(set(outputs)) == len(files)
+
+
+def test_rvcs_layout_is_flat_and_refuses_equal_names() -> None:
+    sources = [Source(Path(f"/d/{n}.wav"), PurePosixPath(f"s/{n}.wav")) for n in ("0_0", "0_1")]
+    assert name_rvc_outputs(sources, 768) == ["3_feature768/0_0.npy", "3_feature768/0_1.npy"]
+    assert name_rvc_outputs(sources, 256)[0] == "3_feature256/0_0.npy"
+    with pytest.raises(OutputError, match="512 wide"):
+        name_rvc_outputs(sources, 512)
+    twice = [*sources, Source(Path("/d/0_0.flac"), PurePosixPath("0_0.flac"))]
+    with pytest.raises(OutputError, match=r"0_0\.wav, /d/0_0\.flac"):
+        name_rvc_outputs(twice, 768)
+
+
+# ---- the run and its resumption ---------------------------------------------------
+
+
+def test_features_are_written_one_row_a_frame(model: ContentvecModel, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "in/a/x.wav")
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "in"])
+    features = np.load(tmp_path / "out/a/x.npy", allow_pickle=False)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, in_one_go(model, heard(clip), output_layer=3), atol=2e-5)
+    assert (summary.extracted, summary.failed, summary.audio_seconds) == (1, [], 0.5)
+
+
+def test_half_precision_halves_the_file(model: ContentvecModel, tmp_path: Path) -> None:
+    write_clip(tmp_path / "x.wav")
+    run(model, tmp_path / "out", [tmp_path / "x.wav"])
+    half = dataclasses.replace(SETTINGS, dtype="float16")
+    run(model, tmp_path / "half", [tmp_path / "x.wav"], settings=half)
+    features = np.load(tmp_path / "half/x.npy")
+    assert features.dtype == np.float16
+    np.testing.assert_array_equal(features, np.load(tmp_path / "out/x.npy").astype(np.float16))
+
+
+def test_what_is_finished_is_not_done_again(model: ContentvecModel, tmp_path: Path) -> None:
+    for i in range(3):
+        write_clip(tmp_path / f"in/{i}.wav", seed=i)
+    run(model, tmp_path / "out", [tmp_path / "in"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}
+    write_clip(tmp_path / "in/3.wav", seed=3)
+    summary, finished = run(model, tmp_path / "out", [tmp_path / "in"])
+    assert (summary.extracted, finished) == (1, 3)
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in before.items())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "emptied"])
+def test_a_broken_output_is_redone(model: ContentvecModel, tmp_path: Path, damage: str) -> None:
+    write_clip(tmp_path / "x.wav")
+    run(model, tmp_path / "out", [tmp_path / "x.wav"])
+    output = tmp_path / "out/x.npy"
+    good = output.read_bytes()
+    if damage == "gone":
+        output.unlink()
+    else:
+        flipped = good[:-1] + bytes([good[-1] ^ 1])
+        output.write_bytes({"cut": good[:-8], "flipped": flipped, "emptied": b""}[damage])
+    summary, finished = run(model, tmp_path / "out", [tmp_path / "x.wav"])
+    assert (summary.extracted, finished) == (1, 0)
+    assert output.read_bytes() == good
+
+
+def test_a_changed_source_is_done_again(model: ContentvecModel, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "x.wav")
+    run(model, tmp_path / "out", [clip])
+    write_clip(clip, seed=1)
+    summary, _ = run(model, tmp_path / "out", [clip])
+    assert summary.extracted == 1
+    expected = in_one_go(model, heard(clip), output_layer=3)
+    np.testing.assert_allclose(np.load(tmp_path / "out/x.npy"), expected, atol=2e-5)
+
+
+def test_a_moved_or_touched_dataset_stays_finished(model: ContentvecModel, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "in/x.wav")
+    run(model, tmp_path / "out", [tmp_path / "in"])
+    os.utime(clip, (1, 1))
+    assert run(model, tmp_path / "out", [tmp_path / "in"])[1] == 1
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert run(model, tmp_path / "out", [tmp_path / "moved"])[1] == 1
+
+
+def test_another_file_of_the_same_name_does_not_take_an_output(
+    model: ContentvecModel, tmp_path: Path
+) -> None:
+    first = write_clip(tmp_path / "a/x.wav", seed=0)
+    second = write_clip(tmp_path / "b/x.wav", seed=1)
+    # equal in size and time: only what they hold tells them apart
+    os.utime(first, (1, 1))
+    os.utime(second, (1, 1))
+    run(model, tmp_path / "out", [first])
+    kept = (tmp_path / "out/x.npy").read_bytes()
+    with pytest.raises(OutputError, match=r"x\.npy: it was made from .*a/x\.wav"):
+        run(model, tmp_path / "out", [second])
+    assert (tmp_path / "out/x.npy").read_bytes() == kept
+    summary, _ = run(model, tmp_path / "out", [second], force=True)
+    assert summary.extracted == 1
+    assert (tmp_path / "out/x.npy").read_bytes() != kept
+
+
+def test_other_settings_do_not_replace_an_output(model: ContentvecModel, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "x.wav")
+    run(model, tmp_path / "out", [clip])
+    with pytest.raises(OutputError, match=r"made with layer 3 \(now 2\)"):
+        run(model, tmp_path / "out", [clip], settings=dataclasses.replace(SETTINGS, layer=2))
+
+
+def test_a_file_of_somebody_else_is_not_replaced(model: ContentvecModel, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "x.wav")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x.npy").write_bytes(b"precious")
+    with pytest.raises(OutputError, match="was there before"):
+        run(model, tmp_path / "out", [clip])
+    assert (tmp_path / "out/x.npy").read_bytes() == b"precious"
+    assert run(model, tmp_path / "out", [clip], force=True)[0].extracted == 1
+
+
+def test_bad_files_are_listed_and_the_rest_goes_on(model: ContentvecModel, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for i in range(3):
+        write_clip(folder / f"good{i}.wav", seed=i)
+    (folder / "empty.wav").touch()
+    (folder / "text.wav").write_text("not audio")
+    (folder / "gone.wav").symlink_to(tmp_path / "nowhere")
+    write_clip(folder / "short.wav", samples=100)
+    nan = noise(8000)
+    nan[4000] = np.nan
+    soundfile.write(folder / "nan.wav", nan, 16000, subtype="FLOAT")
+    summary, _ = run(model, tmp_path / "out", [folder])
+    assert summary.extracted == 3
+    reasons = {Path(failure.source).name: failure.reason for failure in summary.failed}
+    assert set(reasons) == {"empty.wav", "text.wav", "gone.wav", "short.wav", "nan.wav"}
+    assert "0 bytes" in reasons["empty.wav"]
+    assert "b'not audio'" in reasons["text.wav"]
+    assert "No such file" in reasons["gone.wav"]
+    assert "100 samples" in reasons["short.wav"]
+    assert "frame 4,000" in reasons["nan.wav"]
+    assert len(list((tmp_path / "out").glob("*.npy"))) == 3
+
+
+def test_batches_of_files_give_the_features_of_each_alone(
+    model: ContentvecModel, tmp_path: Path
+) -> None:
+    for i, samples in enumerate([8000, 9000, 8000, 30000, 8500]):
+        write_clip(tmp_path / f"in/{i}.wav", samples, seed=i)
+    (tmp_path / "in/5.wav").write_text("bad")
+    run(model, tmp_path / "alone", [tmp_path / "in"])
+    summary, _ = run(model, tmp_path / "batched", [tmp_path / "in"], batch_seconds=60)
+    assert (summary.extracted, len(summary.failed)) == (5, 1)
+    for path in (tmp_path / "alone").glob("*.npy"):
+        batched = np.load(tmp_path / "batched" / path.name)
+        np.testing.assert_allclose(batched, np.load(path), atol=2e-5)
+
+
+def test_a_clip_that_spoils_its_batch_is_found(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        write_clip(tmp_path / f"in/{i}.wav", 8000 + i, seed=i)
+    extraction = Extraction(model, SETTINGS, Manifest(tmp_path), batch_seconds=60)
+    whole = extraction._features
+
+    def refusing(waveforms: list[Any], progress: Any) -> Any:
+        if any(len(waveform) == 8001 for waveform in waveforms):
+            raise AudioError("no")
+        return whole(waveforms, progress)
+
+    monkeypatch.setattr(extraction, "_features", refusing)
+    sources = find_sources([tmp_path / "in"])
+    pending, _ = plan_work(sources, name_outputs(sources), extraction.manifest, SETTINGS)
+    summary = extraction.run(pending)
+    assert summary.extracted == 2
+    assert [Path(failure.source).name for failure in summary.failed] == ["1.wav"]
+
+
+def test_an_output_folder_that_cannot_be_written_stops_the_run(
+    model: ContentvecModel, tmp_path: Path
+) -> None:
+    clip = write_clip(tmp_path / "in/a/x.wav")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a").write_text("a file where a folder must be")
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(model, tmp_path / "out", [tmp_path / "in"])
+    assert clip.exists()
+
+
+def test_features_that_are_not_finite_are_not_written(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clip(tmp_path / "x.wav")
+    monkeypatch.setattr(Extraction, "_features", lambda *_: [np.full((24, 96), 1e9, np.float32)])
+    half = dataclasses.replace(SETTINGS, dtype="float16")
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "x.wav"], settings=half)
+    assert "not finite" in summary.failed[0].reason
+    assert not (tmp_path / "out/x.npy").exists()
+
+
+# ---- manifest ---------------------------------------------------------------------
+
+
+def test_a_torn_line_is_ignored_and_does_not_swallow_the_next(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    manifest.add({"output": "a.npy"})
+    with manifest.path.open("ab") as file:
+        file.write(b'{"output": "b.n')
+    manifest = Manifest(tmp_path)
+    manifest.add({"output": "c.npy"})
+    reread = Manifest(tmp_path)
+    assert [bool(reread.records(f"{name}.npy")) for name in "abc"] == [True, False, True]
+
+
+def test_every_rank_writes_its_own_file_and_reads_all(tmp_path: Path) -> None:
+    Manifest(tmp_path, 0).add({"output": "a.npy"})
+    Manifest(tmp_path, 1).add({"output": "b.npy"})
+    assert len({path.name for path in tmp_path.iterdir()}) == 2
+    assert Manifest(tmp_path, 2).records("a.npy") and Manifest(tmp_path).records("b.npy")
+
+
+def test_nothing_has_its_name_until_it_is_published(tmp_path: Path) -> None:
+    path = tmp_path / "a/x.npy"
+    written = write_atomically(path, [b"abc", b"def"])
+    assert written == {"bytes": 6, "crc32": "4b8e39ef"}
+    assert not path.exists()
+    publish(path)
+    assert path.read_bytes() == b"abcdef"
+    assert [p.name for p in path.parent.iterdir()] == ["x.npy"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(OutputError, match="another extraction"):  # noqa: SIM117
+        with locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
+
+
+# ---- packed folders ---------------------------------------------------------------
+
+
+def packed_run(
+    model: ContentvecModel, folder: Path, paths: list[Path], settings: Settings = SETTINGS
+) -> tuple[Summary, int]:
+    folder.mkdir(exist_ok=True)
+    manifest = Manifest(folder)
+    sources = find_sources(paths)
+    parts = [part_of(output) for output in name_outputs(sources)]
+    wanted = dataclasses.asdict(settings)
+    check_packs(parts, manifest, wanted, force=False)
+    pending, finished = plan_work(sources, parts, manifest, settings)
+    summary = Extraction(model, settings, manifest).run(pending)
+    pack(parts, manifest, wanted)
+    return summary, finished
+
+
+def test_a_folder_is_packed_into_one_file_and_grows(model: ContentvecModel, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    out = tmp_path / "out"
+    for i, name in enumerate(["x", "y", "sub/z"]):
+        write_clip(tmp_path / f"in/{name}.wav", seed=i)
+    run(model, tmp_path / "single", [tmp_path / "in"])
+    assert packed_run(model, out, [tmp_path / "in"])[0].extracted == 3
+    assert sorted(load_file(out / FILE)) == ["x", "y"]
+    for name, file, key in (("x", FILE, "x"), ("sub/z", f"sub/{FILE}", "z")):
+        features = load_file(out / file)[key]
+        np.testing.assert_array_equal(features, np.load(tmp_path / f"single/{name}.npy"))
+    assert not (out / ".parts").exists()
+
+    again, finished = packed_run(model, out, [tmp_path / "in"])
+    assert (again.extracted, finished) == (0, 3)
+    write_clip(tmp_path / "in/w.wav", seed=9)
+    summary, finished = packed_run(model, out, [tmp_path / "in"])
+    assert (summary.extracted, finished) == (1, 3)
+    assert sorted(load_file(out / FILE)) == ["w", "x", "y"]
+    np.testing.assert_array_equal(load_file(out / FILE)["y"], np.load(tmp_path / "single/y.npy"))
+
+
+def test_a_run_stopped_before_packing_goes_on(model: ContentvecModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for i in range(2):
+        write_clip(tmp_path / f"in/{i}.wav", seed=i)
+    sources = find_sources([tmp_path / "in"])
+    parts = [part_of(output) for output in name_outputs(sources)]
+    manifest = Manifest(out)
+    pending, _ = plan_work(sources, parts, manifest, SETTINGS)
+    Extraction(model, SETTINGS, manifest).run(pending[:1])
+    assert not (out / FILE).exists()
+    summary, finished = packed_run(model, out, [tmp_path / "in"])
+    assert (summary.extracted, finished) == (1, 1)
+    assert (out / FILE).exists()
+
+
+def test_a_damaged_pack_is_made_again(model: ContentvecModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_clip(tmp_path / "in/x.wav")
+    packed_run(model, out, [tmp_path / "in"])
+    good = (out / FILE).read_bytes()
+    (out / FILE).write_bytes(good[:-4])
+    summary, finished = packed_run(model, out, [tmp_path / "in"])
+    assert (summary.extracted, finished) == (1, 0)
+    assert (out / FILE).read_bytes() == good
+
+
+def test_a_pack_of_other_settings_is_not_replaced(model: ContentvecModel, tmp_path: Path) -> None:
+    write_clip(tmp_path / "in/x.wav")
+    packed_run(model, tmp_path / "out", [tmp_path / "in"])
+    other = dataclasses.replace(SETTINGS, layer=2)
+    with pytest.raises(OutputError, match="made with other settings"):
+        packed_run(model, tmp_path / "out", [tmp_path / "in"], other)
+
+
+# ---- shares -----------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1000), max_size=60), st.integers(1, 8))
+def test_shares_hold_everything_once_and_are_balanced(durations: list[float], count: int) -> None:
+    divided = shares(durations, count)
+    assert sorted(i for share in divided for i in share) == list(range(len(durations)))
+    totals = [sum(durations[i] for i in share) for share in divided]
+    assert max(totals) - min(totals) <= max(durations, default=0.0) + 1e-6
+
+
+def test_one_process_is_a_rank_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLX_RANK", raising=False)
+    ranks = Ranks.launched()
+    assert (ranks.rank, ranks.size) == (0, 1)
+    assert ranks.gather({"a": 1}) == [{"a": 1}]
+    assert ranks.from_first([2]) == [2]
+
+
+def test_summaries_add_up() -> None:
+    first = Summary(extracted=2, audio_seconds=3.0, wall_seconds=5.0, seam_max=0.1, seams=1)
+    second = Summary(extracted=1, audio_seconds=4.0, wall_seconds=2.0, seam_max=0.3, seams=2)
+    total = Summary.joined(json.loads(json.dumps([first.to_dict(), second.to_dict()])))
+    assert (total.extracted, total.audio_seconds, total.wall_seconds) == (3, 7.0, 5.0)
+    assert (total.seams, total.seam_max, total.ranks) == (3, 0.3, 2)
+
+
+# ---- windows ----------------------------------------------------------------------
+
+
+@given(st.integers(1, 3000), st.integers(2, 500), st.integers(0, 500))
+@example(frames=115, shared=50, more=15)
+def test_windows_keep_every_frame_once(frames: int, shared: int, more: int) -> None:
+    length = 2 * shared + more
+    pieces = cut_windows(ModelConfig(), frames, window=length / 50, overlap=shared / 50)
+    kept = [frame for piece in pieces for frame in range(piece.keep_from, piece.keep_to)]
+    assert kept == list(range(frames))
+    assert all(p.start <= p.keep_from < p.keep_to <= p.stop for p in pieces)
+    assert all(p.stop - p.start == min(length, frames) for p in pieces)
+    assert all(a.stop - b.start >= shared for a, b in pairwise(pieces))
+
+
+def test_windows_that_get_nowhere_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"windows of 1 s that overlap by 0\.6 s"):
+        cut_windows(ModelConfig(), 1000, 1.0, 0.6)
+
+
+def test_one_window_that_holds_the_clip_is_the_clip(model: ContentvecModel) -> None:
+    clip = noise(16000)
+    features, seams = windowed(model, clip, FeatureKind(3), window=10, overlap=1)
+    np.testing.assert_allclose(features, in_one_go(model, clip, output_layer=3), atol=2e-5)
+    assert seams.count == 0
+
+
+def test_seams_report_what_windows_disagree_by(model: ContentvecModel) -> None:
+    clip = noise(16000 * 4)
+    features, seams = windowed(model, clip, FeatureKind(3), window=2, overlap=0.4)
+    exact = in_one_go(model, clip, output_layer=3)
+    assert features.shape == exact.shape
+    assert seams.count == 2
+    assert seams.max_abs >= seams.rms > 0.01
+    # what is reported is of the size of what it cost
+    error = np.sqrt(np.mean((features - exact) ** 2))
+    assert error / 5 < seams.rms < error * 5
+
+
+def test_windows_through_files_count_their_seams(model: ContentvecModel, tmp_path: Path) -> None:
+    write_clip(tmp_path / "x.wav", 16000 * 4)
+    settings = dataclasses.replace(SETTINGS, window=2.0, overlap=0.4)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "x.wav"], settings=settings)
+    assert summary.seams == 2
+    assert summary.seam_max > 0.01

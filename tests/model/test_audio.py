@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_contentvec.audio import RESAMPLER, as_waveform, guess_seconds, read_audio, require_decoders
+from mlx_contentvec.errors import AudioError, MissingDependency
+
+soundfile = pytest.importorskip(
+    "soundfile", reason="audio files need soundfile: pip install 'mlx-contentvec[audio]'"
+)
+soxr = pytest.importorskip(
+    "soxr", reason="resampling needs soxr: pip install 'mlx-contentvec[audio]'"
+)
+
+
+def tone(seconds: float, rate: int = 16000, channels: int = 1) -> np.ndarray:
+    """(samples,) or (samples, channels): a sine an octave higher in each channel."""
+    time = np.arange(round(seconds * rate)) / rate
+    sines = [0.3 * np.sin(2 * np.pi * 220 * 2**channel * time) for channel in range(channels)]
+    return np.squeeze(np.stack(sines, axis=1)).astype(np.float32)
+
+
+def written(path: Path, samples: np.ndarray, rate: int = 16000, **options: str) -> Path:
+    soundfile.write(path, samples, rate, **options)
+    return path
+
+
+def test_a_16_khz_mono_file_arrives_sample_for_sample(tmp_path: Path) -> None:
+    samples = tone(1.0)
+    clip = read_audio(written(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    assert clip.waveform.dtype == np.float32
+    np.testing.assert_array_equal(clip.waveform, samples)
+    assert (clip.source_rate, clip.channels, clip.decoder) == (16000, 1, "libsndfile")
+    assert clip.resampler is None
+    assert clip.seconds == 1.0
+
+
+def test_integer_samples_are_scaled_as_soundfile_scales_them(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.wav", tone(0.2), subtype="PCM_16")
+    integers, _ = soundfile.read(path, dtype="int16")
+    clip = read_audio(path)
+    np.testing.assert_array_equal(clip.waveform, integers.astype(np.float32) / 32768)
+    np.testing.assert_array_equal(as_waveform(integers, 16000), clip.waveform)
+
+
+def test_channels_are_averaged_and_the_rate_is_changed_by_soxr(tmp_path: Path) -> None:
+    # several blocks long, so that the joins of the streamed resampler are in it
+    samples = tone(4.0, rate=44100, channels=2)
+    clip = read_audio(written(tmp_path / "a.wav", samples, 44100, subtype="FLOAT"))
+    whole = soxr.resample(samples.mean(axis=1), 44100, 16000, quality="VHQ")
+    np.testing.assert_array_equal(clip.waveform, whole)
+    np.testing.assert_array_equal(as_waveform(samples, 44100), whole)
+    assert (clip.source_rate, clip.channels, clip.resampler) == (44100, 2, RESAMPLER)
+
+
+@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3", "aiff"])
+def test_other_formats_hold_the_same_tone(tmp_path: Path, suffix: str) -> None:
+    samples = tone(1.0, rate=22050)
+    clip = read_audio(written(tmp_path / f"a.{suffix}", samples, 22050))
+    expected = tone(1.0)
+    length = min(len(clip.waveform), len(expected))
+    assert length > 15900
+    inner = slice(800, length - 800)
+    assert np.abs(clip.waveform[inner] - expected[inner]).max() < 0.02
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="m4a needs an ffmpeg on the PATH")
+def test_m4a_goes_through_ffmpeg(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.wav", tone(1.0, rate=44100, channels=2), 44100)
+    m4a = tmp_path / "-odd name: 1%.m4a"
+    subprocess.run(
+        ["ffmpeg", "-nostdin", "-v", "error", "-i", source, "-c:a", "aac", f"file:{m4a}"],
+        check=True,
+    )
+    clip = read_audio(m4a)
+    assert (clip.decoder, clip.source_rate, clip.channels) == ("ffmpeg", 44100, 2)
+    assert 15900 < len(clip.waveform) < 17000
+    assert 0.2 < np.abs(clip.waveform[4000:12000]).max() < 0.4
+
+
+def test_without_ffmpeg_an_m4a_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x1cftypM4A " + bytes(100))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AudioError, match="ffmpeg: put it on the PATH"):
+        read_audio(tmp_path / "a.m4a")
+
+
+def test_text_named_wav_is_refused_and_quoted(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_text("<!DOCTYPE html> not found")
+    with pytest.raises(AudioError, match="begins with b'<!DOCTYPE html> '"):
+        read_audio(tmp_path / "a.wav")
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(AudioError, match="is empty"):
+        read_audio(tmp_path / "a.wav")
+
+
+def test_a_file_without_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match="holds no audio"):
+        read_audio(written(tmp_path / "a.wav", np.zeros(0, np.float32)))
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+def test_what_is_not_a_readable_file_is_an_audio_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.wav"
+    if kind == "folder":
+        path.mkdir()
+    with pytest.raises(AudioError, match=r"cannot be read: No such file|is not a file"):
+        read_audio(path)
+
+
+def test_a_clip_too_short_for_a_frame_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.wav", tone(1.0)[:100])
+    assert len(read_audio(path).waveform) == 100
+    with pytest.raises(AudioError, match="100 samples"):
+        read_audio(path, min_samples=400)
+    with pytest.raises(AudioError, match="too short"):
+        as_waveform(np.zeros(399, np.float32), 16000, min_samples=400)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_refused_and_found(tmp_path: Path, value: float) -> None:
+    samples = tone(6.0)
+    samples[70000] = value  # in the second block
+    with pytest.raises(AudioError, match="frame 70,000"):
+        read_audio(written(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    with pytest.raises(AudioError, match="not finite"):
+        as_waveform(samples, 16000)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "aiff", "flac", "mp3"])
+def test_a_file_cut_on_the_way_is_refused(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).normal(scale=0.1, size=80000)
+    path = written(tmp_path / f"a.{suffix}", noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(AudioError, match=r"cut short|cannot be decoded to its end"):
+        read_audio(path)
+
+
+def test_a_wav_written_to_a_pipe_has_no_length_and_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.wav", tone(1.0))
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    assert len(read_audio(path).waveform) == 16000
+
+
+def test_a_waveform_of_the_wrong_shape_or_type_is_refused() -> None:
+    with pytest.raises(AudioError, match=r"shape \(2, 16000\)"):
+        as_waveform(np.zeros((2, 16000), np.float32), 16000)
+    with pytest.raises(AudioError, match="dtype complex64"):
+        as_waveform(np.zeros(16000, np.complex64), 16000)
+
+
+def test_lengths_are_guessed_from_headers_and_sizes(tmp_path: Path) -> None:
+    assert guess_seconds(written(tmp_path / "a.wav", tone(1.5, rate=8000), 8000)) == 1.5
+    (tmp_path / "b.m4a").write_bytes(bytes(32000))
+    assert guess_seconds(tmp_path / "b.m4a") == 2.0
+    assert guess_seconds(tmp_path / "missing.wav") == 0.0
+
+
+def test_samples_in_integer_scale_are_refused(tmp_path: Path) -> None:
+    loud = tone(1.0) * 32768
+    with pytest.raises(AudioError, match="out of scale"):
+        read_audio(written(tmp_path / "a.wav", loud, subtype="FLOAT"))
+    with pytest.raises(AudioError, match="divide by 32768"):
+        as_waveform(loud, 16000)
+
+
+@pytest.mark.parametrize("name", ["soundfile", "soxr"])
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = written(tmp_path / "a.wav", tone(0.1, rate=8000), 8000)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=rf"needs {name}[\s\S]*mlx-contentvec\[audio\]"):
+        read_audio(path)
+    with pytest.raises(MissingDependency, match=name):
+        require_decoders()

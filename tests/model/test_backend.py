@@ -1,0 +1,131 @@
+"""Which BLAS a process gets, and what is said when there is none."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_contentvec import backend, blas
+
+PROJECT = Path(__file__).resolve().parents[2]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="run it on Linux: a Mac has Accelerate")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env={"PATH": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernels"),
+    [
+        ("fma avx2 avx512f avx512cd avx512bw avx512dq avx512vl amx_tile", "SKYLAKEX"),
+        ("fma avx2 avx512f", "HASWELL"),
+        ("avx sse4_2", None),
+    ],
+)
+def test_the_kernels_follow_from_the_processors_flags(flags: str, kernels: str | None) -> None:
+    cpuinfo = f"processor\t: 0\nmodel\t\t: 999\nflags\t\t: {flags}\n\nprocessor\t: 1\n"
+    assert backend.openblas_kernels(cpuinfo) == kernels
+    assert backend.openblas_kernels("processor\t: 0\nFeatures\t: asimd\n") is None
+
+
+@linux
+def test_a_choice_already_made_is_left_alone() -> None:
+    code = "import os, mlx_contentvec.backend; print(os.environ['OPENBLAS_CORETYPE'])"
+    assert python(code, OPENBLAS_CORETYPE="ZEN").stdout == "ZEN\n"
+
+
+NO_LIBRARY = """
+import ctypes
+def missing(*a, **k): raise OSError("not here")
+ctypes.CDLL = missing
+"""
+WHOSE = "from mlx_contentvec import blas; print(blas.name(), blas._openblas() is not None)"
+
+
+@linux
+def test_without_openblas_products_go_to_numpys() -> None:
+    code = (
+        "import ctypes\n"
+        "own = ctypes.CDLL\n"
+        "def elsewhere(name, *a, **k):\n"
+        "    if 'numpy' not in name: raise OSError('not here')\n"
+        "    return own(name, *a, **k)\n"
+        f"ctypes.CDLL = elsewhere\n{WHOSE}"
+    )
+    result = python(code)
+    assert (result.stdout, result.stderr) == ("numpy True\n", "")
+    assert python(NO_LIBRARY + WHOSE).stdout == "numpy False\n"
+
+
+@linux
+def test_so_they_do_where_mlx_was_imported_before() -> None:
+    result = python(f"import mlx.core; {WHOSE}")
+    assert (result.stdout, result.stderr) == ("numpy True\n", "")
+
+
+@linux
+def test_openblas_is_taken_where_it_is() -> None:
+    if ctypes.util.find_library("openblas") is None:
+        pytest.skip("no OpenBLAS here: apt-get install libopenblas0")
+    assert python(WHOSE).stdout.startswith("libopenblas.so")
+
+
+@linux
+def test_an_openblas_that_threads_cannot_share_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blas, "OPENBLAS", ctypes.util.find_library("openblas"))
+    kinds = blas._OpenBlas
+
+    def without_threads(library: ctypes.CDLL, prefix: str, suffix: str) -> blas._OpenBlas:
+        found = kinds(library, prefix, suffix)
+        if not prefix + suffix:
+            found.get_parallel = lambda: 0
+        return found
+
+    monkeypatch.setattr(blas, "_OpenBlas", without_threads)
+    blas._openblas.cache_clear()
+    try:
+        assert blas.name() == "numpy"
+        brought = blas._openblas()
+        assert brought is None or not brought.plain
+    finally:
+        blas._openblas.cache_clear()
+
+
+@linux
+def test_the_threads_are_those_that_the_environment_states() -> None:
+    code = "from mlx_contentvec import blas; print(blas.threads())"
+    for before in ("", "import mlx.core\n", NO_LIBRARY):
+        assert python(before + code, OPENBLAS_NUM_THREADS="1").stdout == "1\n"
+    assert python(NO_LIBRARY + code, OPENBLAS_NUM_THREADS="3").stdout == "3\n"
+    assert python(NO_LIBRARY + code, OMP_NUM_THREADS="5").stdout == "5\n"
+    assert python(NO_LIBRARY + code).stdout == f"{os.cpu_count()}\n"
+
+
+@linux
+def test_mlx_without_a_backend_is_one_line_that_says_which_to_add() -> None:
+    code = (
+        "import sys; sys.modules['mlx.core'] = None\n"
+        "from mlx_contentvec.errors import BackendError\n"
+        "try:\n    import mlx_contentvec.backend\n"
+        "except BackendError as error:\n    print(error.hint)"
+    )
+    assert "mlx-contentvec[cpu]" in python(code).stdout
+
+
+def test_the_device_is_named() -> None:
+    assert backend.device_kind() in ("cpu", "metal", "cuda")

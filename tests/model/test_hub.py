@@ -1,0 +1,376 @@
+"""resolve(): a file, a folder or a repository, and what happens when one is not right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mlx_contentvec import hub
+from mlx_contentvec.errors import HubError
+from tests.hub_server import HubServer
+
+PROJECT = Path(__file__).resolve().parents[2]
+REPO = "someone/contentvec-mlx"
+WEIGHTS = b"\0weights" * 4000
+HALF = b"\0half" * 1000
+CONFIG = json.dumps(
+    {"dtype": "float32", "variants": {"float16": {"file": "model.float16.safetensors"}}}
+).encode()
+
+#: the client waits longer and longer between attempts; here nobody need wait
+NO_WAITING = "import time; time.sleep = lambda seconds: None\n"
+
+RESOLVE = """
+import sys
+from mlx_contentvec.errors import HubError
+from mlx_contentvec.hub import resolve
+try:
+    print(resolve(sys.argv[1], *(argument or None for argument in sys.argv[2:])))
+except HubError as error:
+    sys.exit(f"error: {error}")
+"""
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def sums(files: dict[str, bytes]) -> bytes:
+    return "".join(f"{hashlib.sha256(c).hexdigest()}  {n}\n" for n, c in files.items()).encode()
+
+
+def package(**changes: bytes) -> dict[str, bytes]:
+    files = {
+        "config.json": CONFIG,
+        "model.safetensors": WEIGHTS,
+        "model.float16.safetensors": HALF,
+    }
+    return {**files, "SHA256SUMS": sums(files), **changes}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def server() -> Iterator[HubServer]:
+    with HubServer() as running:
+        yield running
+
+
+@pytest.fixture
+def resolved(server: HubServer, tmp_path: Path) -> Run:
+    """``resolved(name, revision, dtype, ...)``: the real client, in a process of its own."""
+
+    def run(*arguments: str, token: str | None = "write", **env: str):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(PROJECT),
+            **server.environment(tmp_path / "home", token=token, **env),
+        }
+        return subprocess.run(
+            [sys.executable, "-c", NO_WAITING + RESOLVE, *arguments],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Notes of what was verified go to this test's folder, not the user's."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+
+
+# files and folders -----------------------------------------------------------
+
+
+def test_a_file_on_its_own_is_taken_as_it_is(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"any.safetensors": WEIGHTS})
+    assert hub.resolve(folder / "any.safetensors") == folder / "any.safetensors"
+
+
+def test_a_folder_gives_its_weights(tmp_path: Path) -> None:
+    assert hub.resolve(str(write(tmp_path, package()))) == tmp_path / "model.safetensors"
+
+
+def test_a_folder_with_the_earlier_name_gives_that(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"contentvec_base.safetensors": WEIGHTS})
+    assert hub.resolve(folder).name == "contentvec_base.safetensors"
+
+
+@pytest.mark.parametrize("ask", ["", "model.safetensors"])
+def test_a_changed_byte_is_refused(tmp_path: Path, ask: str) -> None:
+    folder = write(tmp_path, package(**{"model.safetensors": b"X" + WEIGHTS[1:]}))
+    with pytest.raises(HubError, match="not the file that SHA256SUMS describes") as caught:
+        hub.resolve(folder / ask)
+    assert hashlib.sha256(WEIGHTS).hexdigest() in str(caught.value)
+
+
+def test_a_change_after_a_good_check_is_noticed(tmp_path: Path) -> None:
+    folder = write(tmp_path, package())
+    hub.resolve(folder)
+    (folder / "model.safetensors").write_bytes(b"X" + WEIGHTS[1:])
+    with pytest.raises(HubError, match="not the file"):
+        hub.resolve(folder)
+
+
+def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, package())
+    hub.resolve(folder)
+
+    def refuse(*_: object) -> str:
+        raise AssertionError("hashed again")
+
+    monkeypatch.setattr(hub, "sha256_of", refuse)
+    assert hub.resolve(folder) == folder / "model.safetensors"
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "in the way").write_text("a file where the folder should be")
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "in the way"))
+    folder = write(tmp_path / "package", package())
+    assert hub.resolve(folder) == folder / "model.safetensors"
+
+
+def test_weights_that_the_checksums_leave_out_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, package(SHA256SUMS=sums({"config.json": CONFIG})))
+    with pytest.raises(HubError, match=r"states no hash for model\.safetensors"):
+        hub.resolve(folder)
+
+
+def test_checksums_that_are_none_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, package(SHA256SUMS=b"<!DOCTYPE html>\n"))
+    with pytest.raises(HubError, match="not a list of checksums"):
+        hub.resolve(folder)
+
+
+def test_dtype_chooses_the_variant(tmp_path: Path) -> None:
+    folder = write(tmp_path, package())
+    assert hub.resolve(folder, dtype="float16").name == "model.float16.safetensors"
+
+
+def test_a_float_type_without_a_variant_is_left_to_the_caller(tmp_path: Path) -> None:
+    folder = write(tmp_path, package())
+    assert hub.resolve(folder, dtype="bfloat16").name == "model.safetensors"
+
+
+def test_a_quantised_variant_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    folder = write(tmp_path, package())
+    with pytest.raises(HubError, match="no q4 weights") as caught:
+        hub.resolve(folder, dtype="q4")
+    assert "float32, float16" in str(caught.value)
+
+
+def test_a_changed_config_does_not_choose(tmp_path: Path) -> None:
+    folder = write(tmp_path, package(**{"config.json": CONFIG.replace(b"float16", b"float61")}))
+    with pytest.raises(HubError, match=r"config\.json is not the file"):
+        hub.resolve(folder, dtype="float16")
+
+
+def test_a_config_that_is_not_json_is_said(tmp_path: Path) -> None:
+    files = {"config.json": b"<html>", "model.safetensors": WEIGHTS}
+    with pytest.raises(HubError, match=r"config\.json is not JSON"):
+        hub.resolve(write(tmp_path, files), dtype="q8")
+
+
+def test_one_file_has_no_quantised_variant(tmp_path: Path) -> None:
+    folder = write(tmp_path, package())
+    assert hub.resolve(folder / "model.safetensors", dtype="float16").name == "model.safetensors"
+    with pytest.raises(HubError, match="is one file and has no q8 variant"):
+        hub.resolve(folder / "model.safetensors", dtype="q8")
+
+
+def test_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match="holds no MLX weights") as caught:
+        hub.resolve(tmp_path)
+    assert "mlx-contentvec convert" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere.safetensors", "/no/such/folder", "a/b/c", "up/../one"])
+def test_what_is_neither_is_not_looked_up_on_the_hub(name: str) -> None:
+    with pytest.raises(HubError, match="no weights at"):
+        hub.resolve(name)
+
+
+# the Hub -----------------------------------------------------------------------
+
+
+def test_a_repository_is_downloaded_once_and_found_again(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, package())
+    first = resolved(REPO)
+    assert first.returncode == 0, first.stderr
+    assert Path(first.stdout.strip()).read_bytes() == WEIGHTS
+    asked = len(server.asked("GET /storage"))
+    assert asked == 1
+    assert resolved(REPO).stdout == first.stdout
+    assert len(server.asked("GET /storage")) == asked
+    assert not server.leaks
+
+
+def test_a_cached_repository_is_found_offline(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, package())
+    first = resolved(REPO)
+    before = len(server.requests)
+    offline = resolved(REPO, HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, first.stdout)
+    assert len(server.requests) == before
+
+
+def test_a_cached_repository_is_found_when_the_network_is_gone(
+    server: HubServer, resolved: Run
+) -> None:
+    server.add_repo(REPO, package())
+    first = resolved(REPO)
+    gone = resolved(REPO, HF_ENDPOINT="http://127.0.0.1:9")
+    assert (gone.returncode, gone.stdout) == (0, first.stdout)
+
+
+def test_offline_and_not_cached_says_so(resolved: Run) -> None:
+    result = resolved(REPO, HF_HUB_OFFLINE="1")
+    assert result.returncode == 1
+    assert "HF_HUB_OFFLINE is set, and it is not in the cache" in result.stderr
+
+
+def test_no_network_and_not_cached_says_so(resolved: Run) -> None:
+    result = resolved(REPO, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the connection to http://127.0.0.1:9 failed" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_revision_is_honoured(server: HubServer, resolved: Run) -> None:
+    old = server.add_repo(REPO, package())
+    newer = {"config.json": CONFIG, "model.safetensors": HALF}
+    server.add_repo(REPO, {**newer, "SHA256SUMS": sums(newer)})
+    assert Path(resolved(REPO, old).stdout.strip()).read_bytes() == WEIGHTS
+    assert Path(resolved(REPO).stdout.strip()).read_bytes() == HALF
+
+
+def test_the_variant_is_downloaded_and_nothing_else(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, package())
+    result = resolved(REPO, "", "float16")
+    assert Path(result.stdout.strip()).read_bytes() == HALF
+    assert len(server.asked("GET /storage")) == 1
+
+
+def test_a_repository_of_the_first_release_is_taken(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, {"contentvec_base.safetensors": WEIGHTS})
+    result = resolved(REPO)
+    assert Path(result.stdout.strip()).read_bytes() == WEIGHTS, result.stderr
+    again = resolved(REPO, HF_HUB_OFFLINE="1")
+    assert again.stdout == result.stdout, again.stderr
+
+
+def test_a_download_that_was_altered_on_the_way_is_thrown_away(
+    server: HubServer, resolved: Run
+) -> None:
+    server.add_repo(REPO, package())
+    server.fail("GET /storage", alter=lambda content: b"X" + content[1:])
+    result = resolved(REPO)
+    assert result.returncode == 1
+    assert "the download of model.safetensors is damaged, and was thrown away" in result.stderr
+    again = resolved(REPO)
+    assert Path(again.stdout.strip()).read_bytes() == WEIGHTS, again.stderr
+
+
+def test_a_repository_that_contradicts_its_checksums_is_refused(
+    server: HubServer, resolved: Run
+) -> None:
+    server.add_repo(REPO, package(**{"model.safetensors": HALF}))
+    result = resolved(REPO)
+    assert "not the file that SHA256SUMS describes" in result.stderr
+
+
+def test_a_connection_that_drops_does_no_harm(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, package())
+    server.fail("GET /storage", drop_response=10_000)
+    result = resolved(REPO)
+    # clients of huggingface_hub 1 give up at once, later ones try again by themselves
+    if result.returncode != 0:
+        assert "the connection to" in result.stderr
+        result = resolved(REPO)
+    assert Path(result.stdout.strip()).read_bytes() == WEIGHTS, result.stderr
+
+
+def test_a_connection_that_keeps_dropping_leaves_nothing(
+    server: HubServer, resolved: Run, tmp_path: Path
+) -> None:
+    server.add_repo(REPO, package())
+    server.fail("GET /storage", times=99, drop_response=0)
+    result = resolved(REPO)
+    assert result.returncode == 1
+    assert "the connection to" in result.stderr
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_weights_missing_from_a_repository_are_named(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, {"pytorch_model.bin": WEIGHTS})
+    assert f"{REPO} holds no MLX weights" in resolved(REPO).stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, "the Hub does not accept the token"),
+        (403, "the token may not do that"),
+        (429, "too many requests"),
+        (500, "the Hub has a fault of its own"),
+        (503, "the Hub has a fault of its own"),
+    ],
+)
+def test_what_the_hub_answers_is_said_in_plain_words(
+    server: HubServer, resolved: Run, status: int, said: str
+) -> None:
+    server.add_repo(REPO, package())
+    server.fail(f"HEAD /{REPO}", times=99, status=status)
+    result = resolved(REPO)
+    assert f"error: cannot download {REPO}: {said}" in result.stderr, result.stderr
+    assert f"HTTP {status}" in result.stderr
+    assert "hint:" in result.stderr
+    assert server.token not in result.stderr + result.stdout
+
+
+def test_an_unknown_repository_is_said_to_be_unknown(resolved: Run) -> None:
+    assert "there is no such repository" in resolved("someone/nothing").stderr
+
+
+def test_an_unknown_repository_without_a_token_hints_at_logging_in(resolved: Run) -> None:
+    said = resolved("someone/nothing", token=None).stderr
+    assert "no token was found" in said
+    assert "hf auth login" in said
+
+
+def test_an_unknown_revision_is_said_to_be_unknown(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, package())
+    assert "no such revision" in resolved(REPO, "v9").stderr
+
+
+def test_a_private_repository_needs_its_token(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, package(), private=True)
+    assert "no such repository, or it is private" in resolved(REPO, token=None).stderr
+    assert resolved(REPO).returncode == 0
+
+
+def test_a_rejected_token_is_not_repeated(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, package())
+    result = resolved(REPO, token="hf_wrongwrongwrong")
+    assert "does not accept the token" in result.stderr
+    assert "wrongwrong" not in result.stderr

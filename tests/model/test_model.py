@@ -1,0 +1,501 @@
+"""The model by itself: its shape, its refusals, and that batches do not change a clip."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_contentvec import ContentvecModel, ModelConfig, cpu, kernels, layers
+from mlx_contentvec.backend import mx, nn
+from mlx_contentvec.config import PRESETS, parameter_shapes
+from mlx_contentvec.errors import AudioError, ConfigError, WeightsError
+from mlx_contentvec.model import normalize_waveform
+from tests.small_models import random_model, random_weights
+
+TINY = ModelConfig(
+    conv_layers=((32, 10, 5), *(((32, 3, 2),) * 4), *(((32, 2, 2),) * 2)),
+    encoder_embed_dim=48,
+    encoder_ffn_embed_dim=96,
+    encoder_layers=3,
+    encoder_attention_heads=4,
+    final_dim=16,
+)
+VARIANTS = {
+    "base": TINY,
+    "large": ModelConfig(
+        **{**TINY.to_dict(), "extractor_norm": "layer", "layer_norm_first": True, "normalize": True}
+    ),
+    "conv bias": ModelConfig(**{**TINY.to_dict(), "conv_bias": True}),
+    "batch norm": ModelConfig(**{**TINY.to_dict(), "conv_pos_batch_norm": True}),
+    "speaker": ModelConfig(**{**TINY.to_dict(), "encoder_layers_1": 2, "speaker_dim": 8}),
+}
+
+
+def model(config: ModelConfig = TINY) -> ContentvecModel:
+    return random_model(config)
+
+
+def waveform(samples: int = 4000, seed: int = 1) -> np.ndarray:
+    return 0.3 * np.random.default_rng(seed).standard_normal(samples).astype(np.float32)
+
+
+def speakers(config: ModelConfig, batch: int) -> dict[str, mx.array]:
+    if not config.encoder_layers_1:
+        return {}
+    values = np.random.default_rng(5).standard_normal((batch, config.speaker_dim))
+    return {"spk_emb": mx.array(values.astype(np.float32))}
+
+
+class TestUsage:
+    def test_the_usage_that_users_know_works_as_written(self, converted_tiny: Path) -> None:
+        model = ContentvecModel.from_file(converted_tiny)
+        model.load_weights(str(converted_tiny))
+        model.eval()
+        result = model(mx.array(waveform(16000))[None])
+        features = result["x"]
+        assert features.shape == (1, 49, model.config.encoder_embed_dim)
+        assert result["padding_mask"] is None
+
+    def test_the_default_model_is_the_one_in_hubert_base(self) -> None:
+        assert ContentvecModel(encoder_layers_1=0).config == PRESETS["base"]
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_the_parameters_are_the_planned_ones(self, name: str) -> None:
+        from mlx.utils import tree_flatten
+
+        built = {
+            name: tuple(array.shape)
+            for name, array in tree_flatten(ContentvecModel(VARIANTS[name]).parameters())
+        }
+        assert built == parameter_shapes(VARIANTS[name])
+
+    @pytest.mark.parametrize("samples", [400, 401, 719, 720, 721, 1040, 16000, 16001])
+    def test_frames_follow_from_samples(self, samples: int) -> None:
+        frames = model()(waveform(samples)[None])["x"].shape[1]
+        assert frames == (samples - 400) // 320 + 1 == TINY.frames(samples)
+
+    def test_building_a_model_leaves_the_random_numbers_alone(self) -> None:
+        mx.random.seed(7)
+        expected = mx.random.normal((3,))
+        mx.random.seed(7)
+        model()
+        assert bool((mx.random.normal((3,)) == expected).all())
+
+    def test_importing_the_package_needs_mlx_and_numpy_only(self) -> None:
+        code = (
+            "import sys; import mlx_contentvec.model; heavy = {'torch', 'click', 'rich', "
+            "'huggingface_hub', 'safetensors', 'soundfile'} & set(sys.modules); "
+            "assert not heavy, heavy"
+        )
+        root = Path(__file__).resolve().parents[2]
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+class TestLayers:
+    def test_layers_are_counted_from_one(self) -> None:
+        tiny, source = model(), mx.array(waveform())[None]
+        stages = tiny.stages(source)
+        for layer in (1, 2, 3):
+            chosen = tiny(source, output_layer=layer)["x"]
+            assert bool((chosen == stages[f"layer.{layer}"]).all())
+        assert bool((tiny(source)["x"] == stages["layer.3"]).all())
+
+    def test_v1_is_the_projection_of_its_layer(self) -> None:
+        tiny, source = model(), mx.array(waveform())[None]
+        projected = tiny(source, output_layer=2, project=True)["x"]
+        assert projected.shape == (1, 12, 16)
+        unprojected = tiny(source, output_layer=2)["x"]
+        assert bool((projected == tiny.run_stage("final_proj", unprojected)).all())
+
+    def test_the_call_that_rvc_makes_gives_the_same(self) -> None:
+        tiny, source = model(), mx.array(waveform())[None]
+        no_padding = mx.zeros(source.shape, mx.bool_)
+        features, mask = tiny.extract_features(
+            source=source, padding_mask=no_padding, output_layer=3
+        )
+        assert bool((features == tiny(source)["x"]).all())
+        assert mask.shape == (1, 12)
+        assert not bool(mask.any())
+
+    @pytest.mark.parametrize("layer", [0, -1, 4])
+    def test_a_layer_that_is_not_there_is_refused(self, layer: int) -> None:
+        with pytest.raises(ConfigError, match=f"no layer {layer}"):
+            model()(waveform()[None], output_layer=layer)
+
+    def test_projecting_without_a_projection_is_refused(self) -> None:
+        without = ModelConfig(**{**TINY.to_dict(), "final_dim": None})
+        with pytest.raises(ConfigError, match="final_proj"):
+            model(without)(waveform()[None], project=True)
+
+
+class TestStages:
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_stages_run_one_by_one_are_the_forward_pass(self, name: str) -> None:
+        config = VARIANTS[name]
+        built, source = model(config), mx.array(waveform())[None]
+        conditions = speakers(config, 1)
+        stages = built.stages(source, **conditions)
+        assert list(stages) == built.stage_names()
+        last = "final_norm" if config.layer_norm_first else f"layer.{len(built.encoder.layers)}"
+        assert bool((stages[last] == built(source, **conditions)["x"]).all())
+        for stage in built.stage_names()[1:]:
+            alone = built.run_stage(stage, stages[built.stage_input(stage)], **conditions)
+            assert bool((alone == stages[stage]).all()), stage
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_every_parameter_is_read_by_the_stages_that_say_so(self, name: str) -> None:
+        built = model(VARIANTS[name])
+        read = [p for stage in built.stage_names() for p in built.stage_parameters(stage)]
+        unread = set(parameter_shapes(VARIANTS[name])) - set(read)
+        # a conditioned model with norms after has a cond_layer_norm that the original never calls
+        expected = {p for p in unread if p.startswith("encoder.cond_layer_norm.")}
+        assert unread == expected
+        assert len(read) == len(set(read))
+
+
+class TestBatches:
+    @pytest.mark.parametrize("name", ["base", "large", "conv bias", "batch norm"])
+    def test_a_clip_among_longer_ones_gets_what_it_gets_alone(self, name: str) -> None:
+        built = model(VARIANTS[name])
+        clips = [waveform(samples, seed) for seed, samples in enumerate((4000, 2719, 400, 3333))]
+        batch = np.full((4, 4000), 0.25, np.float32)
+        for row, clip in zip(batch, clips, strict=True):
+            row[: len(clip)] = clip
+        result = built(batch, lengths=np.array([len(clip) for clip in clips]))
+        for row, clip in enumerate(clips):
+            alone = built(clip[None])["x"][0]
+            frames = alone.shape[0]
+            assert int((~result["padding_mask"][row]).sum()) == frames
+            assert float(mx.abs(result["x"][row, :frames] - alone).max()) < 2e-5
+
+    def test_the_originals_padding_rule_gives_another_mask_and_other_features(self) -> None:
+        tiny = model()
+        batch = np.stack([waveform(4000, 1), waveform(4000, 2)])
+        padding = np.zeros((2, 4000), bool)
+        padding[1, 2719:] = True
+        batch[1, 2719:] = 0
+        result = tiny(batch, padding_mask=mx.array(padding))
+        alone = tiny(batch[1:, :2719])["x"][0]
+        # 4000 = 12 frames x 333 samples; 8.2 of these blocks hold audio
+        assert int((~result["padding_mask"][1]).sum()) == 9
+        assert float(mx.abs(result["x"][1, : alone.shape[0]] - alone).max()) > 1e-2
+
+    def test_a_silent_clip_is_finite(self) -> None:
+        assert bool(mx.isfinite(model()(np.zeros((1, 4000), np.float32))["x"]).all())
+
+    @pytest.mark.parametrize("lengths", [[4000], [4000, 399], [4000, 4001], [4000.0, 3000.0]])
+    def test_impossible_lengths_are_refused(self, lengths: list[Any]) -> None:
+        with pytest.raises(AudioError, match="length"):
+            model()(np.stack([waveform(), waveform()]), lengths=np.array(lengths))
+
+    def test_nothing_but_padding_is_refused(self) -> None:
+        with pytest.raises(AudioError, match="nothing but padding"):
+            model()(waveform()[None], padding_mask=mx.ones((1, 4000), mx.bool_))
+
+
+class TestNormalisedInput:
+    @pytest.mark.parametrize("level", [1.0, 1e-3])
+    def test_each_clip_is_brought_to_zero_mean_and_unit_variance(self, level: float) -> None:
+        clips = level * np.stack([waveform(4000, 1) + 0.5, waveform(4000, 2)])
+        clips[1, 2719:] = 77.0
+        lengths = [4000, 2719]
+        got = np.array(normalize_waveform(mx.array(clips), mx.array(lengths)))
+        for row, length in enumerate(lengths):
+            exact = clips[row, :length].astype(np.float64)
+            expected = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
+            assert np.abs(got[row, :length] - expected).max() < 1e-6
+            assert not got[row, length:].any()
+
+    def test_a_normalising_model_is_given_the_waveform_as_it_is(self) -> None:
+        large = model(VARIANTS["large"])
+        raw = mx.array(0.5 * waveform()[None] + 0.2)
+        assert float(mx.abs(large(raw)["x"] - large(mx.array(waveform()[None]))["x"]).max()) < 1e-4
+        first = large.run_stage("conv.0", normalize_waveform(raw))
+        assert bool((large.stages(raw)["conv.0"] == first).all())
+
+    def test_it_matters_to_the_base_model(self) -> None:
+        base = model()
+        assert (
+            float(mx.abs(base(waveform()[None])["x"] - base(1e-3 * waveform()[None])["x"]).max())
+            > 1e-2
+        )
+
+
+class TestSpeakerConditioning:
+    def test_the_speaker_moves_the_features(self) -> None:
+        config = VARIANTS["speaker"]
+        built, source = model(config), waveform()[None]
+        one = built(source, **speakers(config, 1))["x"]
+        other = built(source, spk_emb=mx.ones((1, 8)))["x"]
+        assert float(mx.abs(one - other).max()) > 1e-2
+
+    def test_a_conditioned_model_without_a_speaker_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="needs a speaker embedding"):
+            model(VARIANTS["speaker"])(waveform()[None])
+        with pytest.raises(ConfigError, match=r"\(1, 8\)"):
+            model(VARIANTS["speaker"])(waveform()[None], spk_emb=mx.ones((1, 9)))
+
+    def test_a_plain_model_with_a_speaker_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="no speaker embedding"):
+            model()(waveform()[None], spk_emb=mx.ones((1, 8)))
+
+
+class TestRefusedInput:
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            (np.zeros((1, 399), np.float32), "399 samples"),
+            (np.zeros((1, 0), np.float32), "too short"),
+            (np.zeros((0, 4000), np.float32), "no clip"),
+            (np.zeros(4000, np.float32), "wrong rank"),
+            (np.zeros((1, 2, 4000), np.float32), "wrong rank"),
+            (np.zeros((1, 4000), np.int16), "not floating point"),
+            (np.full((1, 4000), np.nan, np.float32), "NaN"),
+            (np.where(np.arange(4000) == 3999, np.inf, 0).astype(np.float32)[None], "NaN or inf"),
+            (32768 * waveform()[None], "out of scale"),
+            ([[0.0] * 4000], "must be an array"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_each_says_what_is_wrong(self, source: Any, message: str) -> None:
+        with pytest.raises(AudioError, match=message):
+            model()(source)
+
+    def test_float64_and_half_precision_input_are_fine(self) -> None:
+        tiny, source = model(), waveform()[None]
+        assert bool((tiny(source.astype(np.float64))["x"] == tiny(source)["x"]).all())
+        assert tiny(mx.array(source).astype(mx.float16))["x"].dtype == mx.float32
+
+
+class TestWeights:
+    def test_a_model_without_weights_does_not_run(self) -> None:
+        with pytest.raises(WeightsError, match="no weights yet"):
+            ContentvecModel(TINY)(waveform()[None])
+
+    def test_a_single_parameter_left_out_is_named_and_nothing_is_loaded(self) -> None:
+        arrays = random_weights(TINY)
+        del arrays["encoder.layers.1.fc1.bias"]
+        built = ContentvecModel(TINY)
+        with pytest.raises(WeightsError, match=r"1 missing: encoder\.layers\.1\.fc1\.bias"):
+            built.load_weights(list(arrays.items()))
+        with pytest.raises(WeightsError, match="no weights yet"):
+            built(waveform()[None])
+        built.load_weights(list(arrays.items()), strict=False)
+        with pytest.raises(WeightsError, match=r"encoder\.layers\.1\.fc1\.bias"):
+            built(waveform()[None])
+
+    def test_a_surplus_or_misshapen_tensor_is_named(self) -> None:
+        arrays = {**random_weights(TINY), "extra": mx.zeros((1,))}
+        with pytest.raises(WeightsError, match="1 not in the model: extra"):
+            ContentvecModel(TINY).load_weights(list(arrays.items()))
+        arrays = {**random_weights(TINY), "layer_norm.bias": mx.zeros((31,))}
+        with pytest.raises(WeightsError, match=r"layer_norm.bias \(31,\) instead of \(32,\)"):
+            ContentvecModel(TINY).load_weights(list(arrays.items()), strict=False)
+
+    def test_plain_mlx_loading_fills_the_model_too(self, converted_tiny: Path) -> None:
+        import mlx.nn as nn
+
+        ours = ContentvecModel.from_file(converted_tiny)
+        plain = ContentvecModel(ours.config)
+        nn.Module.load_weights(plain, str(converted_tiny), strict=True)
+        source = waveform()[None]
+        assert float(mx.abs(ours(source)["x"] - plain(source)["x"]).max()) < 1e-5
+
+    @pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj"])
+    def test_a_weight_replaced_after_loading_is_the_one_that_is_used(self, part: str) -> None:
+        tiny, source = model(), mx.array(waveform())[None]
+        before = tiny(source, output_layer=1)["x"]
+        attention = tiny.encoder.layers[0].self_attn
+        attention.update({part: {"weight": 2 * attention[part].weight}})
+        assert float(mx.abs(tiny(source, output_layer=1)["x"] - before).max()) > 1e-3
+
+    def test_a_weight_changed_in_place_is_the_one_that_is_used(self) -> None:
+        from mlx.utils import tree_flatten
+
+        source = mx.array(waveform())[None]
+        weights = random_weights(TINY)
+        tiny = ContentvecModel(TINY)
+        tiny.load_weights([(name, weight + 0) for name, weight in weights.items()])
+        before = tiny(source)["x"]
+        unmoved = []
+        for name, parameter in tree_flatten(tiny.parameters()):
+            parameter *= 1.5
+            got = tiny(source)["x"]
+            weights[name] = weights[name] * 1.5
+            other = ContentvecModel(TINY)
+            other.load_weights(list(weights.items()))
+            assert float(mx.abs(got - other(source)["x"]).max()) < 1e-4, name
+            if float(mx.abs(got - before).max()) < 1e-6:
+                unmoved.append(name.rpartition(".")[0].rpartition(".")[2])
+            before = got
+        # a constant added to every key's score, and what features do not read
+        assert set(unmoved) <= {"k_proj", "final_proj", ""}, unmoved
+
+    def test_another_dtype_reaches_every_weight_that_is_used(self) -> None:
+        from mlx.utils import tree_flatten
+
+        tiny, source = model(), mx.array(waveform())[None]
+        exact = tiny(source)["x"]
+        tiny.set_dtype(mx.float16)
+        assert {array.dtype for _, array in tree_flatten(tiny.parameters())} == {mx.float16}
+        half = tiny(source)["x"]
+        assert half.dtype == kernels.compute_dtype(mx.float16)
+        assert 1e-5 < float(mx.abs(half - exact).max()) < 0.05
+
+    def test_what_cannot_fit_is_refused_before_it_is_tried(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if kernels.device_kind() != "cpu":
+            pytest.skip("needs a CPU: mx.set_default_device(mx.cpu)")
+        tiny, source = model(), waveform()[None]
+        monkeypatch.setattr(cpu, "memory", lambda: 1000)
+        with pytest.raises(AudioError, match="in one go") as caught:
+            tiny(source)
+        assert "model.extract" in str(caught.value)
+        monkeypatch.setattr(cpu, "memory", lambda: None)
+        tiny(source)
+
+    def test_the_memory_of_a_process_is_bounded_by_its_limit(self) -> None:
+        code = (
+            "import resource; resource.setrlimit(resource.RLIMIT_AS, (9 << 30, 9 << 30))\n"
+            "from mlx_contentvec import cpu; print(cpu.memory() <= 9 << 30)"
+        )
+        if sys.platform != "linux":
+            pytest.skip("needs Linux: elsewhere the limit is not kept to")
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).resolve().parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "True\n"
+        assert (cpu.memory() or 0) > 1 << 30
+
+    def test_a_cpu_computes_half_precision_weights_in_float32(self) -> None:
+        if kernels.device_kind() != "cpu":
+            pytest.skip("needs a CPU: mx.set_default_device(mx.cpu)")
+        tiny, source = model(), mx.array(waveform())[None]
+        tiny.set_dtype(mx.bfloat16)
+        half = tiny(source)["x"]
+        tiny.set_dtype(mx.float32)
+        assert float(mx.abs(half - tiny(source)["x"]).max()) == 0
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_a_quantised_layer_is_what_mlx_makes_of_it(
+        self, device: str, bits: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        linear = layers.Linear(64, 32)
+        linear.update({"weight": mx.random.normal((32, 64)), "bias": mx.random.normal((32,))})
+        quantised, x = linear.to_quantized(32, bits), mx.random.normal((2, 5, 64))
+        expected = nn.QuantizedLinear.__call__(quantised, x)
+        monkeypatch.setattr(layers, "device_kind", lambda: device)
+        assert float(mx.abs(quantised(x) - expected).max()) < 1e-5
+        some = quantised.outputs(slice(8, 24))(x)
+        assert float(mx.abs(some - expected[..., 8:24]).max()) < 1e-5
+
+    def test_long_input_runs_a_stage_at_a_time_and_can_still_be_traced(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tiny, source = model(), mx.array(waveform())[None]
+        plain = tiny(source)["x"]
+        monkeypatch.setattr(kernels, "PIPELINED_SAMPLES", 0)
+        assert bool((tiny(source)["x"] == plain).all())
+        # MLX's own primitives have gradients, the arrangements for a CPU need none
+        monkeypatch.setattr(kernels, "device_kind", lambda: "metal")
+        monkeypatch.setattr(kernels, "_gelu_fused", kernels._gelu_plain)
+        monkeypatch.setattr(kernels, "_normalised_gelu_fused", kernels._normalised_gelu_plain)
+        gradient = mx.grad(lambda clip: tiny(clip)["x"].sum())(source)
+        assert bool(mx.isfinite(gradient).all())
+
+    def test_one_layer_can_be_trained_while_the_rest_is_frozen(self) -> None:
+        import mlx.nn as nn
+
+        tiny, source = model(), mx.array(waveform())[None]
+        tiny.freeze()
+        linear = tiny.encoder.layers[1].fc1
+        linear.unfreeze()
+
+        def loss(tiny: ContentvecModel) -> mx.array:
+            features = tiny(source)["x"]
+            return (features * mx.sin(mx.arange(features.shape[-1]))).sum()
+
+        _, gradients = nn.value_and_grad(tiny, loss)(tiny)
+        gradient = np.array(gradients["encoder"]["layers"][1]["fc1"]["weight"])
+        row, column = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
+        nudge = np.zeros(gradient.shape, np.float32)
+        nudge[row, column] = 1e-2
+        weight, losses = linear.weight, []
+        for step in (mx.array(nudge), -mx.array(nudge)):
+            linear.weight = weight + step
+            losses.append(float(loss(tiny)))
+        slope = (losses[0] - losses[1]) / 2e-2
+        assert abs(slope - gradient[row, column]) < 0.02 * abs(slope)
+
+    def test_a_file_of_another_model_is_told_by_its_configuration(
+        self, converted_tiny: Path
+    ) -> None:
+        config = ContentvecModel.from_file(converted_tiny).config
+        heads = ModelConfig(**{**config.to_dict(), "encoder_attention_heads": 8})
+        with pytest.raises(WeightsError, match=r"encoder_attention_heads 4 \(this model: 8\)"):
+            ContentvecModel(heads).load_weights(converted_tiny)
+        with pytest.raises(WeightsError, match="encoder_layers 3"):
+            ContentvecModel(encoder_layers_1=0).load_weights(converted_tiny)
+
+    def test_what_is_no_converted_file_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(WeightsError, match="no such file"):
+            ContentvecModel(TINY).load_weights(tmp_path / "none.safetensors")
+        broken = tmp_path / "broken.safetensors"
+        broken.write_bytes(b"\x00" * 64)
+        with pytest.raises(WeightsError, match="not a readable safetensors file"):
+            ContentvecModel(TINY).load_weights(broken)
+        foreign = tmp_path / "foreign.safetensors"
+        mx.save_safetensors(str(foreign), {"weight": mx.zeros((2,))})
+        with pytest.raises(WeightsError, match="does not say what model it holds"):
+            ContentvecModel.from_file(foreign)
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"encoder_attention_heads": 7},
+            {"conv_pos_groups": 7},
+            {"encoder_layers": 0},
+            {"encoder_layers_1": -1},
+            {"extractor_norm": "batch"},
+            {"conv_layers": ()},
+            {"conv_layers": ((512, 10),)},
+            {"final_dim": 0},
+            {"encoder_layers": True},
+            {"colour": "blue"},
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, fields: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError):
+            ContentvecModel(**fields)
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_a_configuration_survives_json(self, name: str) -> None:
+        import json
+
+        config = VARIANTS[name]
+        assert ModelConfig.from_dict(json.loads(config.to_json())) == config
+
+    def test_an_unknown_or_missing_stored_field_is_an_error(self) -> None:
+        fields = TINY.to_dict()
+        with pytest.raises(ConfigError, match="unknown fields"):
+            ModelConfig.from_dict({**fields, "colour": "blue"})
+        del fields["normalize"]
+        with pytest.raises(ConfigError, match="missing fields"):
+            ModelConfig.from_dict(fields)
+
+    def test_hop_and_receptive_field_follow_from_the_convolutions(self) -> None:
+        assert (PRESETS["base"].hop, PRESETS["base"].receptive_field) == (320, 400)

@@ -1,0 +1,252 @@
+"""The benchmark measures what it says, side by side, and reports it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from contentvec_parity.bench import measure as bench
+from contentvec_parity.bench import worker as bench_worker
+from contentvec_parity.bench.measure import Engine, Settings, Worker, operations
+from mlx_contentvec.config import PRESETS, ModelConfig
+from mlx_contentvec.errors import ParityError
+
+SETTINGS = Settings(lengths=(0.2,), repeats=2, starts=1)
+
+
+def quietly(doing: str) -> None:
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def folder(converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as transformers reads it."""
+    from contentvec_convert.export import export
+
+    output = tmp_path_factory.mktemp("exported") / "hf"
+    return export(converted_tiny, output, to="transformers").path
+
+
+@pytest.fixture(scope="module")
+def document(converted_tiny: Path) -> dict[str, Any]:
+    """A benchmark of the tiny model, with MLX itself as the yardstick."""
+    engines = [
+        Engine(bench.YARDSTICK, "mlx", converted_tiny),
+        Engine("MLX again", "mlx", converted_tiny),
+        Engine("floor", "floor", converted_tiny),
+    ]
+    config = ModelConfig.from_dict(
+        json.loads(bench.read_metadata(converted_tiny)["config"]),
+    )
+    return {
+        "engines": [{"label": engine.label} for engine in engines],
+        "settings": {"repeats": 2, "threads": 1, "device": "cpu"},
+        "machine": {"chip": "a chip", "system": "a system", "device": {"kind": "cpu"}},
+        "versions": {"mlx": "0"},
+        "load_average": 0.0,
+        "yardstick": bench.YARDSTICK,
+        "stand_in": True,
+        "errors": [{"engine": "MLX again", "stage": "layer.3", "max": 2e-5, "rms": 1e-6}],
+        **bench.measure(engines, SETTINGS, config, quietly),
+    }
+
+
+# -- what is measured ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["transformers", "fairseq"])
+def test_the_originals_that_are_timed_compute_the_features_that_mlx_does(
+    engine: str,
+    folder: Path,
+    tiny_checkpoint: Path,
+    converted_tiny: Path,
+    fairseq: Any,
+    need: Any,
+    speech: Callable[..., Any],
+) -> None:
+    need("transformers", "scripts/test installs it")
+    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize": False}
+    path = {"transformers": folder, "fairseq": tiny_checkpoint}[engine]
+    source = np.stack([speech(4000), speech(4000, 8)])
+    original = bench_worker.ENGINES[engine](str(path), settings)(source)
+    port = bench_worker.ENGINES["mlx"](str(converted_tiny), settings)(source)
+    assert original.shape == port.shape == (2, 12, 96)
+    assert np.abs(original - port).max() < 1e-4
+
+
+def test_operations_are_those_that_torch_counts(folder: Path, need: Any, torch: Any) -> None:
+    transformers = need("transformers", "scripts/test installs it")
+    flop_counter = need("torch.utils.flop_counter", "torch has it")
+    model = transformers.HubertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad(), flop_counter.FlopCounterMode(display=False) as counter:
+        model(torch.zeros(3, 16000))
+    config = ModelConfig(
+        conv_layers=tuple((64, kernel, stride) for _, kernel, stride in ModelConfig().conv_layers),
+        encoder_embed_dim=96,
+        encoder_ffn_embed_dim=192,
+        encoder_layers=3,
+        encoder_attention_heads=4,
+        final_dim=32,
+    )
+    # torch computes the frame that the positional convolution then drops
+    dropped = 2 * 3 * config.conv_pos * 96 * (96 // config.conv_pos_groups)
+    assert operations(config, 16000, 3) == counter.get_total_flops() - dropped
+
+
+def test_operations_grow_with_batch_and_length() -> None:
+    base = PRESETS["base"]
+    assert operations(base, 16000, 4) == 4 * operations(base, 16000, 1)
+    # attention makes 30 s dearer than thirty times 1 s
+    assert operations(base, 480000, 1) > 30 * operations(base, 16000, 1)
+
+
+def test_every_engine_gets_every_case(document: dict[str, Any]) -> None:
+    labels = [engine["label"] for engine in document["engines"]]
+    assert [row["engine"] for row in document["cold"]] == labels
+    assert [row["engine"] for row in document["steady"]] == labels
+    assert [row["engine"] for row in document["memory"]] == labels[:2]
+    for row in document["steady"]:
+        assert len(row["samples"]) == 2
+        assert 0 < row["wall"] < 60
+        assert row["cpu"] > 0
+    for row in document["cold"]:
+        assert 0 < row["loaded"] < row["first_features"]
+        assert row["peak"] > 10_000_000
+    for row in document["memory"]:
+        assert row["above_the_model"] is None or 0 <= row["above_the_model"] < row["peak"]
+
+
+def test_ratios_are_taken_within_a_turn() -> None:
+    ours = [{"wall": 1.0}, {"wall": 20.0}, {"wall": 3.0}]
+    theirs = [{"wall": 2.0}, {"wall": 40.0}, {"wall": 1.0}]
+    # the busy second turn was busy for both
+    assert bench._ratio(ours, theirs, "wall") == 0.5
+    assert bench._ratio(ours, None, "wall") is None
+
+
+def test_half_precision_is_held_against_transformers_in_half_precision_where_that_ran() -> None:
+    half = Engine("MLX float16", "mlx", Path("w"), "float16")
+    single, double = [{"wall": 1.0}], [{"wall": 2.0}]
+    assert bench._yardstick(half, {bench.YARDSTICK: single}) is single
+    ran = {bench.YARDSTICK: single, "transformers float16": double}
+    assert bench._yardstick(half, ran) is double
+    assert bench._yardstick(half, {}) is None
+
+
+def test_the_yardstick_is_once_itself(document: dict[str, Any]) -> None:
+    row = document["steady"][0]
+    assert row["wall_ratio"] == row["cpu_ratio"] == 1.0
+
+
+def test_the_floor_is_the_product_scaled_to_the_model() -> None:
+    rows, inner, columns = bench.PRODUCT
+    found = bench._floor({"wall": 1.0, "cpu": 2.0}, PRESETS["base"], 1.0, 2)
+    scale = operations(PRESETS["base"], 16000, 2) / (2 * rows * inner * columns)
+    assert found == {"wall": scale, "cpu": 2 * scale}
+
+
+def test_the_engines_take_turns_at_being_first() -> None:
+    engines = [Engine(name, "mlx", Path()) for name in "abc"]
+    orders = ["".join(engine.label for engine in bench._turns(engines, n)) for n in range(4)]
+    assert orders == ["abc", "bca", "cab", "abc"]
+
+
+def test_threads_are_what_was_asked_for(converted_tiny: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    started: dict[str, str] = {}
+    popen = bench.subprocess.Popen
+
+    def remember(*arguments: Any, env: dict[str, str], **options: Any) -> Any:
+        started.update(env)
+        return popen(*arguments, env=env, **options)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", remember)
+    Worker(Engine("MLX", "mlx", converted_tiny), Settings(threads=3)).close()
+    assert started["OMP_NUM_THREADS"] == started["OPENBLAS_NUM_THREADS"] == "3"
+    assert started["MLX_ENABLE_TF32"] == "0"
+
+
+def test_an_engine_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match="MLX cannot be measured") as caught:
+        Worker(Engine("MLX", "mlx", tmp_path / "nothing.safetensors"), SETTINGS)
+    assert "nothing.safetensors" in str(caught.value.found)
+
+
+# -- how it is reported ----------------------------------------------------------------
+
+
+def test_the_screen_shows_every_engine_and_says_it_was_a_stand_in(document: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from contentvec_parity.bench.report import print_screen
+
+    screen = io.StringIO()
+    print_screen(document, Console(file=screen, width=120))
+    shown = screen.getvalue()
+    assert "stand-in" in shown
+    for engine in document["engines"]:
+        assert shown.count(engine["label"]) >= 2
+    assert "1.00 x" in shown
+    assert "2.0e-05" in shown
+
+
+def test_the_plot_is_drawn(document: dict[str, Any], tmp_path: Path, need: Any) -> None:
+    from contentvec_parity.bench.report import plot
+
+    need("matplotlib", "pip install 'mlx-contentvec[report]'")
+    plot(document, tmp_path / "bench.svg")
+    assert "<svg" in (tmp_path / "bench.svg").read_text(encoding="utf-8")
+
+
+def test_the_command_measures_and_reports(
+    run_cli: Callable[..., Any], tiny_checkpoint: Path, converted_tiny: Path, torch: Any
+) -> None:
+    few = ("--lengths", "0.2", "--repeats", "1", "--starts", "1", "--beside", "none")
+    done = run_cli("bench", tiny_checkpoint, converted_tiny, *few, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [engine["label"] for engine in report["engines"]] == ["MLX float32", "floor"]
+    assert report["schema"] == bench.SCHEMA
+    assert report["stand_in"] is True
+    assert [row["wall_ratio"] for row in report["steady"]] == [None, None]
+    (row,) = report["errors"]
+    assert row["stage"] == "layer.3"
+    assert 1e-7 < row["rms"] < row["max"] < 1e-4
+
+
+def test_each_file_and_each_original_is_an_engine_of_its_own(
+    converted_tiny: Path, tiny_checkpoint: Path, folder: Path, fairseq: Any, need: Any
+) -> None:
+    need("transformers", "scripts/test installs it")
+    engines = bench._engines(
+        tiny_checkpoint,
+        folder,
+        [converted_tiny, converted_tiny],
+        ["transformers", "fairseq"],
+        ["float32", "float16"],
+    )
+    assert [engine.label for engine in engines] == [
+        "MLX float32",
+        f"MLX float32 ({converted_tiny.name})",
+        "transformers float32",
+        "transformers float16",
+        "fairseq float32",
+        "floor",
+    ]
+    assert bench.YARDSTICK in [engine.label for engine in engines]
+    assert engines[2].size == sum(file.stat().st_size for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("lengths", ["0", "1,", "a", "-1,2"])
+def test_the_command_refuses_lengths_that_are_none(
+    lengths: str, run_cli: Callable[..., Any], tiny_checkpoint: Path
+) -> None:
+    done = run_cli("bench", tiny_checkpoint, tiny_checkpoint, f"--lengths={lengths}")
+    assert done.returncode == 2
+    assert "positive numbers" in done.stderr

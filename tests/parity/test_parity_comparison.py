@@ -1,0 +1,299 @@
+"""The metrics, the verdict and the helper for other ports, on arrays made by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from contentvec_parity import compare_arrays
+from contentvec_parity.compare.metrics import METRICS, difference, rounding_floor
+from contentvec_parity.compare.verdict import CLIP_SLACK, Gates, judge, ratio
+from contentvec_parity.testing import assert_parity
+from mlx_contentvec.errors import ParityError
+
+
+def frames(*values: float) -> np.ndarray:
+    return np.array(values, np.float64).reshape(1, -1, 2)
+
+
+def test_the_metrics_are_what_they_say() -> None:
+    found = difference(frames(3, 4, 1, 0), frames(3, 4, 0, 2))
+    assert found["max_abs"] == 2
+    assert found["max_abs_at"] == [0, 1, 1]
+    assert found["rms"] == pytest.approx(math.sqrt(5 / 4))
+    assert found["cosine"] == pytest.approx(25 / math.sqrt(26 * 29))
+    assert found["worst_frame_cosine"] == 0
+    assert found["worst_frame_at"] == [0, 1]
+    assert found["snr_db"] == pytest.approx(10 * math.log10(29 / 5))
+
+
+def test_equal_arrays_have_no_error_and_no_noise() -> None:
+    found = difference(frames(1, 2), frames(1, 2))
+    assert (found["max_abs"], found["rms"], found["cosine"]) == (0, 0, 1)
+    assert found["snr_db"] is None
+    assert found["ulps"] == [0, 0, 0]
+
+
+def test_two_silent_frames_are_alike_and_a_silent_one_is_not_like_a_loud_one() -> None:
+    assert difference(frames(0, 0), frames(0, 0))["worst_frame_cosine"] == 1
+    assert difference(frames(0, 0), frames(1, 0))["worst_frame_cosine"] == 0
+
+
+def test_ulps_count_float32_steps() -> None:
+    expected = np.full((1, 3, 2), 1.5)
+    measured = expected.copy()
+    measured[0, 0, 0] = np.nextafter(np.float32(1.5), np.float32(2))
+    assert difference(measured, expected)["ulps"] == [0, pytest.approx(0.95, abs=0.1), 1]
+
+
+def test_padded_frames_do_not_count_and_places_stay_those_of_the_whole() -> None:
+    measured, expected = np.ones((2, 3, 2)), np.ones((2, 3, 2))
+    measured[0, 2] = 99
+    measured[1, 1, 1] = 1.25
+    valid = np.array([[True, True, False], [True, True, True]])
+    found = difference(measured, expected, valid=valid)
+    assert found["max_abs"] == 0.25
+    assert found["max_abs_at"] == [1, 1, 1]
+    assert found["worst_frame_at"] == [1, 1]
+    assert found.values == 10
+
+
+def test_other_shapes_and_numbers_that_are_not_finite_are_not_comparable() -> None:
+    assert not difference(frames(1, 2), frames(1, 2, 3, 4)).comparable
+    assert not difference(frames(1, math.nan), frames(1, 2)).comparable
+    assert difference(frames(1, 2), frames(1, 3)).comparable
+
+
+def test_every_metric_has_a_name_of_its_own_and_says_what_it_is() -> None:
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    assert all(metric.about for metric in METRICS)
+
+
+def test_dictionaries_are_compared_stage_by_stage() -> None:
+    found = compare_arrays(
+        {"a": frames(1, 2), "b": frames(1, 3)}, {"a": frames(1, 2), "b": frames(1, 2)}
+    )
+    assert list(found) == ["a", "b"]
+    assert found["a"]["max_abs"] == 0
+    assert found["b"]["max_abs"] == 1
+
+
+def test_dictionaries_of_other_stages_are_refused_by_name() -> None:
+    with pytest.raises(ParityError, match="the same stages") as refused:
+        compare_arrays({"a": frames(1, 2)}, {"a": frames(1, 2), "b": frames(1, 2)})
+    assert "b" in str(refused.value)
+    with pytest.raises(ParityError, match="the same stages"):
+        compare_arrays({"a": frames(1, 2), "c": frames(1, 2)}, {"a": frames(1, 2)})
+
+
+def test_no_float32_is_nearer_to_the_truth_than_the_floor() -> None:
+    truth = np.array([1 / 3, 2 / 3, 1e-3])
+    floor = rounding_floor(truth)
+    nearest = truth.astype(np.float32).astype(np.float64)
+    assert floor["max_abs"] == np.abs(nearest - truth).max()
+    for step in (-1, 1):
+        other = np.nextafter(truth.astype(np.float32), np.float32(step))
+        assert np.abs(other - truth).max() > floor["max_abs"]
+
+
+def test_an_exact_original_does_not_divide_by_zero_and_excuses_nothing() -> None:
+    assert ratio(1e-6, 0, 1e-7) == pytest.approx(10)
+    assert ratio(0, 0, 0) == 1
+    assert ratio(1e-9, 0, 0) == math.inf
+
+
+# ---- the verdict ---------------------------------------------------------------------------
+
+
+def row(kind: str, stage: str, clip: str, mine: float, theirs: float, **more: Any) -> dict:
+    def side(error: float) -> dict[str, Any]:
+        return {"max_abs": error, "rms": error, "worst_frame_cosine": 1 - error, "snr_db": 50.0}
+
+    return {
+        "kind": kind,
+        "name": more.pop("name", stage),
+        "stage": stage,
+        "clip": clip,
+        "comparable": True,
+        "shape": [1, 1, 1],
+        "expected_shape": [1, 1, 1],
+        "values": 100,
+        "candidate": side(mine),
+        "reference": side(theirs),
+        "floor": side(1e-9),
+        **more,
+    }
+
+
+def report(*rows: dict, precision: str = "float32", **more: Any) -> dict[str, Any]:
+    return {
+        "stages": list(rows),
+        "clips": [{"name": "a", "mask_agrees": None}],
+        "tensors": {"failures": []},
+        "weights": {"precision": precision},
+        "reference": {
+            "stages": ["one", "two"],
+            "inputs": {"one": None, "two": "one"},
+            "reads": {"one": ["one.weight"], "two": ["two.weight"]},
+        },
+        **more,
+    }
+
+
+def healthy() -> list[dict]:
+    return [
+        row(kind, stage, clip, 1e-6, 1e-6)
+        for stage in ("one", "two")
+        for clip in ("a", "b")
+        for kind in ("stage", "local", "features")
+    ]
+
+
+def test_a_port_as_exact_as_the_original_passes() -> None:
+    verdict = judge(report(*healthy()), Gates())
+    assert verdict["passed"]
+    assert verdict["failures"] == []
+    assert "1.00 x" in verdict["reason"]
+
+
+def test_an_error_beyond_the_ratio_fails_and_within_it_does_not() -> None:
+    rows = healthy()
+    rows[0]["candidate"]["max_abs"] = 1.9e-6
+    assert judge(report(*rows), Gates(ratio=2))["passed"]
+    verdict = judge(report(*rows), Gates(ratio=1.8))
+    assert not verdict["passed"]
+    assert verdict["failures"][0]["name"] == "one"
+    assert verdict["blame"]["largest_local"][0]["ratio"] == 1
+
+
+def test_rms_alone_is_enough_to_fail() -> None:
+    rows = healthy()
+    for item in rows:
+        if item["stage"] == "two" and item["kind"] == "stage":
+            item["candidate"]["rms"] = 3e-6
+    assert not judge(report(*rows), Gates(ratio=2))["passed"]
+
+
+def test_clips_are_judged_together_but_one_cannot_hide_among_louder_ones() -> None:
+    loud = row("stage", "one", "loud", 1e-3, 1e-3)
+    for error, passes in ((2 * CLIP_SLACK * 0.9e-6, True), (2 * CLIP_SLACK * 1.1e-6, False)):
+        quiet = row("stage", "one", "quiet", error, 1e-6)
+        features = row("features", "one", "loud", 1e-3, 1e-3)
+        verdict = judge(report(loud, quiet, features), Gates(ratio=2))
+        assert verdict["passed"] is passes
+    assert "quiet" in verdict["failures"][0]["what"]
+
+
+def test_the_first_stage_wrong_by_itself_is_blamed_not_the_first_that_looks_wrong() -> None:
+    rows = [
+        *(row("stage", stage, "a", 1e-2, 1e-6) for stage in ("one", "two")),
+        row("local", "one", "a", 1e-6, 1e-6),
+        row("local", "two", "a", 1e-2, 1e-6),
+        row("features", "two", "a", 1e-2, 1e-6),
+    ]
+    rows[0]["candidate"]["max_abs"] = rows[0]["candidate"]["rms"] = 1e-6
+    verdict = judge(report(*rows), Gates())
+    assert [wrong["stage"] for wrong in verdict["blame"]["wrong"]] == ["two"]
+    assert verdict["blame"]["wrong"][0]["reads"] == ["two.weight"]
+
+
+def test_a_differing_tensor_blames_the_stage_that_reads_it() -> None:
+    failure = {"name": "two.weight", "stage": "two", "what": "differs"}
+    verdict = judge(report(*healthy(), tensors={"failures": [failure]}), Gates())
+    assert not verdict["passed"]
+    assert verdict["blame"]["wrong"][0]["differing_tensors"] == ["two.weight"]
+
+
+def test_a_report_without_tensors_can_be_judged() -> None:
+    assert judge(report(*healthy(), tensors=None), Gates())["passed"]
+
+
+def test_a_padding_mask_that_differs_fails() -> None:
+    clips = [{"name": "a", "mask_agrees": False}]
+    verdict = judge(report(*healthy(), clips=clips), Gates())
+    assert not verdict["passed"]
+    assert "padding mask" in verdict["reason"]
+
+
+def test_absolute_gates_are_kept() -> None:
+    assert judge(report(*healthy()), Gates(max_abs=2e-6, min_cosine=0.9999))["passed"]
+    assert not judge(report(*healthy()), Gates(max_abs=5e-7))["passed"]
+    assert not judge(report(*healthy()), Gates(min_cosine=1 - 1e-7))["passed"]
+
+
+def test_weights_in_half_precision_are_held_to_a_noise_limit_instead() -> None:
+    rows = healthy()
+    for item in rows:
+        item["candidate"]["max_abs"] = item["candidate"]["rms"] = 1e-3
+    assert not judge(report(*rows), Gates())["passed"]
+    assert judge(report(*rows, precision="float16"), Gates())["passed"]
+    rows[2]["candidate"]["snr_db"] = 30.0
+    verdict = judge(report(*rows, precision="float16"), Gates())
+    assert not verdict["passed"]
+    assert "30.0 dB" in verdict["failures"][0]["what"]
+
+
+@pytest.mark.parametrize(("given", "adds_up"), [(41.0, True), (50.0, False)])
+def test_noise_that_adds_up_is_not_taken_for_another_input(given: float, adds_up: bool) -> None:
+    rows = healthy()
+    for item in rows:
+        if item["kind"] != "local":
+            item["candidate"]["snr_db"] = given if item["stage"] == "one" else 39.0
+    verdict = judge(report(*rows, precision="float16"), Gates())
+    assert not verdict["passed"]
+    assert (verdict["blame"]["handover"] is None) == adds_up
+    assert ("39.0 dB" in verdict["reason"] and "add up" in verdict["reason"]) == adds_up
+
+
+# ---- the helper for other ports --------------------------------------------------------------
+
+
+def stage_dictionaries() -> tuple[dict, dict, dict]:
+    rng = np.random.default_rng(3)
+    truth = {name: rng.standard_normal((1, 5, 8)) for name in ("first", "second", "third")}
+    original = {name: value.astype(np.float32) for name, value in truth.items()}
+    measured = {name: np.nextafter(value, np.float32(9)) for name, value in original.items()}
+    return measured, original, truth
+
+
+def test_a_port_that_is_as_exact_passes_the_helper() -> None:
+    _, original, truth = stage_dictionaries()
+    found = assert_parity(dict(original), original, truth=truth)
+    assert list(found) == ["first", "second", "third"]
+
+
+def test_the_helper_names_the_first_stage_that_is_off() -> None:
+    measured, original, truth = stage_dictionaries()
+    measured = {**original, "second": measured["second"] * 1.001, "third": measured["third"] * 2}
+    with pytest.raises(AssertionError, match="second is the first stage that is off"):
+        assert_parity(measured, original, truth=truth)
+    with pytest.raises(AssertionError, match="third"):
+        assert_parity(measured, original, max_abs=0.1)
+
+
+def test_the_helper_fails_on_another_shape_and_on_nan() -> None:
+    _, original, truth = stage_dictionaries()
+    with pytest.raises(AssertionError, match="shape"):
+        assert_parity({**original, "first": original["first"][:, :4]}, original, truth=truth)
+    broken = original["first"].copy()
+    broken[0, 0, 0] = np.nan
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_parity({**original, "first": broken}, original, truth=truth)
+
+
+def test_the_helper_takes_mlx_arrays() -> None:
+    from mlx_contentvec.backend import mx
+
+    _, original, truth = stage_dictionaries()
+    assert_parity(
+        {name: mx.array(value) for name, value in original.items()}, original, truth=truth
+    )
+
+
+def test_the_helper_refuses_to_check_nothing() -> None:
+    _, original, _ = stage_dictionaries()
+    with pytest.raises(ValueError, match="nothing would be checked"):
+        assert_parity(original, original)

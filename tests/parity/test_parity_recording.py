@@ -1,0 +1,258 @@
+"""Recordings: the original without the original, and what does not fit one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from contentvec_parity.compare.verdict import summarise
+from contentvec_parity.harness import replay
+from contentvec_parity.references import open_reference
+from contentvec_parity.references.recording import (
+    Recording,
+    hash_values,
+    read_header,
+    record,
+    small,
+    write,
+)
+from mlx_contentvec.backend import mx
+from mlx_contentvec.errors import OutputError, ParityError
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+#: run with this in front, no module of either original can be imported
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("torch", "fairseq", "transformers"):
+            raise ImportError(f"{name} is not here")
+sys.meta_path.insert(0, Blocked())
+sys.argv[0] = "mlx-contentvec"
+from mlx_contentvec.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def recording(
+    fairseq: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("recording") / "tiny.recording.safetensors"
+    record(tiny_checkpoint, path)
+    return path
+
+
+def without_torch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    roots = (PROJECT, PROJECT / "convert", PROJECT / "parity")
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_recording_holds_what_the_original_computed(
+    recording: Path, tiny_checkpoint: Path
+) -> None:
+    original, recorded = open_reference("fairseq", tiny_checkpoint), Recording(recording)
+    assert recorded.config == original.config
+    for clip in recorded.clips:
+        stages, truth = original.stages(clip), original.truth(clip)
+        for stage, found in recorded.stages(clip).items():
+            assert np.array_equal(found, stages[stage])
+        for stage, found in recorded.truth(clip).items():
+            # the truth is kept to a small part of the error it is there to measure
+            error = np.abs(stages[stage] - truth[stage]).max()
+            assert np.abs(found - truth[stage]).max() <= error / 1000
+
+
+def test_the_recorded_clips_are_small_and_among_them_every_stage_is_run(recording: Path) -> None:
+    header = read_header(recording)
+    assert [clip["name"] for clip in header["clips"]] == [clip.name for clip, _ in small()]
+    assert {stage for clip in header["clips"] for stage in clip["stages"]} >= {"conv.0", "layer.3"}
+    assert recording.stat().st_size < 500_000
+
+
+def test_the_same_checkpoint_is_recorded_in_the_same_bytes(
+    recording: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    record(tiny_checkpoint, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == recording.read_bytes()
+
+
+def test_replaying_gives_the_verdict_of_the_live_original(
+    recording: Path, tiny_checkpoint: Path, converted_tiny: Path
+) -> None:
+    from contentvec_parity.compare.candidate import MlxCandidate
+    from contentvec_parity.harness import assemble
+
+    live = assemble(
+        open_reference("fairseq", tiny_checkpoint),
+        MlxCandidate.open(converted_tiny),
+        [clip for clip, _ in small()],
+    )
+    replayed = replay(recording, converted_tiny)
+    assert replayed["verdict"]["passed"]
+    assert live["verdict"]["passed"]
+    shared = {(row["kind"], row["name"], row["clip"]) for row in replayed["stages"]}
+    rows = [row for row in live["stages"] if (row["kind"], row["name"], row["clip"]) in shared]
+    assert len(rows) == len(shared)
+    for one, other in zip(summarise(rows), summarise(replayed["stages"]), strict=True):
+        assert (one["kind"], one["name"]) == (other["kind"], other["name"])
+        for metric in ("max_abs", "rms"):
+            assert other["ratio"][metric] == pytest.approx(one["ratio"][metric], rel=0.01)
+
+
+def test_a_recording_is_replayed_without_torch_and_without_the_checkpoint(
+    recording: Path, converted_tiny: Path
+) -> None:
+    done = without_torch("parity", converted_tiny, "--reference", recording, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["verdict"]["passed"]
+    assert document["reference"]["name"] == "recording"
+    assert document["reference"]["recorded_from"] == "fairseq"
+    assert document["flags"]["tf32"] is False
+    assert "torch_threads" not in document["flags"]
+
+
+def test_a_mistake_shows_in_a_replay_and_its_stage_is_named(
+    recording: Path, converted_tiny: Path, tmp_path: Path
+) -> None:
+    tensors, metadata = mx.load(str(converted_tiny), return_metadata=True)
+    name = "encoder.layers.1.fc2.weight"
+    tensors[name] = tensors[name].at[0, 0].add(0.01)
+    mx.save_safetensors(str(tmp_path / "wrong.safetensors"), tensors, metadata=metadata)
+    verdict = replay(recording, tmp_path / "wrong.safetensors")["verdict"]
+    assert not verdict["passed"]
+    assert verdict["blame"]["wrong"][0]["stage"] == "layer.2"
+    assert verdict["blame"]["wrong"][0]["differing_tensors"] == [name]
+
+
+def test_normalised_models_are_recorded_with_their_input(
+    fairseq: Any, tiny_large_checkpoint: Path, converted_tiny_large: Path, tmp_path: Path
+) -> None:
+    record(tiny_large_checkpoint, tmp_path / "large.safetensors")
+    document = replay(tmp_path / "large.safetensors", converted_tiny_large)
+    assert document["verdict"]["passed"], document["verdict"]["reason"]
+    assert {row["name"] for row in document["stages"]} >= {"final_norm", "final norm", "conv.0"}
+
+
+def test_the_other_original_can_be_recorded_too(
+    tiny_checkpoint: Path, converted_tiny: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers", reason="pip install 'mlx-contentvec[parity]'")
+    record(tiny_checkpoint, tmp_path / "r.safetensors", reference="transformers")
+    document = replay(tmp_path / "r.safetensors", converted_tiny)
+    assert document["verdict"]["passed"]
+    assert document["reference"]["recorded_from"] == "transformers"
+
+
+# ---- what does not fit --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(
+    make_standin: Callable[..., Path], fairseq: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A checkpoint of the same shape and other weights, and its recording."""
+    checkpoint = make_standin("tiny", seed=5)
+    path = tmp_path_factory.mktemp("other") / "other.recording.safetensors"
+    record(checkpoint, path)
+    return checkpoint, path
+
+
+def test_a_recording_of_another_checkpoint_is_refused_with_both_names(
+    other: tuple[Path, Path], converted_tiny: Path, tiny_checkpoint: Path
+) -> None:
+    with pytest.raises(ParityError, match="is not a recording of what") as refused:
+        replay(other[1], converted_tiny)
+    assert other[0].name in str(refused.value)
+    assert tiny_checkpoint.name in str(refused.value)
+
+
+def test_a_checkpoint_that_is_not_the_recorded_one_is_refused(
+    other: tuple[Path, Path], recording: Path, converted_tiny: Path
+) -> None:
+    with pytest.raises(ParityError, match="recording of another checkpoint") as refused:
+        replay(recording, converted_tiny, checkpoint=other[0])
+    assert other[0].name in str(refused.value)
+
+
+def test_the_same_weights_from_another_container_are_accepted(
+    recording: Path, converted_tiny: Path, tmp_path: Path
+) -> None:
+    tensors, metadata = mx.load(str(converted_tiny), return_metadata=True)
+    source = {**json.loads(metadata["source"]), "sha256": "0" * 64, "name": "hubert_base"}
+    metadata = {**metadata, "source": json.dumps(source)}
+    mx.save_safetensors(str(tmp_path / "same.safetensors"), tensors, metadata=metadata)
+    assert replay(recording, tmp_path / "same.safetensors")["verdict"]["passed"]
+
+
+def test_a_recording_of_another_architecture_is_refused_by_its_fields(
+    recording: Path, converted_tiny_large: Path
+) -> None:
+    with pytest.raises(ParityError) as refused:
+        replay(recording, converted_tiny_large)
+    assert "layer_norm_first" in str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["weights", "nothing", "text", "cut", "other schema"])
+def test_what_is_no_recording_is_refused(
+    what: str, recording: Path, converted_tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.safetensors"
+    content = recording.read_bytes()
+    path.write_bytes(
+        {
+            "weights": converted_tiny.read_bytes,
+            "nothing": bytes,
+            "text": lambda: b"<!DOCTYPE html>" * 100,
+            "cut": lambda: content[: len(content) // 2],
+            "other schema": lambda: content.replace(b"recording/1", b"recording/9"),
+        }[what]()
+    )
+    with pytest.raises(ParityError) as refused:
+        replay(path, converted_tiny)
+    assert "r.safetensors" in str(refused.value)
+
+
+def test_an_existing_recording_is_kept_unless_told_otherwise(
+    recording: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.safetensors"
+    path.write_bytes(b"precious")
+    with pytest.raises(OutputError, match="already exists"):
+        record(tiny_checkpoint, path)
+    assert path.read_bytes() == b"precious"
+    record(tiny_checkpoint, path, force=True)
+    assert path.read_bytes() == recording.read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_to_leaves_nothing(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    original = open_reference("fairseq", tiny_checkpoint)
+    with pytest.raises(OutputError, match="cannot write"):
+        write(original, {}, tmp_path / "nowhere" / "r.safetensors", small()[:1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_are_hashed_as_they_are_whatever_their_layout() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert hash_values(values.T) == hash_values(np.ascontiguousarray(values.T))
+    assert hash_values(values) != hash_values(values.T)
+    assert hash_values(values.astype(np.float16)) == hash_values(values)

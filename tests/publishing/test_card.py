@@ -1,0 +1,181 @@
+"""The model card: what is written, what is checked, and what a reader is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contentvec_parity.publishing import card
+from contentvec_parity.publishing.package import CARD, Package, package
+
+REPO = "someone/contentvec-mlx"
+
+
+@pytest.fixture(scope="module")
+def packaged(evidence_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    folder = tmp_path_factory.mktemp("packages") / "tiny"
+    return package(
+        evidence_folder / "float32.safetensors",
+        folder,
+        variants=[evidence_folder / "float16.safetensors"],
+        repo_id=REPO,
+        allow_stand_in=True,
+    )
+
+
+@pytest.fixture
+def text(packaged: Package) -> str:
+    return (packaged.folder / CARD).read_text(encoding="utf-8")
+
+
+def test_the_generated_card_has_nothing_wrong(packaged: Package, text: str) -> None:
+    assert card.lint(text, packaged) == []
+
+
+def test_the_card_is_generated_alike_each_time(packaged: Package, text: str) -> None:
+    assert card.render(packaged, REPO) == text
+
+
+def test_the_front_matter_is_what_the_hub_reads(text: str) -> None:
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(text).data
+    assert data.library_name == "mlx"
+    assert data.pipeline_tag == "feature-extraction"
+    assert data.license == "mit"
+    assert set(card.TAGS) <= set(data.tags)
+
+
+def test_the_table_shows_what_the_report_measured(packaged: Package, text: str) -> None:
+    entries = packaged.evidence[0].parity["verdict"]["summary"]
+    for name in ("layer 3", "layer 3 + projection"):
+        entry = next(e for e in entries if (e["kind"], e["name"]) == ("features", name))
+        row = next(line for line in text.splitlines() if line.startswith(f"| {entry['name']} ("))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1] == f"{entry['candidate']['rms']:.1e}"
+        assert cells[2] == f"{entry['reference']['rms']:.1e}"
+        assert cells[3] == f"{entry['candidate']['rms'] / entry['reference']['rms']:.2f} x"
+        assert cells[4] == f"{entry['candidate']['max_abs']:.1e}"
+        assert cells[5] == f"{entry['reference']['max_abs']:.1e}"
+
+
+def test_each_variant_has_its_own_figures(packaged: Package, text: str) -> None:
+    for evidence in packaged.evidence:
+        rows = [r["candidate"] for r in evidence.parity["stages"] if r["kind"] == "features"]
+        lowest = min(row["snr_db"] for row in rows if row["snr_db"] is not None)
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{evidence.dtype}`"))
+        assert f"{lowest:.1f} dB" in line
+
+
+def test_the_card_says_that_weights_are_synthetic(text: str) -> None:
+    assert "**Synthetic weights.**" in text
+    assert "(synthetic weights)" in next(line for line in text.splitlines() if line[:2] == "# ")
+
+
+def _first(pattern: str, by: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        changed, times = re.subn(pattern, by, text, count=1, flags=re.M)
+        assert times == 1, f"nothing in the card matches {pattern}"
+        return changed
+
+    return change
+
+
+def _without(pattern: str) -> Callable[[str], str]:
+    return _first(pattern, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (_first(r"^(\| layer 3 \(.*?\| )\d\.\d", r"\g<1>0.1"), "0.1e-"),
+        (_first(r"(\| layer 3 .*? )(\d\.\d\d) x", r"\g<1>0.01 x"), "0.01 x is shown"),
+        (_first(r"(\| `float16`.*? )(\d+\.\d) dB", r"\g<1>99.9 dB"), "99.9 dB is shown"),
+        (_first(r"(\| `float16` \| )(\d+\.\d) kB", r"\g<1>1.1 kB"), "1.1 kB is shown"),
+        (_without(r"^\| layer 3 \+ projection .*\n"), "was measured and is not shown"),
+        (_first(r"^(\| layer 3 )\(", r"\g<1>twice ("), "layer 3 twice was not measured"),
+        (_first(r"^\| features .*", "| features | error |"), "has other columns"),
+        (_without(r"^\| features .*\n(\|.*\n)+"), "the table of features is missing"),
+        (_without(r"^\| format .*\n(\|.*\n)+"), "the table of format is missing"),
+        (_first(r"^Errors are", "It agrees to 3.3271e-07. Errors are"), "3.3271e-07 stands in no"),
+        (
+            _first(r"^Errors are", "It is 17.3129 x faster. Errors are"),
+            "17.3129 stands in no report",
+        ),
+        (_first(r"^Errors are", "It takes 12,345 bytes. Errors are"), "12,345 stands in no"),
+        (_first(r"^Measured on \d+ inputs", "Measured on 5000 inputs"), "5000 stands in no report"),
+        (_first(r"^license: mit", "license: free"), "the Hub knows no license 'free'"),
+        (_without(r"^license: mit\n"), "the front matter has no license"),
+        (_first(r"^pipeline_tag: .*", "pipeline_tag: magic"), "the Hub has no task 'magic'"),
+        (_first(r"^library_name: .*", "library_name: mlx-audio"), "library_name must be mlx"),
+        (_first(r"^- voice-conversion", "- Voice Conversion"), "'Voice Conversion'"),
+        (_without(r"^- rvc\n"), "the tag rvc is missing"),
+        (_first(r"^tags:", "colour: red\ntags:"), "colour means nothing to the Hub"),
+        (_first(r"^tags:", "base_model: nobody\ntags:"), "base_model must be a repository"),
+        (_first(r"^tags:", "tags: ["), "the front matter is not YAML"),
+        (_without(r"\A---\n"), "does not begin with front matter"),
+        (_first(r"\(parity\.html\)", "(report.html)"), "report.html leads to no file"),
+        (_first(r"\(https://arxiv", "(http://arxiv"), "is not a plain https address"),
+        (_first(r"\(LICENSE\)", "(#nowhere)"), "#nowhere leads to no heading"),
+        (_without(r"^\| SHA-256 .*\n"), "the checkpoint's SHA-256 is missing"),
+        (_first(r"(\| MD5 \| `)[0-9a-f]{32}", r"\g<1>" + "0" * 32), "the checksum 000000"),
+        (_without(r"every feature is as near .*"), "the verdict is missing"),
+        (_without(r"^> \*\*Synthetic weights.*\n"), "does not say that the weights are synthetic"),
+        (_first(r", mlx \d+\.\d+", ", mlx 0.1"), "the device is missing"),
+    ],
+)
+def test_a_card_that_says_something_else_is_found_out(
+    packaged: Package, text: str, change: Callable[[str], str], problem: str
+) -> None:
+    problems = card.lint(change(text), packaged)
+    assert any(problem in found for found in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("token", "value", "right"),
+    [
+        ("1.3e-06", 1.3046e-06, True),
+        ("1.3e-06", 1.36e-06, False),
+        ("0.97", 0.9671, True),
+        ("0.97", 0.9799, False),
+        ("12", 12.4, True),
+        ("12", 12.6, False),
+        ("189,507,909", 189507909, True),
+        ("189,507,909", 189507908, False),
+        ("1.0", float("inf"), False),
+    ],
+)
+def test_a_figure_is_right_to_the_digits_it_shows(token: str, value: float, right: bool) -> None:
+    assert card._rounds_to(token, value) is right
+
+
+def test_known_weights_name_their_home(packaged: Package, text: str) -> None:
+    from contentvec_convert.known_files import CONTENTVEC
+
+    known: dict[str, Any] = {"known_as": CONTENTVEC.key}
+    assert card._base_model(card._known(known)) == "lj1995/VoiceConversionWebUI"
+    assert "hubert_base.pt" in card._what(CONTENTVEC, known)
+    # and of a stand-in no home is claimed
+    assert "base_model" not in text
+
+
+def test_the_users_own_files_are_told_from_made_clips(packaged: Package) -> None:
+    document = packaged.evidence[0].parity
+    assert "; all made from seeds" in card._context(document)
+    clips = [*document["clips"], {**document["clips"][0], "origin": {"file": "me.wav"}}]
+    assert "; 1 of them audio files, the rest made" in card._context({**document, "clips": clips})
+
+
+def test_weights_in_another_format_are_not_measured_by_float32(packaged: Package) -> None:
+    half = packaged.evidence[1]
+    alone = dataclasses.replace(
+        packaged, config={**packaged.config, "dtype": "float16", "variants": {}}, evidence=(half,)
+    )
+    text = card.render(alone, REPO)
+    assert "signal-to-noise\nratio: float16 weights keep" in text
+    assert "PyTorch's own\nfloat32 has an error too" not in text
