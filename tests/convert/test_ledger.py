@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.test_rules import fairseq_checkpoint
 
 from contentvec_convert.conversion import ledger_path
 from contentvec_convert.ledger import account
 from contentvec_convert.rules import Drop, Plan, Rule
 from contentvec_convert.sources import plan_for
 from mlx_contentvec.errors import MappingError
+from tests.convert.test_rules import fairseq_checkpoint
 
 
 def said(plan: Plan, checkpoint: object) -> str:
