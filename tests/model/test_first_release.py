@@ -12,6 +12,7 @@ from contentvec_convert.conversion import convert
 from contentvec_convert.rules import TRANSFORMS
 from mlx_contentvec import ContentvecModel
 from mlx_contentvec.backend import mx
+from mlx_contentvec.config import stage_names
 from mlx_contentvec.errors import ConfigError, CorruptCheckpoint, WeightsError
 from mlx_contentvec.first_release import fold_weight_norm
 
@@ -59,7 +60,7 @@ def test_load_weights_takes_the_file_as_it_is(recording: dict[str, Any]) -> None
 def test_a_model_from_the_first_release_has_no_projection(recording: dict[str, Any]) -> None:
     model = ContentvecModel(**SHAPE).load_weights(FILE)
     assert model.config.final_dim is None
-    assert "final_proj" not in model.stage_names()
+    assert "final_proj" not in stage_names(model.config)
     with pytest.raises(ConfigError, match="no final_proj"):
         model(mx.array(recording["waveform"]), project=True)
 
