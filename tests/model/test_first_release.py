@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 
 from contentvec_convert.conversion import convert
 from contentvec_convert.rules import TRANSFORMS
-from mlx_contentvec import ContentvecModel
+from mlx_contentvec import ContentvecModel, first_release
 from mlx_contentvec.backend import mx
-from mlx_contentvec.config import stage_names
+from mlx_contentvec.config import ModelConfig, parameter_shapes, stage_names
 from mlx_contentvec.errors import ConfigError, CorruptCheckpoint, WeightsError
-from mlx_contentvec.first_release import fold_weight_norm
+from mlx_contentvec.first_release import config_fields, config_of, fold_weight_norm, ignore_speaker
+from tests.small_models import TINY, random_weights
 
 DATA = Path(__file__).parents[1] / "data"
 FILE = DATA / "first_release.safetensors"
@@ -151,3 +153,143 @@ def test_a_dead_tap_is_refused() -> None:
     direction[:, 3] = 0
     with pytest.raises(WeightsError, match="divides by zero"):
         fold_weight_norm(np.ones((1, 16, 1), np.float32), direction)
+
+
+# the model that a file holds ------------------------------------------------------
+
+
+def first_release_weights(config: ModelConfig) -> dict[str, Any]:
+    """Random weights of ``config`` under the release's names, which had no projection."""
+    weights = random_weights(dataclasses.replace(config, final_dim=None))
+    kernel = np.array(weights.pop("encoder.pos_conv.weight"))
+    norms = np.sqrt(np.square(kernel, dtype=np.float64).sum(axis=(0, 2), keepdims=True))
+    weights[first_release.DIRECTION] = mx.array(kernel)
+    weights[first_release.MAGNITUDE] = mx.array(norms.astype(np.float32))
+    weights[first_release.BIAS] = weights.pop("encoder.pos_conv.bias")
+    weights[first_release.COMPUTED_KERNEL] = mx.zeros(kernel.shape)
+    return weights
+
+
+TWELVE_HEADS = dataclasses.replace(TINY, encoder_attention_heads=12, final_dim=None)
+MODELS = {
+    "base": TWELVE_HEADS,
+    "with biases": dataclasses.replace(TWELVE_HEADS, conv_bias=True),
+    "with speakers": dataclasses.replace(TWELVE_HEADS, encoder_layers_1=2, speaker_dim=8),
+    "of other sizes": dataclasses.replace(
+        TWELVE_HEADS, encoder_embed_dim=48, encoder_layers=11, conv_pos=9, conv_pos_groups=3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_configuration_follows_from_the_tensors(name: str) -> None:
+    assert config_of(first_release_weights(MODELS[name]), "a file") == MODELS[name]
+
+
+def test_the_configuration_of_the_published_file_is_that_of_the_base_model() -> None:
+    config = dataclasses.replace(ModelConfig(), final_dim=None)
+
+    class Shaped:
+        def __init__(self, *shape: int) -> None:
+            self.shape = shape
+
+    tensors = {name: Shaped(*shape) for name, shape in parameter_shapes(config).items()}
+    tensors[first_release.DIRECTION] = tensors.pop("encoder.pos_conv.weight")
+    assert config_of(tensors, "contentvec_base.safetensors") == config
+
+
+def test_what_tensors_do_not_show_is_not_guessed() -> None:
+    with pytest.raises(WeightsError, match="does not say what model it holds") as caught:
+        config_of(mx.load(str(FILE)), FILE.name)
+    assert "encoder_attention_heads=" in str(caught.value)
+    large = dataclasses.replace(TWELVE_HEADS, extractor_norm="layer")
+    with pytest.raises(WeightsError, match="does not say what model it holds"):
+        config_of(first_release_weights(large), "large.safetensors")
+    for name in (first_release.DIRECTION, "encoder.layers.0.fc1.weight"):
+        weights = first_release_weights(TWELVE_HEADS)
+        del weights[name]
+        with pytest.raises(WeightsError, match="not a whole file") as caught:
+            config_of(weights, "half.safetensors")
+        assert name in str(caught.value)
+
+
+# the constructor's options --------------------------------------------------------
+
+#: every option of the release's constructor, as its default was
+CONSTRUCTOR: dict[str, Any] = {
+    "conv_feature_layers": "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2",
+    "conv_bias": False,
+    "extractor_mode": "default",
+    "encoder_embed_dim": 768,
+    "encoder_ffn_embed_dim": 3072,
+    "encoder_attention_heads": 12,
+    "encoder_layers": 12,
+    "encoder_layers_1": 3,
+    "conv_pos": 128,
+    "conv_pos_groups": 16,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.0,
+    "dropout_input": 0.0,
+    "dropout_features": 0.0,
+    "encoder_layerdrop": 0.0,
+    "activation_fn": "gelu",
+    "layer_norm_first": False,
+    "feature_grad_mult": 1.0,
+    "dim_spk": 256,
+}
+
+
+def test_every_option_of_the_constructor_has_a_field_or_means_nothing() -> None:
+    assert ModelConfig(**config_fields(**CONSTRUCTOR)) == ModelConfig(encoder_layers_1=3)
+    assert config_fields() == {}
+    assert config_fields(final_dim=None, nonsense=1) == {"final_dim": None, "nonsense": 1}
+
+
+def test_options_say_what_they_said() -> None:
+    fields = config_fields(
+        conv_feature_layers="[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2),(16,2,2)]",
+        extractor_mode="layer_norm",
+        dim_spk=8,
+    )
+    assert fields == {
+        "conv_layers": ((32, 10, 5), *(((32, 3, 2),) * 4), (32, 2, 2), (16, 2, 2)),
+        "extractor_norm": "layer",
+        "speaker_dim": 8,
+    }
+    assert config_fields(**fields) == fields
+    assert config_fields(dim_spk=8, speaker_dim=8) == {"speaker_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"activation_fn": "relu"}, "exact GELU"),
+        ({"extractor_mode": "group_norm_masked"}, "lengths="),
+        ({"extractor_mode": "other"}, "no extractor_mode"),
+        ({"dropout": "much"}, "dropout must be a number"),
+        ({"encoder_layerdrop": True}, "must be a number"),
+        ({"dim_spk": 8, "speaker_dim": 9}, "say different things"),
+        ({"extractor_mode": "default", "extractor_norm": "layer"}, "say different things"),
+        ({"conv_feature_layers": "[(512,10,5)"}, "cannot be read"),
+        ({"conv_feature_layers": "[(512,10,5)] * 10**9"}, "cannot be read"),
+        ({"conv_feature_layers": "[(512,10,5)] * 999999"}, "cannot be read"),
+        ({"conv_feature_layers": "__import__('os').listdir()"}, "cannot be read"),
+        ({"conv_feature_layers": 7}, "cannot be read"),
+    ],
+)
+def test_an_option_for_another_model_is_refused_with_a_reason(
+    options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_fields(**options)
+    assert reason in str(caught.value)
+
+
+def test_a_speaker_is_ignored_with_a_warning_and_a_mask_is_not() -> None:
+    source = np.zeros((2, 8000), np.float32)
+    with pytest.warns(UserWarning, match="spk_emb is ignored"):
+        ignore_speaker(mx.zeros((2, 256)), source)
+    with pytest.raises(ConfigError, match="shape of a mask") as caught:
+        ignore_speaker(mx.zeros((2, 8000)), source)
+    assert "padding_mask=" in str(caught.value)
