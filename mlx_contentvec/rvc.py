@@ -92,7 +92,7 @@ class Hubert:
         source:       (batch, samples), 16 kHz mono, about -1 to 1, any float type
         padding_mask: (batch, samples), true (or 1) where padded, or None
         mask, ret_conv: False; masking is for training, the output of the
-                      convolutions is ``model.stages(source)["projection"]``
+                      convolutions is ``model.stage_outputs(source)["projection"]``
         output_layer: counted from 1; the last by default
         returns:      (batch, frames, width), and (batch, frames), true where
                       padded, or None where no mask was given
@@ -189,7 +189,7 @@ class Hubert:
             padded = _padding_of_frames(checked != 0, self.model.config)
         output = HubertOutput()
         if output_hidden_states:
-            stages = self._unnormalized().stages(
+            stages = self._unnormalized().stage_outputs(
                 mx.array(waveforms), padding_mask=None if padded is None else mx.array(padded)
             )
             names = [f"layer.{i + 1}" for i in range(self.model.config.encoder_layers)]

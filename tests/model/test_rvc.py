@@ -197,7 +197,7 @@ def test_all_hidden_states_come_from_one_pass(
 ) -> None:
     passes = []
     model = type(hubert.model)
-    for name in ("stages", "__call__", "extract_features"):
+    for name in ("stage_outputs", "__call__", "extract_features"):
         call = getattr(model, name)
         monkeypatch.setattr(
             model,
@@ -207,7 +207,7 @@ def test_all_hidden_states_come_from_one_pass(
             ],
         )
     hubert(noise(8000)[None], output_hidden_states=True)
-    assert passes == ["stages"]
+    assert passes == ["stage_outputs"]
 
 
 def test_a_long_clip_is_streamed_for_transformers_calls_too(tmp_path: Path) -> None:
