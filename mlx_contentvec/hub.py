@@ -121,6 +121,12 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
     path = Path(name).expanduser()
     if path.is_dir():
         return FolderFiles(path)
+    if path.is_file():
+        raise HubError(
+            f"{path} is one file, without the evidence that a package has beside its weights",
+            expected="a folder made by `mlx-contentvec package`, or a repository like owner/name",
+            hint=f"mlx-contentvec inspect {path}\nsays what the file is",
+        )
     if isinstance(name, Path) or not is_repo_id(name):
         raise HubError(
             f"there are no weights at {name}",
@@ -184,8 +190,8 @@ class PackageFiles:
         if path is None:
             raise HubError(
                 f"{self.where} has no {name}",
-                hint="check the name; a package that `mlx-contentvec package` made has "
-                f"{WEIGHTS[0]}",
+                hint="check the name; what proves weights is only in a package that "
+                "`mlx-contentvec package` made",
             )
         return _verified(path, name, self.checksums())
 

@@ -288,6 +288,13 @@ def test_the_first_release_is_found_in_every_form(
     assert Path(result.stdout.strip()).read_bytes() == WEIGHTS
 
 
+def test_one_file_is_not_taken_for_a_package(tmp_path: Path) -> None:
+    file = write(tmp_path, {"a.safetensors": WEIGHTS}) / "a.safetensors"
+    for name in (file, str(file)):
+        with pytest.raises(HubError, match="is one file, without the evidence"):
+            hub.open_package(name)
+
+
 # the Hub -----------------------------------------------------------------------
 
 
