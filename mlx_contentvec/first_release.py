@@ -279,5 +279,5 @@ def ignore_speaker(speaker: Array, source: Array) -> None:
     warnings.warn(
         "spk_emb is ignored: this model has no speaker-conditioned layers",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
