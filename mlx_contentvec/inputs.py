@@ -14,6 +14,7 @@ from .audio import LOUDEST_PEAK
 from .backend import device_kind, mx
 from .config import EPS, ModelConfig
 from .errors import AudioError, ConfigError
+from .first_release import ignore_speaker
 from .ops import is_traced
 
 Buffer = npt.NDArray[np.float32]
@@ -115,20 +116,17 @@ def check_lengths(lengths: Any, source: mx.array, config: ModelConfig) -> mx.arr
     return mx.array(counts.astype(np.int32))
 
 
-def check_speaker(speaker: mx.array | None, batch: int, config: ModelConfig) -> mx.array | None:
-    """(batch, speaker_dim) for a conditioned model, None for any other.
+def check_speaker(speaker: Any, source: mx.array, config: ModelConfig) -> mx.array | None:
+    """(batch, speaker_dim) for a conditioned model; None for any other, and a warning.
 
+    source: the waveform, (batch, samples)
     Raises ConfigError.
     """
     if not config.encoder_layers_1:
         if speaker is not None:
-            raise ConfigError(
-                "this model takes no speaker embedding",
-                found="spk_emb=",
-                hint="only a full ContentVec (encoder_layers_1=3) has conditioned layers",
-            )
+            ignore_speaker(speaker, source)
         return None
-    expected = (batch, config.speaker_dim)
+    expected = (len(source), config.speaker_dim)
     if speaker is None or tuple(speaker.shape) != expected:
         raise ConfigError(
             "this model needs a speaker embedding",
@@ -158,12 +156,19 @@ def padded_frames(
         return mx.arange(frames)[None] >= mx.array(counts)[:, None]
     if padding_mask is None:
         return None
-    padding = mx.array(padding_mask).astype(mx.bool_)
-    if tuple(padding.shape) != tuple(source.shape):
+    given = mx.array(padding_mask)
+    if tuple(given.shape) != tuple(source.shape):
         raise AudioError(
             "the padding mask does not fit the waveform",
-            found=f"shape {tuple(padding.shape)}",
+            found=f"shape {tuple(given.shape)}",
             expected=f"the waveform's shape, {tuple(source.shape)}",
+            hint="a speaker embedding goes by its name: spk_emb=",
+        )
+    padding = given != 0
+    if bool((padding & (given != 1)).any()):
+        raise AudioError(
+            "the padding mask holds other values than 0 and 1",
+            expected="true where padded, else false",
         )
     batch, samples = padding.shape
     whole = samples - samples % frames

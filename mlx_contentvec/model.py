@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import features, inputs, ops, weights
+from . import features, first_release, inputs, ops, weights
 from .backend import mx
 from .config import ModelConfig, stage_input, stage_names
 from .errors import ConfigError, WeightsError, name_list
@@ -27,8 +27,17 @@ class ContentvecModel(Hubert):
     def __init__(self, config: ModelConfig | None = None, **fields: Any) -> None:
         """Build the model without weights; nothing is initialised or computed.
 
+        The options of the first release's constructor are taken where they mean the same.
+
         Raises ConfigError for an unknown field or an impossible combination.
         """
+        if config is not None and not isinstance(config, ModelConfig):
+            raise ConfigError(
+                "the first argument is a ModelConfig",
+                found=repr(config)[:200],
+                hint="name the options: conv_feature_layers=, encoder_layers_1=, ...",
+            )
+        fields = first_release.config_fields(**fields)
         known = {field.name for field in dataclasses.fields(ModelConfig)}
         if unknown := sorted(set(fields) - known):
             raise ConfigError(
@@ -46,26 +55,36 @@ class ContentvecModel(Hubert):
     def from_file(cls, path: str | os.PathLike[str]) -> ContentvecModel:
         """The model that a converted file describes, with its weights.
 
+        A file of the first release describes nothing: it holds the one architecture
+        that there was (``first_release.config_of``).
         Raises WeightsError if the file is not one that this project converted.
         """
         arrays, metadata = weights.read_safetensors(path)
-        if "config" not in metadata:
+        if "config" in metadata:
+            config = weights.stored_config(path, metadata)
+        elif first_release.is_first_release(arrays):
+            config = first_release.config_of(arrays, Path(path).name)
+        else:
             raise WeightsError(
                 f"{Path(path).name} does not say what model it holds",
                 found="safetensors without a 'config' in its metadata",
                 expected="a file written by mlx-contentvec convert",
                 hint="build the model yourself and call load_weights, or convert again",
             )
-        model = cls(weights.stored_config(path, metadata))
+        model = cls(config)
         model._load(arrays, metadata, Path(path).name)
         return model
 
     @classmethod
     def from_pretrained(
         cls,
-        repo_or_folder_or_file: str | os.PathLike[str],
+        repo_or_folder_or_file: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         dtype: str | None = None,
+        *,
+        repo_id: str | None = None,
+        filename: str | None = None,
+        weights_path: str | os.PathLike[str] | None = None,
     ) -> ContentvecModel:
         """The model in a Hugging Face repository, a folder or a file, with its weights.
 
@@ -76,14 +95,23 @@ class ContentvecModel(Hubert):
         dtype: ``float32``, ``float16``, ``bfloat16``, or the name of a quantised
             variant (``q8``); the repository's own variant if it has one, else its
             main weights converted. By default the main weights as they are.
+        repo_id, filename, weights_path: the first release's arguments: a repository,
+            one file of it, a file of this machine
+
+        Without any of these the first release's own weights, which lack ``final_proj``.
 
         Raises HubError if there is nothing of that name, or it is not what it
         should be, and WeightsError if the file is not one that this project wrote.
         """
-        from .hub import resolve
+        from .hub import resolve_pretrained
 
-        name = repo_or_folder_or_file
-        path = resolve(name if isinstance(name, str) else Path(name), revision, dtype)
+        name, file = (
+            Path(given) if isinstance(given, os.PathLike) else given
+            for given in (repo_or_folder_or_file, weights_path)
+        )
+        path = resolve_pretrained(
+            name, revision, dtype, repo_id=repo_id, filename=filename, weights_path=file
+        )
         model = cls.from_file(path)
         wanted = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
         if dtype in wanted:
@@ -135,6 +163,14 @@ class ContentvecModel(Hubert):
         mx.eval(self.parameters())
         self._fuse_qkv()
 
+    def update(self, parameters: dict[str, Any], strict: bool = True) -> ContentvecModel:
+        """``nn.Module.update``, computed at once unless a gradient or compile traces it."""
+        from mlx.utils import tree_flatten
+
+        ops.is_traced(*(array for _, array in tree_flatten(parameters)))
+        super().update(parameters, strict)
+        return self
+
     def _fuse_qkv(self) -> None:
         if not self._placeholders.left(self):
             fused = weights.fuse_qkv(self)
@@ -168,7 +204,7 @@ class ContentvecModel(Hubert):
         source: (batch, samples), 16 kHz mono, floating point, about -1 to 1. Models
             trained on normalised input (``config.normalize``) are given the waveform
             as it is: it is brought to zero mean and unit variance here.
-        spk_emb: (batch, speaker_dim), only for a model with ``encoder_layers_1 > 0``
+        spk_emb: (batch, speaker_dim), only read by a model with ``encoder_layers_1 > 0``
         padding_mask: (batch, samples), true where padded. This is the original's
             own treatment of batches: the group norm sees the padding, so a padded
             clip gets other features than it gets alone.
@@ -216,7 +252,7 @@ class ContentvecModel(Hubert):
         """What computes, the waveform it is given, and the conditions of its stages."""
         config = self.config
         waveform = inputs.check_waveform(source, config)
-        speaker = inputs.check_speaker(spk_emb, len(waveform), config)
+        speaker = inputs.check_speaker(spk_emb, waveform, config)
         walk = self.walk(waveform, speaker)
         if lengths is not None:
             if padding_mask is not None:

@@ -233,9 +233,12 @@ class TestSpeakerConditioning:
         with pytest.raises(ConfigError, match=r"\(1, 8\)"):
             model(VARIANTS["speaker"])(waveform()[None], spk_emb=mx.ones((1, 9)))
 
-    def test_a_plain_model_with_a_speaker_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="no speaker embedding"):
-            model()(waveform()[None], spk_emb=mx.ones((1, 8)))
+    def test_a_plain_model_ignores_a_speaker_with_a_warning(self) -> None:
+        expected = np.array(model()(waveform()[None])["x"])
+        with pytest.warns(UserWarning, match="spk_emb is ignored") as caught:
+            x = model()(waveform()[None], spk_emb=mx.ones((1, 8)))["x"]
+        np.testing.assert_array_equal(np.array(x), expected)
+        assert caught[0].filename == __file__
 
 
 class TestRefusedInput:
