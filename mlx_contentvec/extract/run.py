@@ -174,7 +174,7 @@ class Extraction:
     def run(
         self, jobs: Sequence[Job], progress: Callable[[Job, float], None] = lambda *_: None
     ) -> Summary:
-        """Make every output of ``jobs``; ``progress`` is called with a job and the part of it that is done.
+        """Make every output of ``jobs``; ``progress`` gets a job and the part of it done.
 
         A clip that cannot be used is noted in the summary and the rest goes on.
         Raises OutputError if outputs cannot be written.

@@ -80,7 +80,7 @@ def test_a_file_gives_fairseqs_features_of_what_it_holds(
     soundfile = pytest.importorskip("soundfile", reason="pip install 'mlx-contentvec[audio]'")
     from mlx_contentvec.audio import read_audio
     from mlx_contentvec.extract.manifest import Manifest
-    from mlx_contentvec.extract.run import Extraction, Settings, Job
+    from mlx_contentvec.extract.run import Extraction, Job, Settings
 
     fairseq_model, model = original
     stereo = np.stack([noise(44100 * 2, seed) for seed in range(2)], axis=1)
