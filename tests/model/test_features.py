@@ -81,14 +81,14 @@ def test_a_file_gives_fairseqs_features_of_what_it_holds(
     soundfile = pytest.importorskip("soundfile", reason="pip install 'mlx-contentvec[audio]'")
     from mlx_contentvec.audio import read_audio
     from mlx_contentvec.extract.manifest import Manifest
-    from mlx_contentvec.extract.run import Extraction, Settings, Work
+    from mlx_contentvec.extract.run import Extraction, Job, Settings
 
     fairseq_model, model = original
     stereo = np.stack([noise(44100 * 2, seed) for seed in range(2)], axis=1)
     soundfile.write(tmp_path / "a.flac", stereo, 44100)
     settings = Settings(weights="0" * 64, layer=9, project=True)
     extraction = Extraction(model, settings, Manifest(tmp_path))
-    extraction.run([Work(str(tmp_path / "a.flac"), "a.npy", 2.0)])
+    extraction.run([Job(str(tmp_path / "a.flac"), "a.npy", 2.0)])
     heard = read_audio(tmp_path / "a.flac").waveform
     expected = as_rvc_asks(torch, fairseq_model, heard, "v1")
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected, atol=5e-5, rtol=0)
