@@ -61,7 +61,7 @@ def streamed(
         for start, stop in _spans(len(x), plan.frames):
             piece, attended = _load(walk, x[start:stop]), _load(walk, y[start:stop])
             x[start:stop] = _store(walk, after_attention(piece, attended))
-    if not project:
+    if not project or walk.final_proj is None:
         return x
     projected = np.empty((len(x), config.final_dim or 0), np.float32)
     for start, stop in _spans(len(x), plan.frames):
@@ -81,7 +81,8 @@ def _load(walk: Walk, rows: Buffer) -> Any:
 
 def _store(walk: Walk, x: Any) -> Buffer:
     """(1, frames, width) as (frames, width) float32."""
-    return walk.to_numpy(x)[0]
+    rows: Buffer = walk.to_numpy(x)[0]
+    return rows
 
 
 def _front_end(walk: Walk, config: ModelConfig, waveform: Buffer, step: int) -> Buffer:

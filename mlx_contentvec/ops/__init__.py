@@ -17,6 +17,17 @@ from .blas import data_pointer
 from .cpu_hubert import CpuHubert
 from .mlx import MlxHubert
 
+__all__ = [
+    "PIPELINED_SAMPLES",
+    "CpuHubert",
+    "FusedQKV",
+    "MlxHubert",
+    "Preparation",
+    "Snapshot",
+    "is_traced",
+    "pipelined",
+]
+
 #: weight and bias of each layer's queries, keys and values as one matrix
 FusedQKV = Sequence[tuple[mx.array, mx.array]]
 #: samples of a batch above which a GPU computes its stages two at a time

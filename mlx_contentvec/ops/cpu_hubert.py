@@ -32,7 +32,8 @@ def to_numpy(weight: mx.array) -> Buffer:
     # another array of the same memory: the parameter may be changed in place
     held = weight[None]
     mx.eval(held)
-    return np.asarray(held)[0]
+    array: Buffer = np.asarray(held)[0]
+    return array
 
 
 def dequantized(layer: nn.QuantizedLinear) -> Buffer:
