@@ -6,30 +6,38 @@
       -> positional          a grouped convolution added to its input
       -> layers              transformer layers, whose outputs are the features
 
-Arrays are channels last throughout; parameter names are those of the converted
-file. ``ops.mlx`` says how an operation is carried out on Metal and CUDA; a CPU
-walks through the same parameters in numpy (``ops.cpu_hubert``).
+Arrays are channels last; parameter names are those of the converted file. ``ops.mlx``
+carries out the operations on Metal and CUDA, ``ops.cpu_hubert`` all of it on a CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from .backend import mx, nn
 from .config import EPS, ModelConfig
 from .ops import mlx as ops
 from .ops.cpu import Moments
 
-#: weight and bias of one layer's queries, keys and values, stored as one matrix
-FusedQKV = tuple[mx.array, mx.array]
-#: a stage of the forward pass: the output of the stage before it to its own
-Stage = Callable[[mx.array], mx.array]
+if TYPE_CHECKING:
+    from mlx.core import array as Array
+
+    # weight and bias of one layer's queries, keys and values, stored as one matrix
+    FusedQKV = tuple[Array, Array]
+    # a stage of the forward pass: the output of the stage before it to its own
+    Stage = Callable[[Array], Array]
 
 
-def placeholder(*shape: int) -> mx.array:
-    """A lazy array that only holds a parameter's shape until weights are loaded."""
-    return mx.zeros(shape)
+class Affine(nn.Module):
+    """A weight and perhaps a bias, lazy zeros until weights are loaded."""
+
+    def __init__(self, *shape: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = mx.zeros(shape)
+        if bias:
+            self.bias = mx.zeros(shape[:1])
 
 
 class Linear(nn.Linear):
@@ -37,26 +45,15 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         nn.Module.__init__(self)
-        self.weight = placeholder(outputs, inputs)
+        self.weight = mx.zeros((outputs, inputs))
         if bias:
-            self.bias = placeholder(outputs)
-
-
-class Conv(nn.Module):
-    """The kernel, and perhaps the bias, of a convolution."""
-
-    def __init__(self, channels_in: int, channels: int, kernel: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = placeholder(channels, kernel, channels_in)
-        if bias:
-            self.bias = placeholder(channels)
+            self.bias = mx.zeros(outputs)
 
 
 class ConvBlock(nn.Module):
     """One block of the feature extractor: convolution, norm where there is one, GELU.
 
-    The first block of base models normalises each channel over time, the blocks
-    of large models normalise each frame over its channels.
+    Base models normalise the first block over time, large ones every block over channels.
     Source: fairseq/models/wav2vec/wav2vec2.py, ``ConvFeatureExtractionModel``.
     """
 
@@ -64,34 +61,27 @@ class ConvBlock(nn.Module):
         super().__init__()
         channels, kernel, self.stride = config.conv_layers[index]
         channels_in = config.conv_layers[index - 1][0] if index else 1
-        self.conv = Conv(channels_in, channels, kernel, config.conv_bias)
+        self.conv = Affine(channels, kernel, channels_in, bias=config.conv_bias)
         self.group_norm = config.extractor_norm == "group" and index == 0
         if self.group_norm or config.extractor_norm == "layer":
             self.norm = nn.LayerNorm(channels, EPS)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Array) -> Array:
         """(batch, time, channels in) to (batch, time / stride, channels)."""
         y = ops.conv1d(x, self.conv.weight, self.conv.get("bias"), self.stride)
         return ops.gelu(self.norm(y) if "norm" in self else y)
 
     def from_waveform(
-        self,
-        waveform: mx.array,
-        lengths: mx.array | None,
-        moments: Sequence[Moments] | None,
-    ) -> mx.array:
-        """The first block: (batch, samples) to (batch, time / stride, channels).
-
-        lengths: (batch,) samples of each clip that a group norm counts
-        moments: of the longer clips of which ``waveform`` are pieces
-        """
+        self, waveform: Array, lengths: Array | None, moments: Sequence[Moments] | None
+    ) -> Array:
+        """The first block, of (batch, samples); the other arguments are those of ``stages``."""
         if not self.group_norm:
             return self(waveform[..., None])
+        weight, norm = self.conv.weight, self.norm
         y = ops.conv1d_group_norm_gelu(
-            waveform, self.conv.weight, self.norm.weight, self.norm.bias, self.stride,
-            lengths, moments,
-        )  # fmt: skip
-        return y.astype(ops.compute_dtype(self.conv.weight.dtype))
+            waveform, weight, norm.weight, norm.bias, self.stride, lengths, moments
+        )
+        return y.astype(ops.compute_dtype(weight.dtype))
 
 
 class FeatureExtractor(nn.Module):
@@ -102,16 +92,14 @@ class FeatureExtractor(nn.Module):
         self.conv_layers = [ConvBlock(config, i) for i in range(len(config.conv_layers))]
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Affine):
     """Batch norm by its running statistics, also while training."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight, self.bias = placeholder(width), placeholder(width)
-        self.running_mean, self.running_var = placeholder(width), placeholder(width)
+        super().__init__(width)
+        self.running_mean, self.running_var = mx.zeros(width), mx.zeros(width)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """(batch, frames, width) in and out."""
+    def __call__(self, x: Array) -> Array:
         scale = self.weight * (self.running_var + EPS) ** -0.5
         return (x - self.running_mean) * scale + self.bias
 
@@ -119,8 +107,8 @@ class BatchNorm(nn.Module):
 class ConditionalNorm(nn.Module):
     """A layer norm whose weight and bias are read off a speaker embedding.
 
-    It normalises over batch and channels jointly: the result for one clip
-    depends on the others in its batch. That is what the original computes.
+    It normalises over batch and channels jointly, as the original does: the result for
+    one clip depends on the others in its batch.
     Source: contentvec/modules/cond_layer_norm.py, ``CondLayerNorm``, which is
     given (frames, batch, channels) and normalises over ``size()[1:]``.
     """
@@ -130,7 +118,7 @@ class ConditionalNorm(nn.Module):
         self.weight_ln = Linear(speaker_dim, width, bias=False)
         self.bias_ln = Linear(speaker_dim, width, bias=False)
 
-    def __call__(self, x: mx.array, speaker: mx.array) -> mx.array:
+    def __call__(self, x: Array, speaker: Array) -> Array:
         """x: (batch, frames, width)    speaker: (batch, speaker_dim)."""
         exact = x.astype(mx.float32)
         centred = exact - exact.mean(axis=(0, 2), keepdims=True)
@@ -140,25 +128,19 @@ class ConditionalNorm(nn.Module):
         return normalised * scale + shift
 
 
-class PositionalConv(nn.Module):
-    """The grouped convolution that gives the encoder its sense of position.
-
-    The kernel is plain: the converter folds the weight norm into it.
-    """
+class PositionalConv(Affine):
+    """Grouped convolution, its weight norm folded by the converter, and GELU."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
         width = config.encoder_embed_dim
-        self.weight = placeholder(width, config.conv_pos, width // config.conv_pos_groups)
-        self.bias = placeholder(width)
+        super().__init__(width, config.conv_pos, width // config.conv_pos_groups)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """(batch, frames, width) in and out."""
+    def __call__(self, x: Array) -> Array:
         return ops.gelu(ops.grouped_conv1d(x, self.weight, self.bias))
 
 
 class SelfAttention(nn.Module):
-    """The projections of multi-head self-attention.
+    """Multi-head self-attention; the output projection is left to the layer.
 
     Source: fairseq/modules/multihead_attention.py, ``MultiheadAttention``.
     """
@@ -171,11 +153,8 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(width, width)
         self.out_proj = Linear(width, width)
 
-    def __call__(self, x: mx.array, mask: mx.array | None, qkv: FusedQKV | None) -> mx.array:
-        """Attention before its output projection.
-
-        x: (batch, frames, width)    mask: (batch, 1, 1, frames), true where valid
-        """
+    def __call__(self, x: Array, mask: Array | None, qkv: FusedQKV | None) -> Array:
+        """x: (batch, frames, width)    mask: (batch, 1, 1, frames), true where valid."""
         batch, frames, _ = x.shape
         if qkv is None:
             projected = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
@@ -198,30 +177,23 @@ class EncoderLayer(nn.Module):
         super().__init__()
         width = config.encoder_embed_dim
         self.norm_first, self.conditioned = config.layer_norm_first, conditioned
-
-        def norm() -> nn.Module:
-            return (
-                ConditionalNorm(width, config.speaker_dim)
-                if conditioned
-                else nn.LayerNorm(width, EPS)
-            )
-
+        norm = partial(nn.LayerNorm, width, EPS)
+        if conditioned:
+            norm = partial(ConditionalNorm, width, config.speaker_dim)
         self.self_attn = SelfAttention(config)
         self.self_attn_layer_norm = norm()
         self.fc1 = Linear(width, config.encoder_ffn_embed_dim)
         self.fc2 = Linear(config.encoder_ffn_embed_dim, width)
         self.final_layer_norm = norm()
 
-    def _norm(self, norm: nn.Module, x: mx.array, speaker: mx.array | None) -> mx.array:
+    def _norm(self, norm: nn.Module, x: Array, speaker: Array | None) -> Array:
         return norm(x, speaker) if self.conditioned else norm(x)
 
-    def before_attention(self, x: mx.array, speaker: mx.array | None = None) -> mx.array:
+    def before_attention(self, x: Array, speaker: Array | None = None) -> Array:
         """What queries, keys and values are projected from."""
         return self._norm(self.self_attn_layer_norm, x, speaker) if self.norm_first else x
 
-    def after_attention(
-        self, x: mx.array, attended: mx.array, speaker: mx.array | None = None
-    ) -> mx.array:
+    def after_attention(self, x: Array, attended: Array, speaker: Array | None = None) -> Array:
         """The rest of the layer, frame by frame: ``x`` is its input, (batch, frames, width)."""
         x = x + self.self_attn.out_proj(attended)
         if self.norm_first:
@@ -229,17 +201,16 @@ class EncoderLayer(nn.Module):
         x = self._norm(self.self_attn_layer_norm, x, speaker)
         return self._norm(self.final_layer_norm, x + self.feed_forward(x), speaker)
 
-    def feed_forward(self, x: mx.array) -> mx.array:
-        """(batch, frames, width) in and out."""
+    def feed_forward(self, x: Array) -> Array:
         return self.fc2(ops.gelu(self.fc1(x)))
 
     def __call__(
         self,
-        x: mx.array,
-        mask: mx.array | None = None,
-        speaker: mx.array | None = None,
+        x: Array,
+        mask: Array | None = None,
+        speaker: Array | None = None,
         qkv: FusedQKV | None = None,
-    ) -> mx.array:
+    ) -> Array:
         """x: (batch, frames, width)    speaker: (batch, speaker_dim), conditioned layers only."""
         attended = self.self_attn(self.before_attention(x, speaker), mask, qkv)
         return self.after_attention(x, attended, speaker)
@@ -248,8 +219,8 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Positional convolution and transformer layers.
 
-    Source: fairseq/models/wav2vec/wav2vec2.py, ``TransformerEncoder``. fairseq
-    pads the frames to a multiple of two; padded keys are masked, so nothing changes.
+    Source: fairseq/models/wav2vec/wav2vec2.py, ``TransformerEncoder``; its padding of the
+    frames to a multiple of two changes nothing, as padded keys are masked.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -268,10 +239,7 @@ class Encoder(nn.Module):
 
 
 class Hubert(nn.Module):
-    """A HuBERT of any size.
-
-    Source: fairseq/models/hubert/hubert.py, ``HubertModel``.
-    """
+    """A HuBERT of any size. Source: fairseq/models/hubert/hubert.py, ``HubertModel``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -287,9 +255,9 @@ class Hubert(nn.Module):
     def stages(
         self,
         *,
-        padding: mx.array | None = None,
-        lengths: mx.array | None = None,
-        speaker: mx.array | None = None,
+        padding: Array | None = None,
+        lengths: Array | None = None,
+        speaker: Array | None = None,
         moments: Sequence[Moments] | None = None,
         qkv: Sequence[FusedQKV] | None = None,
     ) -> Iterator[tuple[str, Stage]]:
@@ -312,19 +280,14 @@ class Hubert(nn.Module):
             fused = None if qkv is None else qkv[i]
             yield f"layer.{i + 1}", partial(layer, mask=mask, speaker=speaker, qkv=fused)
         if self.config.layer_norm_first:
-            if self.config.encoder_layers_1:
-                yield "final_norm", partial(self.encoder.cond_layer_norm, speaker=speaker)
-            else:
-                yield "final_norm", self.encoder.layer_norm
+            conditioned = self.encoder.get("cond_layer_norm")
+            plain = self.encoder.layer_norm
+            yield "final_norm", partial(conditioned, speaker=speaker) if conditioned else plain
         if "final_proj" in self:
             yield "final_proj", self.final_proj
 
-    def _positional(self, x: mx.array, padding: mx.array | None, exact: bool) -> mx.array:
-        """What the first layer is given: frames with position, normalised in base models.
-
-        exact: padding reaches the positional convolution as zeros even behind a
-            batch norm, as the end of a clip does; the original zeroes it before
-        """
+    def _positional(self, x: Array, padding: Array | None, exact: bool) -> Array:
+        """What the first layer is given; ``exact`` zeroes padding behind a batch norm too."""
         encoder = self.encoder
         keep = None if padding is None else ~padding[..., None]
         if keep is not None:

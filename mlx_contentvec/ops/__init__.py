@@ -76,6 +76,7 @@ class Snapshot:
     def __init__(self, *modules: nn.Module) -> None:
         #: (where it is held, under what, the array or module itself)
         self._slots: list[tuple[Any, Any, Any]] = []
+        self._roots = modules
         for module in modules:
             self._visit(module)
         self.arrays = [x for _, _, x in self._slots if isinstance(x, mx.array)]
@@ -95,10 +96,15 @@ class Snapshot:
                 self._slots.append((place, key, value))
                 self._visit(value)
 
-    def still_holds(self) -> bool:
-        """Whether no parameter or module was replaced, and none changed in place."""
-        if any(_held(place, key) is not value for place, key, value in self._slots):
-            return False
+    def still_holds(self, *modules: nn.Module) -> bool:
+        """Whether no parameter or module was replaced, and none changed in place.
+
+        modules: copies to look at in the place of the modules that this was taken of
+        """
+        copies = dict(zip(map(id, self._roots), modules, strict=False))
+        for place, key, value in self._slots:
+            if _held(copies.get(id(place), place), key) is not value:
+                return False
         return all(
             known is None or pointer(x) == known
             for x, known in zip(self.arrays, self._pointers, strict=True)
@@ -135,7 +141,7 @@ class Preparation:
         if is_traced(*inputs):
             return MlxHubert(model)
         prepared = self._cpu
-        if prepared is None or not prepared[0].still_holds():
+        if prepared is None or not prepared[0].still_holds(model):
             if is_traced(*parameters(model)):
                 return MlxHubert(model)
             prepared = self._cpu = Snapshot(model), CpuHubert(model)
