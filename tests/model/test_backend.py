@@ -130,3 +130,23 @@ def test_mlx_without_a_backend_is_one_line_that_says_which_to_add() -> None:
 
 def test_the_device_is_named() -> None:
     assert backend.device_kind() in ("cpu", "metal", "cuda")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "0"), ("0", "0"), ("1", "1")])
+def test_tf32_is_off_unless_the_user_turns_it_on(given: str | None, expected: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_ENABLE_TF32"}
+    if given is not None:
+        environment["MLX_ENABLE_TF32"] = given
+    code = (
+        "import os, mlx_contentvec; print(os.environ['MLX_ENABLE_TF32'])\n"
+        "from mlx_contentvec.backend import tf32_enabled; print(tf32_enabled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [expected, str(expected == "1")]
