@@ -312,7 +312,8 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
             if not container.streams.audio:
                 raise AudioError(
                     f"{where} has no sound",
-                    found=f"{len(container.streams)} streams, none of them audio",
+                    found=", ".join(sorted({str(s.type) for s in container.streams}))
+                    or "no streams",
                     hint="a video without an audio track; leave it out",
                 )
             frames = _frames(container, stated, where)
