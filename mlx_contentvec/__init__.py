@@ -10,15 +10,26 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .errors import ContentvecError
+    from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
     from .model import ContentvecModel
 
-__all__ = ["ContentvecError", "ContentvecModel", "ModelConfig", "__version__"]
+__all__ = [
+    "HF_REPO_ID",
+    "HF_WEIGHTS_FILE",
+    "ContentvecError",
+    "ContentvecModel",
+    "ModelConfig",
+    "__version__",
+]
 
 #: public name -> module, imported on first use so that converting never imports mlx
 _HOMES = {
     "ContentvecError": ".errors",
     "ContentvecModel": ".model",
     "ModelConfig": ".config",
+    # public names of the first release
+    "HF_REPO_ID": ".first_release",
+    "HF_WEIGHTS_FILE": ".first_release",
 }
 
 

@@ -4,7 +4,7 @@ Every module that needs MLX takes ``mx`` and ``nn`` from here. On Linux the
 ``mlx[cpu]`` wheel is linked against the reference BLAS, some 40 times slower
 than OpenBLAS at a matrix product. Symbols of libraries already loaded globally
 win over the wheel's own, so OpenBLAS is loaded before MLX where it is found.
-What is not traced does without MLX's products on a CPU (``mlx_contentvec.cpu``).
+What is not traced does without MLX's products on a CPU (``mlx_contentvec.ops.cpu``).
 """
 
 from __future__ import annotations

@@ -262,9 +262,15 @@ def test_a_video_without_sound_is_named_as_one(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n", "ffconcat version 1.0\nfile {}\n"],
+    [
+        "ffconcat version 1.0\nfile voice.wav\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nvoice.wav\n",
+    ],
 )
-def test_a_playlist_opens_no_other_file(folder: Path, text: str) -> None:
-    (folder / "list.wav").write_text(text.format(folder / "voice.wav"))
+def test_a_playlist_opens_no_other_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "list.wav").write_text(text)
     with pytest.raises(AudioError, match="is not audio that can be decoded"):
         read_audio(folder / "list.wav")
