@@ -60,6 +60,9 @@ GUESSED_BYTES_PER_SECOND = 16000
 MEMORY_FRACTION = 0.25
 #: a playlist or a script of FFmpeg's would have it open other files and addresses
 _DEMUXER_OPTIONS = {
+    # a 16-bit wav is searched for DTS: in two packets, which hold a few of
+    # its frames, not in 2,500 (1.4 ms a clip, not 23)
+    "max_probe_packets": "2",
     "protocol_whitelist": "none",
     "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,ogg,mov,matroska,asf,aac,ac3,eac3,amr,amrnb,"
     "amrwb,mpegts,mpeg,avi,flv,wv,tta,ape,voc,dts,loas",
@@ -223,6 +226,10 @@ def guess_seconds(path: str | Path) -> float:
     """
     path = Path(path)
     with contextlib.suppress(AudioError, OSError), open_regular(path, str(path)) as (file, size):
+        head = file.read(44)
+        if head[:4] == b"RIFF" and head[12:16] == b"fmt " and any(head[28:32]):
+            # thousands of short clips are a usual plan, and opening each takes longer
+            return (size - len(head)) / int.from_bytes(head[28:32], "little")
         with (
             contextlib.suppress(AudioError, OSError),
             _open_container(file, str(path)) as container,
@@ -312,7 +319,8 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
             if not container.streams.audio:
                 raise AudioError(
                     f"{where} has no sound",
-                    found=f"{len(container.streams)} streams, none of them audio",
+                    found=", ".join(sorted({str(s.type) for s in container.streams}))
+                    or "no streams",
                     hint="a video without an audio track; leave it out",
                 )
             frames = _frames(container, stated, where)
@@ -327,8 +335,8 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
 
 def _frames(
     container: Any, stated: tuple[int, str] | None, where: str
-) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """Decode all packets: (rate, (samples, channels) float32) for each frame.
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Decode all packets: (rate, (samples, channels)) for each frame.
 
     Raises AudioError where a packet cannot be decoded, or less was there than
     ``stated`` says or the container counts.
@@ -347,7 +355,7 @@ def _frames(
                 before, last = last, data
             for frame in _decoded(stream, packet, data):
                 samples += frame.samples
-                yield frame.sample_rate, _as_float(frame)
+                yield frame.sample_rate, _rows(frame)
     except av.error.FFmpegError as error:
         raise _cut_at(where, samples, stream, _reason(error)) from error
     if last and (whole := _FRAME_SIZES[stream.codec_context.codec.name](last, before)) > len(last):
@@ -378,19 +386,17 @@ def _decoded(stream: Any, packet: Any, data: bytes) -> Iterator[Any]:
             yield from stream.codec_context.decode(av.Packet(data[sync:]))
 
 
-def _as_float(frame: Any) -> npt.NDArray[np.float32]:
-    """A decoded frame as (samples, channels) float32, integers scaled to [-1, 1)."""
-    array = frame.to_ndarray()
-    channels = len(frame.layout.channels)
-    array = array.T if frame.format.is_planar else array.reshape(-1, channels)
-    return _scaled(array)
+def _rows(frame: Any) -> npt.NDArray[Any]:
+    """A decoded frame as (samples, channels), in the type that it was decoded to."""
+    array: npt.NDArray[Any] = frame.to_ndarray()
+    return array.T if frame.format.is_planar else array.reshape(-1, len(frame.layout.channels))
 
 
 def _blocks(
-    frames: Iterable[tuple[int, npt.NDArray[np.float32]]], rate: int, where: str
+    frames: Iterable[tuple[int, npt.NDArray[Any]]], rate: int, where: str
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """Frames put together to about :data:`BLOCK` samples; all must have one rate."""
-    waiting: list[npt.NDArray[np.float32]] = []
+    """Frames put together to about :data:`BLOCK` samples of float32; all must have one rate."""
+    waiting: list[npt.NDArray[Any]] = []
     count = passed = 0
     for frame_rate, samples in frames:
         if frame_rate != rate:
@@ -400,14 +406,15 @@ def _blocks(
                 expected=f"{rate} Hz to the end, as it begins",
                 hint="rewrite it at one rate: ffmpeg -i FILE -ar 44100 NEW.wav",
             )
-        if waiting and (count >= BLOCK or samples.shape[1] != waiting[0].shape[1]):
-            yield np.concatenate(waiting)
+        form = samples.shape[1], samples.dtype
+        if waiting and (count >= BLOCK or form != (waiting[0].shape[1], waiting[0].dtype)):
+            yield _scaled(np.concatenate(waiting))
             passed += count
             waiting, count = [], 0
         waiting.append(samples)
         count += len(samples)
     if waiting:
-        yield np.concatenate(waiting)
+        yield _scaled(np.concatenate(waiting))
 
 
 def _cut_at(where: str, samples: int, stream: Any, reason: str) -> AudioError:
@@ -467,13 +474,17 @@ def _require_rate(rate: Any, where: str) -> None:
 
 def _scaled(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Samples as float32: integers by the range of their type, unsigned ones about its middle."""
-    with np.errstate(over="ignore"):
-        if array.dtype.kind == "u":
-            middle = float(np.iinfo(array.dtype).max // 2 + 1)
-            array = (array - middle) / middle
-        elif array.dtype.kind == "i":
-            array = array / (np.iinfo(array.dtype).max + 1.0)
-        return np.ascontiguousarray(array, np.float32)
+    scaled: npt.NDArray[np.float32]
+    if array.dtype.kind == "u":
+        middle = float(np.iinfo(array.dtype).max // 2 + 1)
+        scaled = ((array - middle) / middle).astype(np.float32)
+    elif array.dtype.kind == "i":
+        # by a power of two: nothing is rounded but the conversion
+        scaled = array.astype(np.float32) * np.float32(1 / (np.iinfo(array.dtype).max + 1.0))
+    else:
+        with np.errstate(over="ignore"):
+            scaled = np.ascontiguousarray(array, np.float32)
+    return np.ascontiguousarray(scaled)
 
 
 def _checked_mono(blocks: Iterable[npt.NDArray[np.float32]], where: str) -> Iterator[Waveform]:

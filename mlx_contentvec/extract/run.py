@@ -9,6 +9,7 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+import errno
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, read_audio
-from ..errors import AudioError, ContentvecError, OutputError, name_list
-from .manifest import Manifest, State, identity, publish, write_atomically
+from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
+from ..errors import AudioError, ContentvecError, OutputError, name_list, printable
+from .manifest import Manifest, Record, State, identity, publish, write_atomically
 from .sharding import Ranks, shares
 from .sources import Source
 from .windows import Seams
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16")
 #: seconds of audio that may be decoded ahead of the model
 DECODED_AHEAD = 120.0
+#: why a file system refuses one name and would take another
+_NAME_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL})
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class Job:
     output: str
     #: of audio, as the header says
     seconds: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A clip, and what its file was known by when it was decoded."""
+
+    clip: Clip
+    source: Record
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ def plan_jobs(
             finished += 1
             continue
         if status.state is State.TAKEN and not force:
-            taken.append(f"{output}: {status.reason}")
+            taken.append(printable(f"{output}: {status.reason}"))
         pending.append(Job(str(source.path), output, guess_seconds(source.path)))
     if taken:
         raise OutputError(
@@ -170,6 +181,8 @@ class Extraction:
         self.max_memory = max_memory
         self.batch_seconds = batch_seconds
         self.summary = Summary()
+        #: what has been written: the job, the bytes and the seconds of audio
+        self._written: list[tuple[Job, int, float]] = []
 
     def run(
         self, jobs: Sequence[Job], progress: Callable[[Job, float], None] = lambda *_: None
@@ -181,14 +194,15 @@ class Extraction:
         """
         start = time.perf_counter()
         for batch in self._decoded(self._batches(jobs)):
-            good = [(job, clip) for job, clip in batch if isinstance(clip, Clip)]
-            for job, clip in batch:
-                if not isinstance(clip, Clip):
-                    self._fail(job, clip)
-            for job, clip, features in self._computed(good, progress):
-                self._keep(job, clip, features)
+            good = [(job, result) for job, result in batch if isinstance(result, Decoded)]
+            for job, result in batch:
+                if not isinstance(result, Decoded):
+                    self._fail(job, result)
+            for job, decoded, features in self._computed(good, progress):
+                self._keep(job, decoded, features)
             for job, _ in batch:
                 progress(job, 1.0)
+        self._require_outputs()
         self.summary.wall_seconds = time.perf_counter() - start
         return self.summary
 
@@ -205,9 +219,9 @@ class Extraction:
 
     def _decoded(
         self, batched: Iterable[list[Job]]
-    ) -> Iterator[list[tuple[Job, Clip | ContentvecError]]]:
+    ) -> Iterator[list[tuple[Job, Decoded | ContentvecError]]]:
         """Batches with their clips or what is wrong with them, decoded while others compute."""
-        waiting: list[tuple[list[Job], list[Future[Clip | ContentvecError]]]] = []
+        waiting: list[tuple[list[Job], list[Future[Decoded | ContentvecError]]]] = []
         with ThreadPoolExecutor(1, thread_name_prefix="decode") as decoder:
             try:
                 for batch in batched:
@@ -221,25 +235,36 @@ class Extraction:
             finally:
                 decoder.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, job: Job) -> Clip | ContentvecError:
+    def _read(self, job: Job) -> Decoded | ContentvecError:
         config = self.model.config
+        path = Path(job.source)
         try:
-            return read_audio(
-                job.source, sample_rate=config.sample_rate, min_samples=config.receptive_field
+            # before anything waits for a pipe
+            with open_regular(path, printable(job.source)):
+                source = identity(path)
+            clip = read_audio(
+                path,
+                sample_rate=config.sample_rate,
+                min_samples=config.receptive_field,
+                max_memory=self.max_memory,
             )
+            return Decoded(clip, source)
         except ContentvecError as error:
             return error
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
-            return AudioError(f"{job.source} cannot be decoded: {type(error).__name__}: {error}")
+            return AudioError(
+                f"{printable(job.source)} cannot be decoded: {type(error).__name__}: {error}"
+            )
 
     def _computed(
-        self, clips: Sequence[tuple[Job, Clip]], progress: Callable[[Job, float], None]
-    ) -> Iterator[tuple[Job, Clip, Features]]:
+        self, clips: Sequence[tuple[Job, Decoded]], progress: Callable[[Job, float], None]
+    ) -> Iterator[tuple[Job, Decoded, Features]]:
         if not clips:
             return
         try:
             results = self._features(
-                [clip.waveform for _, clip in clips], lambda part: progress(clips[0][0], part)
+                [decoded.clip.waveform for _, decoded in clips],
+                lambda part: progress(clips[0][0], part),
             )
         except (ContentvecError, RuntimeError, MemoryError) as error:
             if len(clips) == 1:
@@ -248,8 +273,8 @@ class Extraction:
                 for one in clips:
                     yield from self._computed([one], progress)
             return
-        for (job, clip), features in zip(clips, results, strict=True):
-            yield job, clip, features
+        for (job, decoded), features in zip(clips, results, strict=True):
+            yield job, decoded, features
 
     def _features(
         self, waveforms: list[Waveform], progress: Callable[[float], None]
@@ -279,18 +304,25 @@ class Extraction:
             self.summary.note_seams(seams)
         return results
 
-    def _keep(self, job: Job, clip: Clip, features: Features) -> None:
+    def _keep(self, job: Job, decoded: Decoded, features: Features) -> None:
+        clip = decoded.clip
         with np.errstate(over="ignore"):
             features = features.astype(self.settings.dtype, copy=False)
         if not np.isfinite(features).all():
             self._fail(job, AudioError("its features are not finite numbers"))
             return
         path = self.manifest.folder / job.output
-        written = write_atomically(path, npy_parts(features))
+        try:
+            written = write_atomically(path, npy_parts(features))
+        except OutputError as error:
+            if getattr(error.__cause__, "errno", None) not in _NAME_ERRORS:
+                raise
+            self._fail(job, error)
+            return
         self.manifest.add(
             {
                 "output": job.output,
-                "source": identity(Path(job.source)),
+                "source": decoded.source,
                 "settings": asdict(self.settings),
                 "frames": features.shape[0],
                 "width": features.shape[1],
@@ -303,19 +335,29 @@ class Extraction:
             }
         )
         publish(path)
+        self._written.append((job, written["bytes"], clip.seconds))
         self.summary.extracted += 1
         self.summary.audio_seconds += clip.seconds
+
+    def _require_outputs(self) -> None:
+        """Count as failed what was written and is not there any more."""
+        for job, size, seconds in self._written:
+            path = self.manifest.folder / job.output
+            if not path.is_file() or path.stat().st_size != size:
+                self.summary.extracted -= 1
+                self.summary.audio_seconds -= seconds
+                self._fail(job, OutputError(f"its output {printable(str(path))} has disappeared"))
 
     def _fail(self, job: Job, error: Exception) -> None:
         reason = error.problem if isinstance(error, ContentvecError) else str(error)
         found = getattr(error, "found", None)
-        reason = reason.removeprefix(f"{job.source} ")
+        reason = printable(reason.removeprefix(f"{printable(job.source)} "))
         self.summary.failed.append(Failure(job.source, f"{reason} ({found})" if found else reason))
 
 
 def _results(
-    waiting: tuple[list[Job], list[Future[Clip | ContentvecError]]],
-) -> list[tuple[Job, Clip | ContentvecError]]:
+    waiting: tuple[list[Job], list[Future[Decoded | ContentvecError]]],
+) -> list[tuple[Job, Decoded | ContentvecError]]:
     return [(job, future.result()) for job, future in zip(*waiting, strict=True)]
 
 

@@ -252,6 +252,16 @@ def test_samples_are_those_that_ffmpeg_decodes(folder: Path, name: str) -> None:
     np.testing.assert_array_equal(read_audio(path, sample_rate=44100).waveform, expected)
 
 
+def test_dts_in_a_wav_that_says_pcm_is_not_noise(folder: Path) -> None:
+    dts = ffmpeg("-i", f"{folder / 'voice.wav'}", "-ar", "48000", "-ac", "2", "-strict", "-2",
+                 "-c:a", "dca", "-b:a", "1411200", "-f", "dts", "pipe:1")  # fmt: skip
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(dts), b"WAVE", b"fmt ", 16,
+                         1, 2, 48000, 192000, 4, 16, b"data", len(dts))  # fmt: skip
+    (folder / "dts.wav").write_bytes(header + dts)
+    assert read_count(folder / "dts.wav") == counted(folder / "dts.wav")
+    assert np.abs(read_audio(folder / "dts.wav").waveform[8000:]).max() < 0.5
+
+
 def test_a_video_without_sound_is_named_as_one(folder: Path) -> None:
     ffmpeg("-f", "lavfi", "-i", "color=size=32x32:duration=0.2", "-c:v", "mpeg4",
            f"{folder / 'silent.mp4'}")  # fmt: skip
@@ -262,9 +272,15 @@ def test_a_video_without_sound_is_named_as_one(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n", "ffconcat version 1.0\nfile {}\n"],
+    [
+        "ffconcat version 1.0\nfile voice.wav\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nvoice.wav\n",
+    ],
 )
-def test_a_playlist_opens_no_other_file(folder: Path, text: str) -> None:
-    (folder / "list.wav").write_text(text.format(folder / "voice.wav"))
+def test_a_playlist_opens_no_other_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "list.wav").write_text(text)
     with pytest.raises(AudioError, match="is not audio that can be decoded"):
         read_audio(folder / "list.wav")
