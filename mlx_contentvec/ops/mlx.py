@@ -6,6 +6,7 @@ Each form stands with the figure that earned it. A CPU uses these only for what
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,12 @@ from ..backend import device_kind, mx, nn
 from ..config import EPS
 from . import cpu
 
+#: whether long float32 sums are taken in parts on a GPU
+SHORT_SUMS = os.environ.get("MLX_CONTENTVEC_SUMS", "short") != "plain"
+#: products that are summed in a row in a convolution on a GPU
+CONV_K_BLOCK = int(os.environ.get("XK","128"))
+#: samples or windows that are summed in a row over time on a GPU
+SUM_BLOCK = 128
 #: taps of the positional convolution in one product on CUDA
 TAPS_PER_GEMM = 32
 
@@ -83,14 +90,28 @@ def conv1d(x: mx.array, weight: mx.array, bias: mx.array | None, stride: int) ->
     x: (batch, time, in)    weight: (out, kernel, in)    bias: (out,) or None
     returns: (batch, (time - kernel) // stride + 1, out)
     """
-    if device_kind() == "cuda" and x.dtype == mx.float32:
-        # 0.62 ms instead of cuDNN's 0.70 for the second convolution of 10 s (H100, no TF32);
-        # in half precision cuDNN takes 0.07 and this 0.11
-        out, kernel, _ = weight.shape
-        y = windows(x, kernel, stride) @ weight.transpose(1, 2, 0).reshape(-1, out)
-    else:
+    out, kernel, channels = weight.shape
+    if device_kind() == "cpu" or x.dtype != mx.float32:
+        # in half precision cuDNN takes 0.07 ms for the second convolution of 10 s, a
+        # product of windows 0.11 (H100)
         y = mx.conv1d(x, weight, stride)
+    else:
+        matrix = weight.transpose(1, 2, 0).reshape(-1, out)
+        y = _sum_of_products(windows(x, kernel, stride), matrix, CONV_K_BLOCK)
     return y if bias is None else y + bias
+
+
+def _sum_of_products(x: mx.array, matrix: mx.array, k_block: int) -> mx.array:
+    """``x @ matrix`` with sums of ``k_block`` products, added to each other.
+
+    x: (batch, rows, inputs), its rows contiguous    matrix: (inputs, outputs)
+    """
+    batch, rows, inputs = x.shape
+    if not SHORT_SUMS or inputs % k_block or inputs == k_block:
+        return x @ matrix
+    parts = inputs // k_block
+    by_part = x.reshape(batch, rows, parts, k_block).swapaxes(1, 2)
+    return (by_part @ matrix.reshape(parts, k_block, -1)).sum(axis=1)
 
 
 def conv1d_group_norm_gelu(
@@ -143,16 +164,27 @@ def _channel_statistics(
         waveform = mx.where(mx.arange(samples)[None] < lengths[:, None], waveform, 0.0)
         valid_samples = lengths[:, None]
         valid_windows = ((lengths - kernel) // stride + 1)[:, None]
-    offset = waveform.sum(axis=1, keepdims=True) / valid_samples
+    offset = _sum_over_time(waveform)[:, None] / valid_samples
     rows = windows((waveform - offset)[..., None], kernel, stride)
     if lengths is not None:
         counted = mx.arange(rows.shape[1])[None, :, None] < valid_windows[..., None]
         rows = mx.where(counted, rows, 0.0)
-    row_mean = rows.sum(axis=1) / valid_windows
+    row_mean = _sum_over_time(rows) / valid_windows
     channels = (rows - row_mean[:, None]) @ weight.T
     if lengths is not None:
         channels = mx.where(counted, channels, 0.0)
-    return offset, row_mean @ weight.T, (channels * channels).sum(axis=1) / valid_windows
+    return offset, row_mean @ weight.T, _sum_over_time(channels * channels) / valid_windows
+
+
+def _sum_over_time(x: mx.array) -> mx.array:
+    """The sum over axis 1, in short sums of short sums: a clip has millions of samples."""
+    while SHORT_SUMS and x.shape[1] > SUM_BLOCK:
+        count = x.shape[1] - x.shape[1] % SUM_BLOCK
+        blocks = x[:, :count].reshape(len(x), -1, SUM_BLOCK, *x.shape[2:]).sum(axis=2)
+        if count < x.shape[1]:
+            blocks = mx.concatenate([blocks, x[:, count:].sum(axis=1, keepdims=True)], axis=1)
+        x = blocks
+    return x.sum(axis=1)
 
 
 def grouped_conv1d(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
