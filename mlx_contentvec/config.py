@@ -14,6 +14,8 @@ from .errors import ConfigError
 
 #: the layer whose output RVC v1 projects
 V1_LAYER = 9
+#: epsilon of every normalisation in fairseq (torch.nn's default)
+EPS = 1e-5
 
 BASE_CONV_LAYERS = ((512, 10, 5), *(((512, 3, 2),) * 4), *(((512, 2, 2),) * 2))
 

@@ -18,17 +18,14 @@ from .manifest import Manifest, locked
 from .run import (
     DTYPES,
     Extraction,
+    Job,
     Settings,
-    Source,
     Summary,
-    Work,
-    find_sources,
-    name_outputs,
-    name_rvc_outputs,
-    plan_work,
-    shared_out,
+    plan_jobs,
+    share_of_rank,
 )
 from .sharding import Ranks
+from .sources import Source, find_sources, name_outputs, name_rvc_outputs
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", re.IGNORECASE)
@@ -142,7 +139,7 @@ def _run(
             overlap=None if window is None else overlap,
         )
         manifest = Manifest(folder, ranks.rank)
-        pending: list[Work] = []
+        pending: list[Job] = []
         outputs: list[str] = []
         finished = 0
         if ranks.rank == 0:
@@ -151,7 +148,7 @@ def _run(
             if options["safetensors"]:
                 outputs = [part_of(output) for output in outputs]
                 check_packs(outputs, manifest, asdict(settings), options["force"])
-            pending, finished = plan_work(
+            pending, finished = plan_jobs(
                 sources, outputs, manifest, settings, force=options["force"]
             )
         batch_seconds = options["batch_seconds"]
@@ -162,7 +159,7 @@ def _run(
             max_memory=options["max_memory"],
             batch_seconds=BATCH_SECONDS[device_kind()] if batch_seconds is None else batch_seconds,
         )
-        share = shared_out(pending, ranks)
+        share = share_of_rank(pending, ranks)
         try:
             with _progress(share, ranks) as advance:
                 extraction.run(share, advance)
@@ -195,10 +192,10 @@ def _outputs(sources: list[Source], width: int, options: dict[str, Any]) -> list
 
 
 @contextlib.contextmanager
-def _progress(share: list[Work], ranks: Ranks) -> Iterator[Callable[[Work, float], None]]:
+def _progress(share: list[Job], ranks: Ranks) -> Iterator[Callable[[Job, float], None]]:
     """A bar on stderr with the rate and the time left; the first rank's own share."""
     if ranks.rank or not share or not sys.stderr.isatty():
-        yield lambda item, fraction: None
+        yield lambda job, fraction: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -218,13 +215,13 @@ def _progress(share: list[Work], ranks: Ranks) -> Iterator[Callable[[Work, float
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         # a clip of unknown length counts a little, so that the end is reached
-        lengths = {item.output: max(item.seconds, 0.01) for item in share}
+        lengths = {job.output: max(job.seconds, 0.01) for job in share}
         total = sum(lengths.values())
         task = progress.add_task("", total=total, clips=f"0/{len(share)}", rate="")
         done: dict[str, float] = {}
 
-        def advance(item: Work, fraction: float) -> None:
-            done[item.output] = fraction
+        def advance(job: Job, fraction: float) -> None:
+            done[job.output] = fraction
             completed = sum(lengths[output] * part for output, part in done.items())
             elapsed = progress.tasks[task].elapsed or 0.0
             finished = sum(part == 1.0 for part in done.values())

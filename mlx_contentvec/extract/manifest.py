@@ -35,7 +35,7 @@ class State(Enum):
 
 
 @dataclass(frozen=True)
-class Standing:
+class OutputStatus:
     """The state of an output and, where it is taken, by what."""
 
     state: State
@@ -79,25 +79,25 @@ class Manifest:
             self._packed[output] = next(whole, {}).get("clips", {})
         return self._packed[output]
 
-    def standing(self, output: str, source: Path, settings: Record) -> Standing:
+    def status(self, output: str, source: Path, settings: Record) -> OutputStatus:
         """Whether ``output`` has to be made from ``source`` with ``settings``."""
         path = self.folder / output
         if not path.exists():
             record = self.packed(self._pack_of.get(output, "")).get(output)
             made = record is not None and _is_of(record, source, settings)
-            return Standing(State.FINISHED if made else State.PENDING)
+            return OutputStatus(State.FINISHED if made else State.PENDING)
         records = self.records(output)
         if not records:
-            return Standing(State.TAKEN, "it was there before and is not in the manifest")
+            return OutputStatus(State.TAKEN, "it was there before and is not in the manifest")
         for record in records:
             if _is_of(record, source, settings) and holds(path, record):
-                return Standing(State.FINISHED)
+                return OutputStatus(State.FINISHED)
         latest = records[-1]
         if latest["source"]["path"] != str(source):
-            return Standing(State.TAKEN, f"it was made from {latest['source']['path']}")
+            return OutputStatus(State.TAKEN, f"it was made from {latest['source']['path']}")
         if latest["settings"] != settings:
-            return Standing(State.TAKEN, f"it was made with {_difference(latest, settings)}")
-        return Standing(State.PENDING)
+            return OutputStatus(State.TAKEN, f"it was made with {_difference(latest, settings)}")
+        return OutputStatus(State.PENDING)
 
     def add(self, record: Record) -> None:
         """Put a record on the disk: when this returns, a power cut does not lose it.

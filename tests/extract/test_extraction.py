@@ -16,17 +16,9 @@ from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, ConfigError, OutputError
 from mlx_contentvec.extract.manifest import Manifest, locked, publish, write_atomically
 from mlx_contentvec.extract.packing import FILE, check_packs, pack, part_of
-from mlx_contentvec.extract.run import (
-    Extraction,
-    Settings,
-    Source,
-    Summary,
-    find_sources,
-    name_outputs,
-    name_rvc_outputs,
-    plan_work,
-)
+from mlx_contentvec.extract.run import Extraction, Settings, Summary, plan_jobs
 from mlx_contentvec.extract.sharding import Ranks, shares
+from mlx_contentvec.extract.sources import Source, find_sources, name_outputs, name_rvc_outputs
 from mlx_contentvec.extract.windows import cut_windows, windowed
 from mlx_contentvec.features import FeatureKind
 from mlx_contentvec.model import ContentvecModel
@@ -49,7 +41,7 @@ def write_clip(path: Path, samples: int = 8000, seed: int = 0) -> Path:
     return path
 
 
-def heard(path: Path) -> np.ndarray:
+def samples_of(path: Path) -> np.ndarray:
     samples: np.ndarray = soundfile.read(path, dtype="float32")[0]
     return samples
 
@@ -67,7 +59,7 @@ def run(
     manifest = Manifest(folder)
     sources = find_sources(paths)
     folder.mkdir(exist_ok=True)
-    pending, finished = plan_work(sources, name_outputs(sources), manifest, settings, force=force)
+    pending, finished = plan_jobs(sources, name_outputs(sources), manifest, settings, force=force)
     return Extraction(model, settings, manifest, **options).run(pending), finished
 
 
@@ -162,7 +154,9 @@ def test_features_are_written_one_row_a_frame(model: ContentvecModel, tmp_path: 
     summary, _ = run(model, tmp_path / "out", [tmp_path / "in"])
     features = np.load(tmp_path / "out/a/x.npy", allow_pickle=False)
     assert features.dtype == np.float32
-    np.testing.assert_allclose(features, in_one_go(model, heard(clip), output_layer=3), atol=2e-5)
+    np.testing.assert_allclose(
+        features, in_one_go(model, samples_of(clip), output_layer=3), atol=2e-5
+    )
     assert (summary.extracted, summary.failed, summary.audio_seconds) == (1, [], 0.5)
 
 
@@ -209,7 +203,7 @@ def test_a_changed_source_is_done_again(model: ContentvecModel, tmp_path: Path) 
     write_clip(clip, seed=1)
     summary, _ = run(model, tmp_path / "out", [clip])
     assert summary.extracted == 1
-    expected = in_one_go(model, heard(clip), output_layer=3)
+    expected = in_one_go(model, samples_of(clip), output_layer=3)
     np.testing.assert_allclose(np.load(tmp_path / "out/x.npy"), expected, atol=2e-5)
 
 
@@ -309,7 +303,7 @@ def test_a_clip_that_spoils_its_batch_is_found(
 
     monkeypatch.setattr(extraction, "_features", refusing)
     sources = find_sources([tmp_path / "in"])
-    pending, _ = plan_work(sources, name_outputs(sources), extraction.manifest, SETTINGS)
+    pending, _ = plan_jobs(sources, name_outputs(sources), extraction.manifest, SETTINGS)
     summary = extraction.run(pending)
     assert summary.extracted == 2
     assert [Path(failure.source).name for failure in summary.failed] == ["1.wav"]
@@ -388,7 +382,7 @@ def packed_run(
     parts = [part_of(output) for output in name_outputs(sources)]
     wanted = dataclasses.asdict(settings)
     check_packs(parts, manifest, wanted, force=False)
-    pending, finished = plan_work(sources, parts, manifest, settings)
+    pending, finished = plan_jobs(sources, parts, manifest, settings)
     summary = Extraction(model, settings, manifest).run(pending)
     pack(parts, manifest, wanted)
     return summary, finished
@@ -425,7 +419,7 @@ def test_a_run_stopped_before_packing_goes_on(model: ContentvecModel, tmp_path: 
     sources = find_sources([tmp_path / "in"])
     parts = [part_of(output) for output in name_outputs(sources)]
     manifest = Manifest(out)
-    pending, _ = plan_work(sources, parts, manifest, SETTINGS)
+    pending, _ = plan_jobs(sources, parts, manifest, SETTINGS)
     Extraction(model, SETTINGS, manifest).run(pending[:1])
     assert not (out / FILE).exists()
     summary, finished = packed_run(model, out, [tmp_path / "in"])

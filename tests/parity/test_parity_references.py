@@ -121,7 +121,7 @@ def test_the_name_table_covers_every_parameter_of_the_model(preset: str) -> None
 def test_a_stage_reads_the_parameters_that_the_table_gives_it_and_no_others(kind: str) -> None:
     config = CONFIGS[kind]
     whole, weights = random_model(config), random_weights(config)
-    outputs_of = whole.stages(speech_like(2400, 3)[None])
+    outputs_of = whole.stage_outputs(speech_like(2400, 3)[None])
     assert list(outputs_of) == list(stage_names(config))
     for stage in stage_names(config)[1:]:
         own = stage_parameters(config, stage)
