@@ -80,8 +80,8 @@ def test_the_wheel_installed_elsewhere_runs_from_there(wheel: Path, tmp_path: Pa
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
     run(*pip, "--target", target, wheel, cwd=tmp_path)
     program = (
-        "import mlx_contentvec, contentvec_convert, contentvec_parity.standin.write\n"
-        "contentvec_parity.standin.write.checkpoint_config('base')\n"
+        "import mlx_contentvec, contentvec_convert, contentvec_parity.standin.weights\n"
+        "contentvec_parity.standin.weights.checkpoint_config('base')\n"
         "print(mlx_contentvec.__file__, contentvec_convert.__file__, contentvec_parity.__file__)"
     )
     where = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(target))
