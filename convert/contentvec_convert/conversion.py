@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mlx_contentvec import __version__
 from mlx_contentvec.errors import CheckpointError, ConfigError, MappingError, OutputError
+from mlx_contentvec.files import Draft, check_target
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .identity import (
@@ -29,7 +30,7 @@ from .rules import Plan
 from .sources import plan_for
 from .sources.shapes import Unstated
 from .transfer import Part, Progress, parts_of, read_back, write_tensors
-from .writer import Draft, check_target, header, lay_out, publish
+from .writer import header, lay_out, publish
 
 #: files of a Hugging Face folder that shape the result without holding tensors
 _BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json")
@@ -262,17 +263,19 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
             expected="a name that ends in .safetensors",
         )
     _check_not_source(output, (source,))
-    check_target(output, force=force)
-    check_target(ledger_path(output), force=True)
+    for path in (output, ledger_path(output)):
+        check_target(path, force=force)
 
 
 def _check_not_source(output: Path, files: Iterable[Path]) -> None:
+    """Neither the output nor its ledger may replace a file that the conversion reads."""
     for file in files:
-        with contextlib.suppress(OSError):
-            if output.samefile(file):
-                raise OutputError(
-                    f"{output} is the source itself", hint="name another file with -o"
-                )
+        for path in (output, ledger_path(output)):
+            with contextlib.suppress(OSError, ValueError):
+                if path.samefile(file):
+                    raise OutputError(
+                        f"{path} is the source itself", hint="name another file with -o"
+                    )
 
 
 def _verify(checkpoint: Checkpoint, expectation: Expectation) -> None:

@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from mlx_contentvec.config import parameter_shapes
 from mlx_contentvec.errors import CorruptCheckpoint, MappingError, OutputError
+from mlx_contentvec.files import Draft
 
 from .checkpoint import StoredTensor
 from .precision import Precision, all_finite, quantize, widen
 from .rules import TRANSFORMS, Plan, Rule, Shape
-from .writer import Draft, Entry, Layout
+from .writer import Entry, Layout
 
 Array = npt.NDArray[Any]
 

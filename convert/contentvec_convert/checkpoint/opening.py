@@ -8,12 +8,13 @@ from types import TracebackType
 from typing import Any
 
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, name_list
+from mlx_contentvec.files import is_folder
 
 from . import limits
 from .folder import WEIGHT_FILES, folder_config, folder_weights
 from .foreign import HEAD_BYTES, Foreign, foreign_archive, foreign_bytes, foreign_value
 from .safetensors_file import looks_like_safetensors, read_safetensors
-from .source_file import DOWNLOAD_AGAIN, SourceFile, is_folder
+from .source_file import DOWNLOAD_AGAIN, SourceFile
 from .state_dict import Contents, contents
 from .tensors import StoredTensor, brief
 from .torch_file import looks_like_torch_legacy, read_torch_legacy, read_torch_zip
