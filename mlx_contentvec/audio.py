@@ -1,31 +1,34 @@
 """Audio files and arrays become what the models hear: 16 kHz, mono, float32.
 
-Files are decoded block by block by libsndfile (wav, flac, mp3, ogg, opus, aiff
-and more) or, where libsndfile does not know the format (m4a, aac, wma), by an
-``ffmpeg`` found on the PATH. Channels are averaged, then the rate is changed by
-soxr at its highest quality. Integer samples are scaled to [-1, 1); nothing else
-is done to the level. That is RVC's own path (infer/modules/train/
-extract_feature_print.py, ``readwave``: soundfile, then the mean over channels),
-which expects 16 kHz files; the resampler is this project's choice.
+Files are decoded block by block by FFmpeg's libraries, which PyAV's packages
+bring along. All of a file's audio is used, or the file is refused: its length is
+what was decoded, never what a header estimates, and what a container states for
+certain (:mod:`.containers`) must be there. Channels are averaged, then the rate
+is changed by soxr at its highest quality. Integer samples are scaled to [-1, 1);
+nothing else is done to the level. That is what RVC does (infer/modules/train/
+extract_feature_print.py, ``readwave``: soundfile, then the mean over channels)
+with the 16 kHz files it expects; the resampler is this project's choice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
+import numbers
+import os
 import re
-import shutil
-import struct
-import subprocess
-import tempfile
+import stat
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AudioError, MissingDependency
+from .containers import require_whole, stated_samples
+from .errors import AudioError, MissingDependency, printable
 
 Waveform = npt.NDArray[np.float32]
 
@@ -44,15 +47,40 @@ AUDIO_SUFFIXES = frozenset(
 )
 #: a float waveform beyond this is not one in [-1, 1]: int16 samples, most likely
 LOUDEST_PEAK = 100.0
-#: frames per decoded block: 64 Ki frames, about a second and a half at 44.1 kHz
+#: what a sample rate may be: no less than a quarter of telephony's, so that a few
+#: bytes cannot become hours
+RATES = (1000.0, 10_000_000.0)
+#: samples per decoded block: about a second and a half at 44.1 kHz
 BLOCK = 1 << 16
-#: compressed bytes per second taken for a file whose header libsndfile cannot read
+#: bytes that are read from a file at a time
+READ_SIZE = 1 << 17
+#: compressed bytes per second taken for a file whose container states no duration
 GUESSED_BYTES_PER_SECOND = 16000
-#: MP3 headers may announce a little more than there is to decode
-ANNOUNCED_FRACTION = 0.99
-_AU_FLOAT = 6
-_CHUNK_CUT = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
-_UNKNOWN_LENGTH = 0xFFFFFFFF
+#: the part of the machine's memory that one waveform may take when no bound is given
+MEMORY_FRACTION = 0.25
+#: a playlist or a script of FFmpeg's would have it open other files and addresses
+_DEMUXER_OPTIONS = {
+    # a 16-bit wav is searched for DTS: in two packets, which hold a few of
+    # its frames, not in 2,500 (1.4 ms a clip, not 23)
+    "max_probe_packets": "2",
+    "protocol_whitelist": "none",
+    "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,ogg,mov,matroska,asf,aac,ac3,eac3,amr,amrnb,"
+    "amrwb,mpegts,mpeg,avi,flv,wv,tta,ape,voc,dts,loas",
+}
+#: demuxers that read frames of a known size, and mark one that the file's end cut
+_FLAGS_CUT_PACKETS = frozenset({"amr", "amrnb", "amrwb"})
+#: demuxers whose duration is a count of samples in the file's header
+_COUNTS_SAMPLES = frozenset({"tta", "wv", "ape"})
+_MPEG_SYNC = re.compile(rb"\xff[\xe2-\xff]", re.DOTALL)
+_KBITS_MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
+_KBITS_MPEG2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +94,7 @@ class Clip:
     sample_rate: int
     source_rate: int
     channels: int
-    #: "libsndfile" or "ffmpeg"
+    #: "PyAV" and its version
     decoder: str
     #: :data:`RESAMPLER`, or None when the file had the right rate already
     resampler: str | None
@@ -83,104 +111,144 @@ class _Stream:
 
     rate: int
     channels: int
-    decoder: str
     blocks: Iterator[npt.NDArray[np.float32]]
 
 
-def read_audio(path: str | Path, *, sample_rate: int = SAMPLE_RATE, min_samples: int = 1) -> Clip:
+def read_audio(
+    path: str | Path,
+    *,
+    sample_rate: int = SAMPLE_RATE,
+    min_samples: int = 1,
+    max_memory: int | None = None,
+) -> Clip:
     """Decode a file, average its channels and bring it to ``sample_rate`` Hz.
 
     The file goes through in blocks: memory holds the finished waveform and one
-    block. A waveform of fewer than ``min_samples`` samples is refused.
+    block. A waveform of fewer than ``min_samples`` samples is refused, and so is
+    one that needs more than ``max_memory`` bytes (by default a quarter of the
+    machine's memory).
 
     Raises AudioError when the file cannot be decoded, is empty, cut short, too
-    short or out of scale, or holds samples that are not finite; MissingDependency
-    when soundfile or soxr is needed and not installed.
+    short, too long or out of scale, or holds samples that are not finite;
+    MissingDependency when PyAV or soxr is needed and not installed.
     """
     path = Path(path)
-    with _open_stream(path) as stream:
-        mono = _checked_mono(stream.blocks, path)
+    where = printable(str(path))
+    limit = int(MEMORY_FRACTION * physical_memory()) if max_memory is None else max_memory
+    with _open_stream(path, where) as stream:
+        mono = _checked_mono(stream.blocks, where)
+        mono = _bounded(mono, stream.rate, sample_rate, limit, where)
         if stream.rate != sample_rate:
             mono = _resampled(mono, stream.rate, sample_rate)
         blocks = list(mono)
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if not len(waveform):
-        raise AudioError(f"{path} holds no audio", found="0 samples")
+        raise AudioError(f"{where} holds no audio", found="0 samples")
     if len(waveform) < min_samples:
-        raise _too_short(str(path), len(waveform), min_samples, sample_rate)
+        raise _too_short(where, len(waveform), min_samples, sample_rate)
     return Clip(
         waveform=waveform,
         sample_rate=sample_rate,
         source_rate=stream.rate,
         channels=stream.channels,
-        decoder=stream.decoder,
+        decoder=f"PyAV {_load('av').__version__}",
         resampler=RESAMPLER if stream.rate != sample_rate else None,
     )
 
 
 def as_waveform(
     samples: Any,
-    source_rate: int,
+    source_rate: float,
     *,
     sample_rate: int = SAMPLE_RATE,
     min_samples: int = 1,
 ) -> Waveform:
-    """Bring samples already in memory to what the models hear.
+    """Bring samples already in memory to what the models take.
 
     samples: (samples,) or (samples, channels) as ``soundfile.read`` gives them;
-             anything numpy takes, mlx arrays included; integers are scaled by
-             the range of their type
+             anything numpy takes, mlx arrays included; integers of 8, 16 and 32
+             bits are scaled by the range of their type
     returns: (samples,) float32 at ``sample_rate`` Hz
 
-    Raises AudioError for another shape, too few samples, or samples that are out
-    of scale or not finite.
+    Raises AudioError for another shape or type, a rate that is none, too few
+    samples, or samples that are out of scale or not finite.
     """
-    array = np.asarray(samples)
+    where = "the waveform"
+    _require_rate(source_rate, where)
+    try:
+        array = np.asarray(samples)
+    except Exception as error:  # whatever the object raises that is asked to become an array
+        raise AudioError(
+            f"{where} cannot be read as an array",
+            found=f"{type(samples).__name__}: {error}",
+            expected="a numpy array of float32",
+        ) from error
+    if array.dtype.kind not in "iuf" or (array.dtype.itemsize > 4 and array.dtype.kind != "f"):
+        raise AudioError(
+            f"{where} has the wrong type",
+            found=f"dtype {array.dtype}",
+            expected="floating point in -1 to 1, or integers of 8, 16 or 32 bits",
+            hint="16-bit numbers in a list or in wider integers: np.asarray(samples, np.int16)"
+            if array.dtype.kind in "iu"
+            else None,
+        )
+    if array.ndim in (1, 2) and not array.size:
+        raise AudioError(f"{where} holds no audio", found=f"shape {array.shape}")
     if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] > array.shape[0]):
         raise AudioError(
-            "a waveform has the wrong shape",
+            f"{where} has the wrong shape",
             found=f"shape {array.shape}",
             expected="(samples,) or (samples, channels)",
         )
-    if array.dtype.kind == "u":
-        middle = float(np.iinfo(array.dtype).max // 2 + 1)
-        array = (array - middle) / middle
-    elif array.dtype.kind == "i":
-        array = array / (np.iinfo(array.dtype).max + 1.0)
-    elif array.dtype.kind != "f":
-        raise AudioError(
-            "a waveform has the wrong type", found=f"dtype {array.dtype}", expected="float32"
-        )
-    frames = array.astype(np.float32).reshape(len(array), -1)
-    mono = _checked_mono([frames], "the waveform")
+    if array.dtype.kind == "i" and array.dtype.itemsize == 4:
+        peak = max(int(array.max()), -int(array.min()))
+        if 0 < peak <= 1 << 15:
+            raise AudioError(
+                f"{where} is out of scale",
+                found=f"{array.dtype} with a peak of {peak:,}",
+                expected="a peak near 2,147,483,648",
+                hint="16-bit numbers: np.asarray(samples, np.int16)",
+            )
+    frames = _scaled(array.reshape(len(array), -1))
+    mono = _checked_mono([frames], where)
     if source_rate != sample_rate:
         mono = _resampled(mono, source_rate, sample_rate)
     waveform: Waveform = np.concatenate(list(mono))
     if len(waveform) < min_samples:
-        raise _too_short("the waveform", len(waveform), min_samples, sample_rate)
+        raise _too_short(where, len(waveform), min_samples, sample_rate)
     return waveform
 
 
 def guess_seconds(path: str | Path) -> float:
-    """Length of a file in seconds from its header, to share out work; never raises.
+    """About how long a file is, to share out work; never raises.
 
-    A header that libsndfile cannot read is taken for 128 kbit/s of audio.
+    A file whose container states no duration is taken for 128 kbit/s of audio.
     """
-    import soundfile
-
-    try:
-        info = soundfile.info(str(path))
-        return float(info.frames) / float(info.samplerate)
-    except (soundfile.SoundFileError, OSError, ZeroDivisionError):
-        with contextlib.suppress(OSError):
-            return Path(path).stat().st_size / GUESSED_BYTES_PER_SECOND
-        return 0.0
+    path = Path(path)
+    with contextlib.suppress(AudioError, OSError), open_regular(path, str(path)) as (file, size):
+        head = file.read(44)
+        if head[:4] == b"RIFF" and head[12:16] == b"fmt " and any(head[28:32]):
+            # thousands of short clips are a usual plan, and opening each takes longer
+            return (size - len(head)) / int.from_bytes(head[28:32], "little")
+        with (
+            contextlib.suppress(AudioError, OSError),
+            _open_container(file, str(path)) as container,
+        ):
+            if container.duration:
+                return float(container.duration) / 1e6
+        return size / GUESSED_BYTES_PER_SECOND
+    return 0.0
 
 
 def require_decoders() -> None:
-    """Raise MissingDependency now if soundfile or soxr is not installed."""
-    for name in ("soundfile", "soxr"):
+    """Raise MissingDependency now if PyAV or soxr is not installed."""
+    for name in ("av", "soxr"):
         _load(name)
+
+
+def physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _load(name: str) -> Any:
@@ -196,119 +264,230 @@ def _load(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _open_stream(path: Path) -> Generator[_Stream]:
-    """Open a file with libsndfile, or with ffmpeg when libsndfile does not know its format."""
-    soundfile = _load("soundfile")
-    try:
-        if path.exists() and not path.is_file():
-            raise AudioError(f"{path} is not a file")
-        with path.open("rb") as raw:
-            beginning = raw.read(16)
-        if not beginning:
-            raise AudioError(f"{path} is empty", found="0 bytes")
-        file = soundfile.SoundFile(str(path))
-    except OSError as error:
-        raise AudioError(f"{path} cannot be read: {error.strerror or error}") from error
-    except soundfile.SoundFileError as error:
-        with _open_ffmpeg(path, beginning, str(error)) as stream:
-            yield stream
-        return
-    with file:
-        yield _Stream(file.samplerate, file.channels, "libsndfile", _file_blocks(file, path))
+def open_regular(path: Path, where: str) -> Generator[tuple[BinaryIO, int]]:
+    """Open a regular file that is not empty, and its size; a pipe or a device is never waited for.
 
-
-def _file_blocks(file: Any, path: Path) -> Iterator[npt.NDArray[np.float32]]:
-    soundfile = _load("soundfile")
-    # libsndfile shortens a wav or aiff cut on the way to what is there, and only logs it
-    cut = _CHUNK_CUT.search(file.extra_info)
-    if cut and int(cut[2]) < int(cut[1]) != _UNKNOWN_LENGTH:
-        raise AudioError(
-            f"{path} is cut short",
-            found=f"{int(cut[2]):,} bytes of audio",
-            expected=f"{int(cut[1]):,} bytes, as its header says",
-        )
-    announced, decoded = file.frames, 0
+    Raises AudioError naming ``where``.
+    """
     try:
-        while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
-            decoded += len(block)
-            yield block
-    except soundfile.SoundFileError as error:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AudioError(f"{where} cannot be read: {reason}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
         raise AudioError(
-            f"{path} cannot be decoded to its end",
-            found=f"an error after {decoded / file.samplerate:.2f} s ({_reason(error)})",
-        ) from error
-    if decoded < announced * ANNOUNCED_FRACTION:
-        raise AudioError(
-            f"{path} is cut short",
-            found=f"{decoded / file.samplerate:.2f} s of audio",
-            expected=f"{announced / file.samplerate:.2f} s, as its header says",
+            f"{where} is not a file",
+            found=_KINDS.get(stat.S_IFMT(status.st_mode), "a special file"),
+            expected="a regular file",
         )
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        if not status.st_size:
+            raise AudioError(f"{where} is empty", found="0 bytes")
+        yield cast(BinaryIO, file), status.st_size
 
 
 @contextlib.contextmanager
-def _open_ffmpeg(path: Path, beginning: bytes, refusal: str) -> Generator[_Stream]:
-    """Decode through ``ffmpeg``, which writes a float32 .au stream: a header, then frames."""
-    ffmpeg = shutil.which("ffmpeg")
-    begins = f"begins with {beginning!r}"
-    if ffmpeg is None:
-        raise AudioError(
-            f"{path} is not audio that libsndfile can decode",
-            found=begins,
-            expected="wav, flac, mp3, ogg, opus, aiff, au or caf",
-            hint="m4a, aac, wma and other formats are decoded through ffmpeg: put it on the PATH",
+def _open_container(file: BinaryIO, where: str) -> Generator[Any]:
+    """FFmpeg's view of an open file. It is given no name and no protocol to open others with."""
+    av = _load("av")
+    file.seek(0)
+    try:
+        container = av.open(
+            file, metadata_errors="ignore", options=dict(_DEMUXER_OPTIONS), buffer_size=READ_SIZE
         )
-    command = [
-        *(ffmpeg, "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path.absolute()}"),
-        *("-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"),
-    ]
-    with (
-        tempfile.TemporaryFile() as complaints,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=complaints, stdin=subprocess.DEVNULL
-        ) as process,
-    ):
-        decoded: Any = process.stdout
-
-        def refused() -> AudioError:
-            complaints.seek(0)
-            said = complaints.read().decode(errors="replace").strip().splitlines()
-            reason = (
-                said[-1].replace(f"file:{path.absolute()}: ", "") if said else "no reason given"
-            )
-            return AudioError(
-                f"{path} is not audio that can be decoded",
-                found=begins,
-                hint=f"libsndfile says: {refusal.split(': ', 1)[-1]}\nffmpeg says: {reason}",
-            )
-
-        try:
-            header = decoded.read(24)
-            if len(header) < 24:
-                process.wait()
-                raise refused()
-            magic, offset, _, encoding, rate, channels = struct.unpack(">4s5I", header)
-            if magic != b".snd" or encoding != _AU_FLOAT:
-                raise refused()
-            decoded.read(offset - 24)
-            yield _Stream(rate, channels, "ffmpeg", _pipe_blocks(process, channels, refused))
-        finally:
-            process.kill()
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        file.seek(0)
+        raise AudioError(
+            f"{where} is not audio that can be decoded",
+            found=f"begins with {file.read(16)!r}",
+            expected="wav, flac, mp3, ogg, opus, m4a, aac, aiff, webm, wma or the like",
+            hint=f"FFmpeg says: {_reason(error)}",
+        ) from error
+    with container:
+        yield container
 
 
-def _pipe_blocks(
-    process: Any, channels: int, refused: Callable[[], AudioError]
+@contextlib.contextmanager
+def _open_stream(path: Path, where: str) -> Generator[_Stream]:
+    """Open a file's first audio stream."""
+    with open_regular(path, where) as (file, size):
+        require_whole(file, size, where)
+        stated = stated_samples(file)
+        with _open_container(file, where) as container:
+            if not container.streams.audio:
+                raise AudioError(
+                    f"{where} has no sound",
+                    found=", ".join(sorted({str(s.type) for s in container.streams}))
+                    or "no streams",
+                    hint="a video without an audio track; leave it out",
+                )
+            frames = _frames(container, stated, where)
+            first = next(frames, None)
+            if first is None:
+                raise AudioError(f"{where} holds no audio", found="0 samples")
+            rate = first[0]
+            _require_rate(rate, where)
+            blocks = _blocks(itertools.chain([first], frames), rate, where)
+            yield _Stream(rate, first[1].shape[1], blocks)
+
+
+def _frames(
+    container: Any, stated: tuple[int, str] | None, where: str
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Decode all packets: (rate, (samples, channels)) for each frame.
+
+    Raises AudioError where a packet cannot be decoded, or less was there than
+    ``stated`` says or the container counts.
+    """
+    av = _load("av")
+    stream = container.streams.audio[0]
+    samples = packets = 0
+    last = before = b""
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt and container.format.name in _FLAGS_CUT_PACKETS:
+                raise _cut_at(where, samples, stream, "a packet that is not whole")
+            data = bytes(packet) if stream.codec_context.codec.name in _FRAME_SIZES else b""
+            packets += bool(packet.size)
+            if data:
+                before, last = last, data
+            for frame in _decoded(stream, packet, data):
+                samples += frame.samples
+                yield frame.sample_rate, _rows(frame)
+    except av.error.FFmpegError as error:
+        raise _cut_at(where, samples, stream, _reason(error)) from error
+    if last and (whole := _FRAME_SIZES[stream.codec_context.codec.name](last, before)) > len(last):
+        raise _cut_at(where, samples, stream, f"{len(last)} of the last frame's {whole} bytes")
+    expected, unit = stated or (0, "samples")
+    if container.format.name in _COUNTS_SAMPLES and stream.duration:
+        expected = round(stream.duration * stream.time_base * (stream.rate or 0))
+    decoded = packets if unit == "MPEG frames" else samples
+    if decoded < expected:
+        raise AudioError(
+            f"{where} is cut short",
+            found=f"{decoded:,} {unit}{_seconds(samples, stream)}",
+            expected=f"{expected:,} {unit}, as its header says",
+            hint="copy or download it again",
+        )
+
+
+def _decoded(stream: Any, packet: Any, data: bytes) -> Iterator[Any]:
+    """Decode one packet. Tags between joined MP3 files come with the frame that follows them."""
+    av = _load("av")
+    try:
+        yield from packet.decode()
+    except av.error.InvalidDataError:
+        sync = next((m.start() for m in _MPEG_SYNC.finditer(data)), len(data))
+        if not data or not sync:
+            raise
+        if sync < len(data):
+            yield from stream.codec_context.decode(av.Packet(data[sync:]))
+
+
+def _rows(frame: Any) -> npt.NDArray[Any]:
+    """A decoded frame as (samples, channels), in the type that it was decoded to."""
+    array: npt.NDArray[Any] = frame.to_ndarray()
+    return array.T if frame.format.is_planar else array.reshape(-1, len(frame.layout.channels))
+
+
+def _blocks(
+    frames: Iterable[tuple[int, npt.NDArray[Any]]], rate: int, where: str
 ) -> Iterator[npt.NDArray[np.float32]]:
-    frame = 4 * channels
-    while data := process.stdout.read(BLOCK * frame):
-        whole = data[: len(data) - len(data) % frame]
-        yield np.frombuffer(whole, ">f4").astype(np.float32).reshape(-1, channels)
-    if process.wait():
-        raise refused()
+    """Frames put together to about :data:`BLOCK` samples of float32; all must have one rate."""
+    waiting: list[npt.NDArray[Any]] = []
+    count = passed = 0
+    for frame_rate, samples in frames:
+        if frame_rate != rate:
+            raise AudioError(
+                f"{where} changes its sample rate on the way",
+                found=f"{frame_rate} Hz after {(passed + count) / rate:.2f} s",
+                expected=f"{rate} Hz to the end, as it begins",
+                hint="rewrite it at one rate: ffmpeg -i FILE -ar 44100 NEW.wav",
+            )
+        form = samples.shape[1], samples.dtype
+        if waiting and (count >= BLOCK or form != (waiting[0].shape[1], waiting[0].dtype)):
+            yield _scaled(np.concatenate(waiting))
+            passed += count
+            waiting, count = [], 0
+        waiting.append(samples)
+        count += len(samples)
+    if waiting:
+        yield _scaled(np.concatenate(waiting))
 
 
-def _checked_mono(
-    blocks: Iterable[npt.NDArray[np.float32]], where: Path | str
-) -> Iterator[Waveform]:
+def _cut_at(where: str, samples: int, stream: Any, reason: str) -> AudioError:
+    return AudioError(
+        f"{where} cannot be decoded to its end",
+        found=f"{samples:,} samples{_seconds(samples, stream)}, then an error: {reason}",
+        hint="it is damaged or cut short: copy or download it again",
+    )
+
+
+def _seconds(samples: int, stream: Any) -> str:
+    return f" ({samples / stream.rate:.2f} s)" if stream.rate else ""
+
+
+def _mp3_frame_size(frame: bytes, _: bytes) -> int:
+    """Bytes of a Layer III frame by its header; 0 for what is not one or is of free format.
+
+    Source: ISO/IEC 11172-3, 2.4.2.3, and 13818-3.
+    """
+    if len(frame) < 4 or not _MPEG_SYNC.match(frame) or frame[1] & 6 != 2:
+        return 0
+    version, rate_code, index = frame[1] >> 3 & 3, frame[2] >> 2 & 3, frame[2] >> 4
+    if rate_code == 3 or version == 1:
+        return 0
+    kbits = (_KBITS_MPEG1 if version == 3 else _KBITS_MPEG2)[index]
+    rate = (44100, 48000, 32000)[rate_code] >> {3: 0, 2: 1, 0: 2}[version]
+    return (144 if version == 3 else 72) * kbits * 1000 // rate + (frame[2] >> 1 & 1)
+
+
+def _steady_frame_size(frame: bytes, before: bytes) -> int:
+    """AC-3 and Layer II keep one bit rate: frames differ by a padding of two bytes at most."""
+    return len(before) if len(frame) < len(before) - 2 else len(frame)
+
+
+#: codec -> the bytes that a frame of it should have, from the frame and the one before
+_FRAME_SIZES: dict[str, Callable[[bytes, bytes], int]] = {
+    "mp3": _mp3_frame_size,
+    "mp3float": _mp3_frame_size,
+    "mp2": _steady_frame_size,
+    "mp2float": _steady_frame_size,
+    "ac3": _steady_frame_size,
+}
+
+
+def _require_rate(rate: Any, where: str) -> None:
+    if (
+        isinstance(rate, bool)
+        or not isinstance(rate, numbers.Real)
+        or not RATES[0] <= float(rate) <= RATES[1]
+    ):
+        raise AudioError(
+            f"{where} has an impossible sample rate",
+            found=f"{rate!r}"[:80],
+            expected=f"a number of Hz from {RATES[0]:,.0f} to {RATES[1]:,.0f}",
+        )
+
+
+def _scaled(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Samples as float32: integers by the range of their type, unsigned ones about its middle."""
+    scaled: npt.NDArray[np.float32]
+    if array.dtype.kind == "u":
+        middle = float(np.iinfo(array.dtype).max // 2 + 1)
+        scaled = ((array - middle) / middle).astype(np.float32)
+    elif array.dtype.kind == "i":
+        # by a power of two: nothing is rounded but the conversion
+        scaled = array.astype(np.float32) * np.float32(1 / (np.iinfo(array.dtype).max + 1.0))
+    else:
+        with np.errstate(over="ignore"):
+            scaled = np.ascontiguousarray(array, np.float32)
+    return np.ascontiguousarray(scaled)
+
+
+def _checked_mono(blocks: Iterable[npt.NDArray[np.float32]], where: str) -> Iterator[Waveform]:
     """(frames, channels) blocks to (frames,) ones; every sample must be finite and in scale."""
     start = 0
     for block in blocks:
@@ -329,7 +508,25 @@ def _checked_mono(
         yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
 
 
-def _resampled(blocks: Iterable[Waveform], rate: int, target: int) -> Iterator[Waveform]:
+def _bounded(
+    blocks: Iterable[Waveform], rate: int, target: int, limit: int, where: str
+) -> Iterator[Waveform]:
+    """The same blocks, as long as what they become at ``target`` Hz fits ``limit`` bytes."""
+    samples = 0
+    for block in blocks:
+        samples += len(block)
+        needed = 4 * math.ceil(samples * target / rate)
+        if needed > limit:
+            raise AudioError(
+                f"{where} is too long for the memory",
+                found=f"{samples / rate:,.0f} s or more: {needed:,} bytes at {target} Hz",
+                expected=f"{limit:,} bytes ({limit / 4 / target:,.0f} s) at most",
+                hint="cut it into shorter files, or allow more with --max-memory",
+            )
+        yield block
+
+
+def _resampled(blocks: Iterable[Waveform], rate: float, target: int) -> Iterator[Waveform]:
     """The same through soxr; the result does not depend on where the blocks are cut."""
     soxr = _load("soxr")
     stream = soxr.ResampleStream(rate, target, 1, dtype="float32", quality=QUALITY)
@@ -347,4 +544,6 @@ def _too_short(what: str, samples: int, minimum: int, rate: int) -> AudioError:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).rstrip(".") or "no reason given"
+    """What FFmpeg says, without its number and the name it gave the file."""
+    reason = getattr(error, "strerror", None) or str(error) or "no reason given"
+    return printable(reason.rstrip("."))

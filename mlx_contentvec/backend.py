@@ -4,7 +4,7 @@ Every module that needs MLX takes ``mx`` and ``nn`` from here. On Linux the
 ``mlx[cpu]`` wheel is linked against the reference BLAS, some 40 times slower
 than OpenBLAS at a matrix product. Symbols of libraries already loaded globally
 win over the wheel's own, so OpenBLAS is loaded before MLX where it is found.
-What is not traced does without MLX's products on a CPU (``mlx_contentvec.cpu``).
+What is not traced does without MLX's products on a CPU (``mlx_contentvec.ops.cpu``).
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def device_kind() -> str:
 def tf32_enabled() -> bool:
     """Whether float32 products may run at TF32 precision (CUDA, Apple M5 and later).
 
-    MLX reads ``MLX_ENABLE_TF32`` once; it is on unless the variable is "0".
+    MLX reads ``MLX_ENABLE_TF32`` at its first product; it is on unless the variable is
+    "0", to which importing this package sets it where it is not set.
     Source: mlx/utils.h, ``env::enable_tf32``.
     """
     return os.environ.get("MLX_ENABLE_TF32", "1") != "0"

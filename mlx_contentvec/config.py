@@ -12,6 +12,11 @@ from typing import Any
 
 from .errors import ConfigError
 
+#: the layer whose output RVC v1 projects
+V1_LAYER = 9
+#: epsilon of every normalisation in fairseq (torch.nn's default)
+EPS = 1e-5
+
 BASE_CONV_LAYERS = ((512, 10, 5), *(((512, 3, 2),) * 4), *(((512, 2, 2),) * 2))
 
 
@@ -218,3 +223,35 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.final_dim is not None:
         linear("final_proj", width, config.final_dim)
     return shapes
+
+
+def stage_names(config: ModelConfig) -> tuple[str, ...]:
+    """The stages of a forward pass, in the order they run.
+
+    ``conv.0`` to ``conv.6``, ``projection``, ``positional``, ``layer.1`` to
+    ``layer.N`` (speaker-conditioned layers included), ``final_norm`` (models with
+    norms first), ``final_proj`` (RVC v1: the projection of layer 9, or of the last
+    one of a shorter model).
+    """
+    names = [f"conv.{i}" for i in range(len(config.conv_layers))]
+    names += ["projection", "positional"]
+    names += [f"layer.{i + 1}" for i in range(config.encoder_layers + config.encoder_layers_1)]
+    if config.layer_norm_first:
+        names.append("final_norm")
+    if config.final_dim is not None:
+        names.append("final_proj")
+    return tuple(names)
+
+
+def stage_input(config: ModelConfig, stage: str) -> str | None:
+    """The stage whose output ``stage`` reads; None for the first, which reads the waveform.
+
+    Raises ValueError if the model has no such stage.
+    """
+    names = stage_names(config)
+    if stage not in names:
+        raise ValueError(f"no stage {stage!r}: one of {', '.join(names)}")
+    if stage == "final_proj":
+        return f"layer.{min(V1_LAYER, config.encoder_layers + config.encoder_layers_1)}"
+    index = names.index(stage)
+    return names[index - 1] if index else None

@@ -112,3 +112,15 @@ def name_list(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def printable(text: str) -> str:
+    r"""``text`` for a terminal: control characters and bytes that are no UTF-8 as ``\x1b``."""
+    return "".join(
+        character
+        if character.isprintable()
+        else repr(character)[1:-1]
+        if not "\udc80" <= character <= "\udcff"
+        else f"\\x{ord(character) - 0xDC00:02x}"
+        for character in text
+    )

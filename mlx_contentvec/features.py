@@ -14,7 +14,8 @@ from .audio import SAMPLE_RATE, Waveform, as_waveform
 from .backend import device_kind, mx
 from .config import ModelConfig
 from .errors import ConfigError
-from .streaming import plan_pieces, streamed, whole_clip_bytes
+from .memory import plan_chunks, whole_clip_bytes
+from .streaming import streamed
 
 if TYPE_CHECKING:
     from .model import ContentvecModel
@@ -121,7 +122,7 @@ def extract(
     """
     kind = feature_kind(version, layer, project)
     kind.check(model.config)
-    samples = _heard(model, waveform, sample_rate)
+    samples = _as_waveform(model, waveform, sample_rate)
     return features_of(model, samples, kind, max_memory)
 
 
@@ -153,7 +154,7 @@ def extract_many(
     if batch_seconds is None:
         batch_seconds = BATCH_SECONDS[device_kind()]
     remaining = iter(waveforms)
-    while taken := [_heard(model, w, sample_rate) for w in islice(remaining, LOOK_AHEAD)]:
+    while taken := [_as_waveform(model, w, sample_rate) for w in islice(remaining, LOOK_AHEAD)]:
         results: dict[int, Features] = {}
         for batch in batches([len(w) for w in taken], int(batch_seconds * SAMPLE_RATE)):
             features = features_of_batch(
@@ -193,11 +194,13 @@ def features_of(
 ) -> Features:
     """Features of one checked waveform at the model's rate: in one go if it fits, else streamed.
 
-    ``progress`` hears what part of a streamed clip is done.
+    ``progress`` is given the part of a streamed clip that is done.
     """
-    pieces = plan_pieces(model.config, len(waveform), max_memory)
-    if pieces is not None:
-        return streamed(model, waveform, kind.layer, kind.project, pieces, progress)
+    plan = plan_chunks(model.config, len(waveform), max_memory)
+    if plan is not None:
+        return streamed(
+            model.walk(), model.config, waveform, kind.layer, kind.project, plan, progress
+        )
     result: dict[str, Any] = model(waveform[None], output_layer=kind.layer, project=kind.project)
     return _rows(result["x"][0])
 
@@ -233,7 +236,7 @@ def features_of_batch(
     return [_rows(clip[:count]) for clip, count in zip(x, counts, strict=True)]
 
 
-def _heard(model: ContentvecModel, waveform: Any, sample_rate: int) -> Waveform:
+def _as_waveform(model: ContentvecModel, waveform: Any, sample_rate: int) -> Waveform:
     return as_waveform(
         waveform,
         sample_rate,

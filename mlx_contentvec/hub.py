@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HubError, name_list
+from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
 
 CHECKSUMS = "SHA256SUMS"
 CONFIG = "config.json"
 #: the weights of a repository: the name of today, then the one that earlier
 #: releases used and that their users still ask for
-WEIGHTS = ("model.safetensors", "contentvec_base.safetensors")
+WEIGHTS = ("model.safetensors", HF_WEIGHTS_FILE)
 
 #: number formats that any weights can be turned into after loading
 FLOATS = ("float32", "float16", "bfloat16")
@@ -65,6 +66,53 @@ def resolve(name: str | Path, revision: str | None = None, dtype: str | None = N
     return _verified_file(path)
 
 
+def resolve_pretrained(
+    name: str | Path | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    *,
+    repo_id: str | None = None,
+    filename: str | None = None,
+    weights_path: str | Path | None = None,
+) -> Path:
+    """The weights file that the arguments of ``ContentvecModel.from_pretrained`` name.
+
+    name, revision, dtype: see :func:`resolve`; the first release's repository by default
+    repo_id:      the first release's word for ``name``
+    filename:     one file of the repository or folder; where that release had it, a
+                  second positional argument that ends in ``.safetensors``, it is
+                  taken for that
+    weights_path: a file of this machine, in place of all these
+
+    Raises HubError as :func:`resolve` does, and for arguments that contradict each other.
+    """
+    if revision is not None and revision.endswith(".safetensors"):
+        revision, filename = None, filename or revision
+    if weights_path is not None:
+        if given := [repr(x) for x in (name, revision, repo_id, filename) if x is not None]:
+            raise HubError(
+                "weights_path names the file already",
+                found=f"weights_path={str(weights_path)!r} beside {', '.join(given)}",
+                hint="give one of them",
+            )
+        return resolve(Path(weights_path), dtype=dtype)
+    if name is not None and repo_id is not None and str(name) != repo_id:
+        raise HubError(
+            "two different sources are named",
+            found=f"{str(name)!r} and repo_id={repo_id!r}",
+            hint="give one of them",
+        )
+    source = name or repo_id or HF_REPO_ID
+    if filename is None:
+        return resolve(source, revision, dtype)
+    if dtype is not None and dtype not in FLOATS:
+        raise HubError(
+            f"{filename} is one file and has no {dtype} variant",
+            hint="leave filename out to get the variant that the repository lists",
+        )
+    return open_package(source, revision).file(filename)
+
+
 def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
     """The files of a folder, or of a repository at one commit; see :func:`resolve`.
 
@@ -73,6 +121,12 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
     path = Path(name).expanduser()
     if path.is_dir():
         return FolderFiles(path)
+    if path.is_file():
+        raise HubError(
+            f"{path} is one file, without the evidence that a package has beside its weights",
+            expected="a folder made by `mlx-contentvec package`, or a repository like owner/name",
+            hint=f"mlx-contentvec inspect {path}\nsays what the file is",
+        )
     if isinstance(name, Path) or not is_repo_id(name):
         raise HubError(
             f"there are no weights at {name}",
@@ -136,7 +190,8 @@ class PackageFiles:
         if path is None:
             raise HubError(
                 f"{self.where} has no {name}",
-                hint="it is not a package that `mlx-contentvec package` made",
+                hint="check the name; what proves weights is only in a package that "
+                "`mlx-contentvec package` made",
             )
         return _verified(path, name, self.checksums())
 

@@ -137,7 +137,7 @@ class HubServer:
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
-        self._server.hub = self  # type: ignore[attr-defined]
+        self._server.hub = self
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.storage_url = f"http://localhost:{self.port}"
@@ -208,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def hub(self) -> HubServer:
-        return self.server.hub  # type: ignore[attr-defined, no-any-return]
+        return self.server.hub  # type: ignore[no-any-return]
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -493,7 +493,7 @@ class _Handler(BaseHTTPRequestHandler):
             oid, size = asked["oid"], asked["size"]
             answer: dict[str, Any] = {"oid": oid, "size": size}
             if oid not in self.hub.objects:
-                upload = {"href": f"{self.hub.storage_url}/storage/{oid}"}
+                upload: dict[str, Any] = {"href": f"{self.hub.storage_url}/storage/{oid}"}
                 part = self.hub.part_size
                 if part and size > part:
                     count = -(-size // part)

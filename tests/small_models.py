@@ -68,4 +68,5 @@ def noise(samples: int, seed: int = 0) -> np.ndarray:
 
 def in_one_go(model: ContentvecModel, waveform: np.ndarray, **options: Any) -> np.ndarray:
     """(frames, width) of one clip through a plain forward pass."""
-    return np.array(model(waveform[None], **options)["x"][0].astype(mx.float32))
+    features: Any = model(waveform[None], **options)["x"]
+    return np.array(features[0].astype(mx.float32))

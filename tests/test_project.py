@@ -104,12 +104,11 @@ def test_a_wheel_made_from_the_source_distribution_is_the_same(wheel: Path, tmp_
     assert contents(next(tmp_path.glob("*.whl"))) == contents(wheel)
 
 
-def test_the_changelog_tells_of_this_version() -> None:
-    headings = re.findall(
-        r"^## (\S+)", (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
-    assert headings[0] in ("Unreleased", mlx_contentvec.__version__)
-    assert mlx_contentvec.__version__ in headings
+def test_the_changelog_begins_with_this_version() -> None:
+    text = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.findall(r"^## (.+)", text, flags=re.MULTILINE)[0]
+    version = re.escape(mlx_contentvec.__version__)
+    assert re.fullmatch(rf"Unreleased \({version}\)|{version}( .*)?", newest)
 
 
 # -- imports ---------------------------------------------------------------------------
@@ -192,25 +191,59 @@ def test_the_line_in_the_list_of_commands_fits(command: str) -> None:
 
 # -- order -----------------------------------------------------------------------------
 
-CHECKS: dict[str, tuple[Any, ...]] = {
-    "lint": ("ruff", "check", "."),
-    "format": ("ruff", "format", "--check", "."),
-    "types": ("mypy",),
-}
+
+@pytest.mark.parametrize(
+    ("check", "tool"), [("lint", "ruff"), ("format", "ruff"), ("types", "mypy")]
+)
+def test_the_code_is_in_order(check: str, tool: str, need: Any) -> None:
+    need(tool, "pip install -r requirements/check.txt")
+    run("scripts/check", check, cwd=PROJECT, MLX_CONTENTVEC_PYTHON=sys.executable)
 
 
-@pytest.mark.parametrize("check", list(CHECKS))
-def test_the_code_is_in_order(check: str, need: Any) -> None:
-    tool, *arguments = CHECKS[check]
-    need(tool, "pip install -r requirements/development.txt")
-    run(sys.executable, "-m", tool, *arguments, cwd=PROJECT)
+def test_an_unknown_check_is_a_usage_error() -> None:
+    done = subprocess.run(
+        [PROJECT / "scripts" / "check", "lint", "spelling"],
+        env={**os.environ, "MLX_CONTENTVEC_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "spelling" in done.stderr
+
+
+def test_a_failed_check_fails_the_script_and_the_others_still_run(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n[ "$2 $3" != "ruff check" ]\n', encoding="utf-8")
+    python.chmod(0o755)
+    done = subprocess.run(
+        [PROJECT / "scripts" / "check"],
+        env={**os.environ, "MLX_CONTENTVEC_PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: failed: lint\n")
+    assert done.stdout.splitlines() == ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/environment", "scripts/quickstart", "scripts/test", "scripts/bench"]
+    "script",
+    sorted(path.name for path in (PROJECT / "scripts").iterdir() if path.suffix != ".py"),
 )
 def test_scripts_are_executable_and_posix(script: str) -> None:
-    path = PROJECT / script
+    path = PROJECT / "scripts" / script
     assert os.access(path, os.X_OK)
     assert path.read_text(encoding="utf-8").startswith("#!/bin/sh\n")
     run("sh", "-n", path, cwd=PROJECT)
+
+
+@pytest.mark.parametrize(
+    "script", sorted((PROJECT / "scripts").glob("*.py")), ids=lambda path: path.name
+)
+def test_a_python_script_says_how_it_is_called(script: Path, need: Any) -> None:
+    need("torch", "scripts/test installs it")
+    assert os.access(script, os.X_OK)
+    said = run(sys.executable, script, "--help", cwd=PROJECT)
+    assert said.startswith(f"usage: {script.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -14,21 +15,27 @@ from typing import Any
 import click
 
 from ..audio import require_decoders
-from .manifest import Manifest, locked
+from ..errors import printable
+from .applio import check_model_info, write_model_info
+from .manifest import Manifest, ignores_case, locked
 from .run import (
     DTYPES,
     Extraction,
+    Job,
     Settings,
-    Source,
     Summary,
-    Work,
-    find_sources,
-    name_outputs,
-    name_rvc_outputs,
-    plan_work,
-    shared_out,
+    plan_jobs,
+    share_of_rank,
 )
 from .sharding import Ranks
+from .sources import (
+    Source,
+    find_sources,
+    name_applio_outputs,
+    name_outputs,
+    name_rvc_outputs,
+    training_root,
+)
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", re.IGNORECASE)
@@ -59,6 +66,13 @@ def size(text: str) -> int:
 @click.option("--layer", type=click.IntRange(min=1), help="Another layer, counted from 1.")
 @click.option("--project", is_flag=True, help="Put that layer through final_proj.")
 @click.option("--rvc", is_flag=True, help="RVC's training layout: 3_feature256 or 3_feature768.")
+@click.option(
+    "--applio", is_flag=True, help="Applio's training layout: extracted, and model_info.json."
+)
+@click.option(
+    "--embedder", metavar="NAME",
+    help="What Applio calls these weights.  [default: contentvec with --applio]",
+)  # fmt: skip
 @click.option(
     "--safetensors", is_flag=True, help="One features.safetensors for each folder of audio."
 )
@@ -95,8 +109,13 @@ def extract(paths: tuple[str, ...], folder: Path, weights: str, **options: Any) 
     stopped. Files that cannot be used are listed at the end, and the exit
     status is 1. Under mlx.launch the work is shared among its processes.
     """
-    if options["rvc"] and options["safetensors"]:
-        raise click.UsageError("--rvc and --safetensors exclude each other")
+    layouts = [name for name in ("rvc", "applio", "safetensors") if options[name]]
+    if len(layouts) > 1:
+        raise click.UsageError(f"--{layouts[0]} and --{layouts[1]} exclude each other")
+    if options["embedder"] is not None and not options["applio"]:
+        raise click.UsageError("--embedder needs --applio")
+    if options["applio"] and (options["version"] == "v1" or options["layer"]):
+        raise click.UsageError("Applio trains on the last layer: leave out --version and --layer")
     if options["overlap"] is not None and options["window"] is None:
         raise click.UsageError("--overlap needs --window")
     ranks = Ranks.launched()
@@ -126,6 +145,8 @@ def _run(
     from .packing import check_packs, pack, part_of
 
     kind = feature_kind(options["version"], options["layer"], options["project"])
+    folder, prefix = training_root(folder)
+    embedder = options["embedder"] or "contentvec"
     with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
         weights_file = resolve(weights)
         model = ContentvecModel.from_file(weights_file)
@@ -142,16 +163,23 @@ def _run(
             overlap=None if window is None else overlap,
         )
         manifest = Manifest(folder, ranks.rank)
-        pending: list[Work] = []
+        pending: list[Job] = []
         outputs: list[str] = []
         finished = 0
         if ranks.rank == 0:
             sources = find_sources(list(_listed(paths)))
-            outputs = _outputs(sources, kind.width(model.config), options)
+            outputs = [
+                prefix + output
+                for output in _outputs(
+                    sources, kind.width(model.config), options, ignores_case(folder)
+                )
+            ]
+            if options["applio"]:
+                check_model_info(folder, embedder, force=options["force"])
             if options["safetensors"]:
                 outputs = [part_of(output) for output in outputs]
                 check_packs(outputs, manifest, asdict(settings), options["force"])
-            pending, finished = plan_work(
+            pending, finished = plan_jobs(
                 sources, outputs, manifest, settings, force=options["force"]
             )
         batch_seconds = options["batch_seconds"]
@@ -162,7 +190,7 @@ def _run(
             max_memory=options["max_memory"],
             batch_seconds=BATCH_SECONDS[device_kind()] if batch_seconds is None else batch_seconds,
         )
-        share = shared_out(pending, ranks)
+        share = share_of_rank(pending, ranks)
         try:
             with _progress(share, ranks) as advance:
                 extraction.run(share, advance)
@@ -178,6 +206,8 @@ def _run(
         summary.failed.sort(key=lambda failure: failure.source)
         if ranks.rank == 0 and options["safetensors"]:
             pack(outputs, Manifest(folder), asdict(settings))
+        if ranks.rank == 0 and options["applio"]:
+            write_model_info(folder, embedder)
         return summary
 
 
@@ -185,20 +215,27 @@ def _listed(paths: tuple[str, ...]) -> Iterator[str]:
     """The given paths, ``-`` replaced by the lines of stdin."""
     for path in paths:
         if path == "-":
-            yield from (line for line in sys.stdin.read().splitlines() if line)
+            listed = os.fsdecode(sys.stdin.buffer.read())
+            yield from (line.rstrip("\r") for line in listed.split("\n") if line.strip())
         else:
             yield path
 
 
-def _outputs(sources: list[Source], width: int, options: dict[str, Any]) -> list[str]:
-    return name_rvc_outputs(sources, width) if options["rvc"] else name_outputs(sources)
+def _outputs(
+    sources: list[Source], width: int, options: dict[str, Any], ignore_case: bool
+) -> list[str]:
+    if options["rvc"]:
+        return name_rvc_outputs(sources, width, ignore_case=ignore_case)
+    if options["applio"]:
+        return name_applio_outputs(sources, width, ignore_case=ignore_case)
+    return name_outputs(sources, ignore_case=ignore_case)
 
 
 @contextlib.contextmanager
-def _progress(share: list[Work], ranks: Ranks) -> Iterator[Callable[[Work, float], None]]:
+def _progress(share: list[Job], ranks: Ranks) -> Iterator[Callable[[Job, float], None]]:
     """A bar on stderr with the rate and the time left; the first rank's own share."""
     if ranks.rank or not share or not sys.stderr.isatty():
-        yield lambda item, fraction: None
+        yield lambda job, fraction: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -218,13 +255,13 @@ def _progress(share: list[Work], ranks: Ranks) -> Iterator[Callable[[Work, float
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         # a clip of unknown length counts a little, so that the end is reached
-        lengths = {item.output: max(item.seconds, 0.01) for item in share}
+        lengths = {job.output: max(job.seconds, 0.01) for job in share}
         total = sum(lengths.values())
         task = progress.add_task("", total=total, clips=f"0/{len(share)}", rate="")
         done: dict[str, float] = {}
 
-        def advance(item: Work, fraction: float) -> None:
-            done[item.output] = fraction
+        def advance(job: Job, fraction: float) -> None:
+            done[job.output] = fraction
             completed = sum(lengths[output] * part for output, part in done.items())
             elapsed = progress.tasks[task].elapsed or 0.0
             finished = sum(part == 1.0 for part in done.values())
@@ -253,11 +290,11 @@ def _report(summary: Summary, folder: Path) -> None:
             f"seams      {summary.seams:,}, windows disagree by {summary.seam_max:.2g} at most, "
             f"{summary.seam_rms:.2g} rms"
         )
-    click.echo(f"output     {folder}")
+    click.echo(f"output     {printable(str(folder))}")
     if summary.failed:
         click.echo(f"error: {len(summary.failed)} files gave no features", err=True)
         for failure in summary.failed:
-            click.echo(f"  {failure.source}: {failure.reason}", err=True)
+            click.echo(f"  {printable(failure.source)}: {failure.reason}", err=True)
 
 
 def _duration(seconds: float) -> str:

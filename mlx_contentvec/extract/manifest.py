@@ -35,7 +35,7 @@ class State(Enum):
 
 
 @dataclass(frozen=True)
-class Standing:
+class OutputStatus:
     """The state of an output and, where it is taken, by what."""
 
     state: State
@@ -51,13 +51,13 @@ class Manifest:
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder = folder
-        self.path = folder / f"{NAME}.jsonl" if not rank else folder / f"{NAME}.rank-{rank}.jsonl"
+        self.path = folder / (f".{NAME}.rank-{rank}.jsonl" if rank else f".{NAME}.jsonl")
         self._records: dict[str, list[Record]] = {}
         #: packed file -> the clips that it holds, once its checksum has been seen to be right
         self._packed: dict[str, dict[str, Record]] = {}
         #: clip -> the file that it was packed into
         self._pack_of: dict[str, str] = {}
-        for path in sorted(folder.glob(f"{NAME}*.jsonl")):
+        for path in sorted(folder.glob(f".{NAME}*.jsonl")):
             for record in _lines(path):
                 self._note(record)
 
@@ -79,25 +79,25 @@ class Manifest:
             self._packed[output] = next(whole, {}).get("clips", {})
         return self._packed[output]
 
-    def standing(self, output: str, source: Path, settings: Record) -> Standing:
+    def status(self, output: str, source: Path, settings: Record) -> OutputStatus:
         """Whether ``output`` has to be made from ``source`` with ``settings``."""
         path = self.folder / output
         if not path.exists():
             record = self.packed(self._pack_of.get(output, "")).get(output)
             made = record is not None and _is_of(record, source, settings)
-            return Standing(State.FINISHED if made else State.PENDING)
+            return OutputStatus(State.FINISHED if made else State.PENDING)
         records = self.records(output)
         if not records:
-            return Standing(State.TAKEN, "it was there before and is not in the manifest")
+            return OutputStatus(State.TAKEN, "it was there before and is not in the manifest")
         for record in records:
             if _is_of(record, source, settings) and holds(path, record):
-                return Standing(State.FINISHED)
+                return OutputStatus(State.FINISHED)
         latest = records[-1]
         if latest["source"]["path"] != str(source):
-            return Standing(State.TAKEN, f"it was made from {latest['source']['path']}")
+            return OutputStatus(State.TAKEN, f"it was made from {latest['source']['path']}")
         if latest["settings"] != settings:
-            return Standing(State.TAKEN, f"it was made with {_difference(latest, settings)}")
-        return Standing(State.PENDING)
+            return OutputStatus(State.TAKEN, f"it was made with {_difference(latest, settings)}")
+        return OutputStatus(State.PENDING)
 
     def add(self, record: Record) -> None:
         """Put a record on the disk: when this returns, a power cut does not lose it.
@@ -105,7 +105,7 @@ class Manifest:
         Raises OutputError if it cannot be written.
         """
         try:
-            with self.path.open("ab") as file:
+            with os.fdopen(_opened(self.path, os.O_WRONLY | os.O_APPEND), "ab") as file:
                 # a line that a power cut tore must not swallow this one
                 start = b"" if not file.tell() or _ends_a_line(self.path) else b"\n"
                 file.write(start + json.dumps(record, sort_keys=True).encode() + b"\n")
@@ -138,7 +138,7 @@ def holds(path: Path, record: Record) -> bool:
 def checksum(path: Path) -> str:
     """CRC-32 of a file as eight hex digits, read in pieces."""
     value = 0
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         while piece := file.read(1 << 20):
             value = zlib.crc32(piece, value)
     return f"{value:08x}"
@@ -192,7 +192,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
+        file = os.fdopen(_opened(folder / LOCK, os.O_RDWR), "wb")
     except OSError as error:
         raise cannot_write(folder, error) from error
     with file:
@@ -206,6 +206,16 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether ``a`` and ``A`` are one file in a folder that is :func:`locked`."""
+    return (folder / LOCK.upper()).exists()
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A file of ours, made if it is not there; a link in its place is an error, not followed."""
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def _hidden(path: Path) -> Path:
@@ -243,7 +253,10 @@ def _same_file(recorded: Record, source: Path) -> bool:
     if (str(source), stat.st_mtime_ns) == (recorded["path"], recorded["mtime_ns"]):
         return True
     # moved, copied or touched: its content decides
-    return bool(checksum(source) == recorded["crc32"])
+    try:
+        return bool(checksum(source) == recorded["crc32"])
+    except OSError:
+        return False
 
 
 def _difference(record: Record, settings: Record) -> str:

@@ -9,47 +9,37 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+import errno
 import io
-import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..audio import AUDIO_SUFFIXES, RESAMPLER, Clip, Waveform, guess_seconds, read_audio
-from ..errors import AudioError, ContentvecError, OutputError, name_list
-from .manifest import Manifest, State, identity, publish, write_atomically
+from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
+from ..errors import AudioError, ContentvecError, OutputError, name_list, printable
+from .manifest import Manifest, Record, State, identity, publish, write_atomically
 from .sharding import Ranks, shares
+from .sources import Source
 from .windows import Seams
 
 if TYPE_CHECKING:
     from ..features import Features, Padding
     from ..model import ContentvecModel
 
-#: the folder of RVC's training experiment that holds features of this width.
-#: Source: RVC, infer/modules/train/extract_feature_print.py
-RVC_FOLDERS = {256: "3_feature256", 768: "3_feature768"}
 DTYPES = ("float32", "float16")
 #: seconds of audio that may be decoded ahead of the model
 DECODED_AHEAD = 120.0
+#: why a file system refuses one name and would take another
+_NAME_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL})
 
 
 @dataclass(frozen=True)
-class Source:
-    """An audio file and where its features belong."""
-
-    path: Path
-    #: its place among the sources: below the folder it was found in
-    place: PurePosixPath
-
-
-@dataclass(frozen=True)
-class Work:
+class Job:
     """One output to be made."""
 
     source: str
@@ -57,6 +47,14 @@ class Work:
     output: str
     #: of audio, as the header says
     seconds: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A clip, and what its file was known by when it was decoded."""
+
+    clip: Clip
+    source: Record
 
 
 @dataclass(frozen=True)
@@ -124,160 +122,17 @@ class Summary:
         return total
 
 
-# ---- sources ----------------------------------------------------------------------
-
-
-def find_sources(paths: Sequence[str | Path]) -> list[Source]:
-    """The audio files that files, folders and glob patterns name, each once.
-
-    A folder is searched through and through for the suffixes of audio files,
-    hidden ones left out; a file named outright is taken whatever it is called.
-
-    Raises AudioError for a path that is not there, a pattern or folder without
-    audio files.
-    """
-    found: dict[Path, Source] = {}
-    for path in paths:
-        for source in _expanded(Path(path)):
-            found.setdefault(source.path, source)
-    return list(found.values())
-
-
-def _expanded(path: Path) -> list[Source]:
-    if path.is_dir():
-        sources = [Source(file, _place(file, path)) for file in _audio_files(path)]
-        if not sources:
-            raise AudioError(
-                f"there is no audio in {path}",
-                expected=f"files called {name_list(sorted(AUDIO_SUFFIXES), limit=6)}",
-            )
-        return sources
-    if path.exists() or not _is_pattern(path):
-        if not path.exists() and not path.is_symlink():
-            raise AudioError(f"there is no file or folder {path}")
-        return [Source(path.absolute(), PurePosixPath(path.name))]
-    anchor = Path(*_before_pattern(path))
-    matches = sorted(anchor.glob(str(path.relative_to(anchor))))
-    sources = []
-    for match in matches:
-        if match.is_dir():
-            sources += [Source(file, _place(file, anchor)) for file in _audio_files(match)]
-        elif match.suffix.lower() in AUDIO_SUFFIXES:
-            sources.append(Source(match.absolute(), _place(match, anchor)))
-    if not sources:
-        raise AudioError(f"no audio file matches {path}")
-    return sources
-
-
-def _is_pattern(path: Path) -> bool:
-    return any(character in str(path) for character in "*?[")
-
-
-def _before_pattern(path: Path) -> list[str]:
-    parts = []
-    for part in path.parts:
-        if _is_pattern(Path(part)):
-            break
-        parts.append(part)
-    return parts
-
-
-def _audio_files(folder: Path) -> list[Path]:
-    found = []
-    seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        # a link back up would be walked for ever
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(parent, name).absolute()
-            for name in sorted(files)
-            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
-        ]
-    return found
-
-
-def _place(file: Path, root: Path) -> PurePosixPath:
-    return PurePosixPath(file.absolute().relative_to(root.absolute()).as_posix())
-
-
-# ---- outputs ----------------------------------------------------------------------
-
-
-def name_outputs(sources: Sequence[Source]) -> list[str]:
-    """Where each source's ``.npy`` belongs, no two at the same place.
-
-    ``a/x.wav`` becomes ``a/x.npy``. Where that is one place for several sources,
-    they are told apart by their folders (``speaker1/x.npy``, ``speaker2/x.npy``),
-    and files that only their suffix tells apart keep it (``x.wav.npy``,
-    ``x.flac.npy``).
-    """
-    places = [source.place for source in sources]
-    for indices in _collisions(str(place) for place in places):
-        common = Path(os.path.commonpath([sources[i].path.parent for i in indices]))
-        for i in indices:
-            places[i] = _place(sources[i].path, common)
-    outputs = [str(place.with_suffix(".npy")) for place in places]
-    for indices in _collisions(outputs):
-        for i in indices:
-            outputs[i] = f"{places[i]}.npy"
-    if collided := [i for indices in _collisions(outputs) for i in indices]:
-        raise OutputError(
-            "different files would have one output",
-            found=name_list(str(sources[i].path) for i in collided),
-            hint="extract them in separate runs, each with a folder of its own",
-        )
-    return outputs
-
-
-def name_rvc_outputs(sources: Sequence[Source], width: int) -> list[str]:
-    """The same in the layout of RVC's training folders: ``3_feature768/x.npy``, flat.
-
-    RVC finds features by the name of the audio file, so names must be unique.
-
-    Raises OutputError if two sources share a name, or RVC knows no such width.
-    """
-    if width not in RVC_FOLDERS:
-        raise OutputError(
-            f"RVC has no folder for features {width} wide",
-            expected=name_list(f"{w} ({folder})" for w, folder in RVC_FOLDERS.items()),
-        )
-    outputs = [f"{RVC_FOLDERS[width]}/{source.path.stem}.npy" for source in sources]
-    collided = [i for indices in _collisions(outputs) for i in indices]
-    if collided:
-        raise OutputError(
-            "RVC finds features by the file's name, and these share one",
-            found=name_list(str(sources[i].path) for i in collided),
-            hint="rename them, or extract them to different experiments",
-        )
-    return outputs
-
-
-def _collisions(names: Iterable[str]) -> list[list[int]]:
-    names = list(names)
-    count = Counter(names)
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        if count[name] > 1:
-            groups.setdefault(name, []).append(i)
-    return list(groups.values())
-
-
 # ---- the plan ---------------------------------------------------------------------
 
 
-def plan_work(
+def plan_jobs(
     sources: Sequence[Source],
     outputs: Sequence[str],
     manifest: Manifest,
     settings: Settings,
     *,
     force: bool = False,
-) -> tuple[list[Work], int]:
+) -> tuple[list[Job], int]:
     """What is left to do, and how many outputs are finished already.
 
     An output that this run would not have made is only replaced with ``force``.
@@ -285,17 +140,17 @@ def plan_work(
     Raises OutputError naming such outputs.
     """
     wanted = asdict(settings)
-    pending: list[Work] = []
+    pending: list[Job] = []
     taken: list[str] = []
     finished = 0
     for source, output in zip(sources, outputs, strict=True):
-        standing = manifest.standing(output, source.path, wanted)
-        if standing.state is State.FINISHED:
+        status = manifest.status(output, source.path, wanted)
+        if status.state is State.FINISHED:
             finished += 1
             continue
-        if standing.state is State.TAKEN and not force:
-            taken.append(f"{output}: {standing.reason}")
-        pending.append(Work(str(source.path), output, guess_seconds(source.path)))
+        if status.state is State.TAKEN and not force:
+            taken.append(printable(f"{output}: {status.reason}"))
+        pending.append(Job(str(source.path), output, guess_seconds(source.path)))
     if taken:
         raise OutputError(
             f"{len(taken)} outputs in {manifest.folder} are not of this run",
@@ -326,76 +181,90 @@ class Extraction:
         self.max_memory = max_memory
         self.batch_seconds = batch_seconds
         self.summary = Summary()
+        #: what has been written: the job, the bytes and the seconds of audio
+        self._written: list[tuple[Job, int, float]] = []
 
     def run(
-        self, work: Sequence[Work], progress: Callable[[Work, float], None] = lambda *_: None
+        self, jobs: Sequence[Job], progress: Callable[[Job, float], None] = lambda *_: None
     ) -> Summary:
-        """Make every output of ``work``; ``progress`` hears what part of which is done.
+        """Make every output of ``jobs``; ``progress`` gets a job and the part of it done.
 
         A clip that cannot be used is noted in the summary and the rest goes on.
         Raises OutputError if outputs cannot be written.
         """
         start = time.perf_counter()
-        for batch in self._decoded(self._batches(work)):
-            good = [(item, clip) for item, clip in batch if isinstance(clip, Clip)]
-            for item, clip in batch:
-                if not isinstance(clip, Clip):
-                    self._fail(item, clip)
-            for item, clip, features in self._computed(good, progress):
-                self._keep(item, clip, features)
-            for item, _ in batch:
-                progress(item, 1.0)
+        for batch in self._decoded(self._batches(jobs)):
+            good = [(job, result) for job, result in batch if isinstance(result, Decoded)]
+            for job, result in batch:
+                if not isinstance(result, Decoded):
+                    self._fail(job, result)
+            for job, decoded, features in self._computed(good, progress):
+                self._keep(job, decoded, features)
+            for job, _ in batch:
+                progress(job, 1.0)
+        self._require_outputs()
         self.summary.wall_seconds = time.perf_counter() - start
         return self.summary
 
-    def _batches(self, work: Sequence[Work]) -> list[list[Work]]:
+    def _batches(self, jobs: Sequence[Job]) -> list[list[Job]]:
         from ..features import batches
 
         if not self.batch_seconds:
-            return [[item] for item in work]
+            return [[job] for job in jobs]
         rate = self.model.config.sample_rate
-        lengths = [round(item.seconds * rate) for item in work]
+        lengths = [round(job.seconds * rate) for job in jobs]
         return [
-            [work[i] for i in batch] for batch in batches(lengths, int(self.batch_seconds * rate))
+            [jobs[i] for i in batch] for batch in batches(lengths, int(self.batch_seconds * rate))
         ]
 
     def _decoded(
-        self, batched: Iterable[list[Work]]
-    ) -> Iterator[list[tuple[Work, Clip | ContentvecError]]]:
+        self, batched: Iterable[list[Job]]
+    ) -> Iterator[list[tuple[Job, Decoded | ContentvecError]]]:
         """Batches with their clips or what is wrong with them, decoded while others compute."""
-        waiting: list[tuple[list[Work], list[Future[Clip | ContentvecError]]]] = []
+        waiting: list[tuple[list[Job], list[Future[Decoded | ContentvecError]]]] = []
         with ThreadPoolExecutor(1, thread_name_prefix="decode") as decoder:
             try:
                 for batch in batched:
-                    waiting.append((batch, [decoder.submit(self._read, item) for item in batch]))
-                    ahead = sum(item.seconds for batch, _ in waiting[1:] for item in batch)
+                    waiting.append((batch, [decoder.submit(self._read, job) for job in batch]))
+                    ahead = sum(job.seconds for batch, _ in waiting[1:] for job in batch)
                     while waiting and (ahead > DECODED_AHEAD or len(waiting) > 64):
-                        ahead -= sum(item.seconds for item in waiting[0][0])
+                        ahead -= sum(job.seconds for job in waiting[0][0])
                         yield _results(waiting.pop(0))
                 while waiting:
                     yield _results(waiting.pop(0))
             finally:
                 decoder.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, item: Work) -> Clip | ContentvecError:
+    def _read(self, job: Job) -> Decoded | ContentvecError:
         config = self.model.config
+        path = Path(job.source)
         try:
-            return read_audio(
-                item.source, sample_rate=config.sample_rate, min_samples=config.receptive_field
+            # before anything waits for a pipe
+            with open_regular(path, printable(job.source)):
+                source = identity(path)
+            clip = read_audio(
+                path,
+                sample_rate=config.sample_rate,
+                min_samples=config.receptive_field,
+                max_memory=self.max_memory,
             )
+            return Decoded(clip, source)
         except ContentvecError as error:
             return error
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
-            return AudioError(f"{item.source} cannot be decoded: {type(error).__name__}: {error}")
+            return AudioError(
+                f"{printable(job.source)} cannot be decoded: {type(error).__name__}: {error}"
+            )
 
     def _computed(
-        self, clips: Sequence[tuple[Work, Clip]], progress: Callable[[Work, float], None]
-    ) -> Iterator[tuple[Work, Clip, Features]]:
+        self, clips: Sequence[tuple[Job, Decoded]], progress: Callable[[Job, float], None]
+    ) -> Iterator[tuple[Job, Decoded, Features]]:
         if not clips:
             return
         try:
             results = self._features(
-                [clip.waveform for _, clip in clips], lambda part: progress(clips[0][0], part)
+                [decoded.clip.waveform for _, decoded in clips],
+                lambda part: progress(clips[0][0], part),
             )
         except (ContentvecError, RuntimeError, MemoryError) as error:
             if len(clips) == 1:
@@ -404,8 +273,8 @@ class Extraction:
                 for one in clips:
                     yield from self._computed([one], progress)
             return
-        for (item, clip), features in zip(clips, results, strict=True):
-            yield item, clip, features
+        for (job, decoded), features in zip(clips, results, strict=True):
+            yield job, decoded, features
 
     def _features(
         self, waveforms: list[Waveform], progress: Callable[[float], None]
@@ -435,18 +304,25 @@ class Extraction:
             self.summary.note_seams(seams)
         return results
 
-    def _keep(self, item: Work, clip: Clip, features: Features) -> None:
+    def _keep(self, job: Job, decoded: Decoded, features: Features) -> None:
+        clip = decoded.clip
         with np.errstate(over="ignore"):
             features = features.astype(self.settings.dtype, copy=False)
         if not np.isfinite(features).all():
-            self._fail(item, AudioError("its features are not finite numbers"))
+            self._fail(job, AudioError("its features are not finite numbers"))
             return
-        path = self.manifest.folder / item.output
-        written = write_atomically(path, npy_parts(features))
+        path = self.manifest.folder / job.output
+        try:
+            written = write_atomically(path, npy_parts(features))
+        except OutputError as error:
+            if getattr(error.__cause__, "errno", None) not in _NAME_ERRORS:
+                raise
+            self._fail(job, error)
+            return
         self.manifest.add(
             {
-                "output": item.output,
-                "source": identity(Path(item.source)),
+                "output": job.output,
+                "source": decoded.source,
                 "settings": asdict(self.settings),
                 "frames": features.shape[0],
                 "width": features.shape[1],
@@ -459,20 +335,30 @@ class Extraction:
             }
         )
         publish(path)
+        self._written.append((job, written["bytes"], clip.seconds))
         self.summary.extracted += 1
         self.summary.audio_seconds += clip.seconds
 
-    def _fail(self, item: Work, error: Exception) -> None:
+    def _require_outputs(self) -> None:
+        """Count as failed what was written and is not there any more."""
+        for job, size, seconds in self._written:
+            path = self.manifest.folder / job.output
+            if not path.is_file() or path.stat().st_size != size:
+                self.summary.extracted -= 1
+                self.summary.audio_seconds -= seconds
+                self._fail(job, OutputError(f"its output {printable(str(path))} has disappeared"))
+
+    def _fail(self, job: Job, error: Exception) -> None:
         reason = error.problem if isinstance(error, ContentvecError) else str(error)
         found = getattr(error, "found", None)
-        reason = reason.removeprefix(f"{item.source} ")
-        self.summary.failed.append(Failure(item.source, f"{reason} ({found})" if found else reason))
+        reason = printable(reason.removeprefix(f"{printable(job.source)} "))
+        self.summary.failed.append(Failure(job.source, f"{reason} ({found})" if found else reason))
 
 
 def _results(
-    waiting: tuple[list[Work], list[Future[Clip | ContentvecError]]],
-) -> list[tuple[Work, Clip | ContentvecError]]:
-    return [(item, future.result()) for item, future in zip(*waiting, strict=True)]
+    waiting: tuple[list[Job], list[Future[Decoded | ContentvecError]]],
+) -> list[tuple[Job, Decoded | ContentvecError]]:
+    return [(job, future.result()) for job, future in zip(*waiting, strict=True)]
 
 
 def npy_parts(array: np.ndarray[Any, Any]) -> list[bytes | memoryview]:
@@ -484,8 +370,8 @@ def npy_parts(array: np.ndarray[Any, Any]) -> list[bytes | memoryview]:
     return [header.getvalue(), memoryview(data).cast("B")]
 
 
-def shared_out(work: Sequence[Work], ranks: Ranks) -> list[Work]:
-    """What of the first rank's ``work`` this rank does, balanced by duration."""
-    items = [Work(**item) for item in ranks.from_first([asdict(item) for item in work])]
-    share = shares([item.seconds for item in items], ranks.size)[ranks.rank]
-    return [items[i] for i in share]
+def share_of_rank(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
+    """The part of the first rank's ``jobs`` that this rank does, balanced by duration."""
+    everything = [Job(**job) for job in ranks.from_first([asdict(job) for job in jobs])]
+    share = shares([job.seconds for job in everything], ranks.size)[ranks.rank]
+    return [everything[i] for i in share]

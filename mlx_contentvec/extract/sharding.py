@@ -1,8 +1,8 @@
-"""Several processes at one list of work, under MLX's own launcher.
+"""Several processes share one list of jobs, under MLX's own launcher.
 
 ``mlx.launch -n 4 mlx-contentvec extract ...`` (or a hostfile) starts the same
 command several times; ``mx.distributed`` says which one this is. The first
-makes the plan and tells the others; at the end all tell what they did.
+makes the plan and sends it to the others; at the end all send their summaries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LAUNCHED_BY = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among those that share the work."""
+    """One process among those that share the jobs."""
 
     rank: int = 0
     size: int = 1
@@ -63,7 +63,7 @@ class Ranks:
 
 
 def shares(durations: Sequence[float], count: int) -> list[list[int]]:
-    """Divide work into ``count`` shares of about the same duration.
+    """Divide jobs into ``count`` shares of about the same duration.
 
     The longest first, each to the share that has least so far. Returns indices
     into ``durations``, in their order; every one exactly once.

@@ -96,10 +96,10 @@ def windowed(
     squares: list[float] = []
     largest = 0.0
     for piece in cut_windows(config, frames, window, overlap):
-        # the last window hears the clip to its end, the samples after the last frame included
+        # the last window reaches to the end of the clip, the samples after the last frame included
         end = (piece.stop - 1) * config.hop + config.receptive_field
-        heard = slice(piece.start * config.hop, None if piece.stop == frames else end)
-        inside = features_of(model, waveform[heard], kind, max_memory)
+        span = slice(piece.start * config.hop, None if piece.stop == frames else end)
+        inside = features_of(model, waveform[span], kind, max_memory)
         if before is not None:
             at_cut = inside[piece.keep_from - 1 - piece.start :][:2]
             difference = np.abs(at_cut - before)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from contentvec_convert.identity import Identification
+from mlx_contentvec.config import stage_input, stage_names
 from mlx_contentvec.errors import ParityError
 
 from . import device_default as at_device_default
 from . import machine
 from .compare import tensors
 from .compare.candidate import MlxCandidate
-from .compare.naming import stage_input, stage_names, stage_parameters
+from .compare.naming import stage_parameters
 from .compare.stages import Progress, measure, require_same_architecture
 from .compare.verdict import Gates, judge
 from .identity import checkpoint_being_identified, identify_checkpoint, weights_facts

@@ -55,7 +55,8 @@ def _memory_gib() -> float | None:
 
 def describe() -> dict[str, Any]:
     """The machine and, once MLX is loaded, the device it computes on."""
-    from mlx_contentvec import backend, blas
+    from mlx_contentvec import backend
+    from mlx_contentvec.ops import blas
 
     mx = backend.mx
     kind = backend.device_kind()

@@ -852,7 +852,12 @@ def test_a_wrong_archive_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_the_archive_that_the_wrong_ones_are_made_from_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    for options in ({"comment": b"a comment"}, {"end64": {}}, {"locator": {}, "comment": b"x"}):
+    variants: tuple[dict[str, Any], ...] = (
+        {"comment": b"a comment"},
+        {"end64": {}},
+        {"locator": {}, "comment": b"x"},
+    )
+    for options in variants:
         path.write_bytes(zip_archive([DATA, FLOATS], **options))
         with open_checkpoint(path) as checkpoint:
             assert checkpoint.verify()
@@ -1085,6 +1090,9 @@ def integer(value: int) -> bytes:
 
 RECORD = b"ca\nB\nq\x00"
 
+#: the pickle of a tuple of half a million ones
+ENDLESS = Raw(b"(" + b"K\x01" * 500_000 + b"t")
+
 #: name -> (the file, what is said). Each costs its maker a few bytes or megabytes.
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a value shared 2**60 times": (
@@ -1236,7 +1244,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a shape without end": (
         lambda: torch_zip(
-            assemble({"w": tensor(*[Raw(b"(" + b"K\x01" * 500_000 + b"t")] * 2)})
+            assemble({"w": tensor(ENDLESS, ENDLESS)})
         ),
         "too many axes",
     ),

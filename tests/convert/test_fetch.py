@@ -58,7 +58,7 @@ def server() -> Iterator[HubServer]:
 def fetch(server: HubServer, tmp_path: Path) -> Run:
     """``fetch(arguments)``: the command, run in tmp_path."""
 
-    def run(*arguments: str, before: str = "", **env: str):
+    def run(*arguments: str, before: str = "", **env: str) -> subprocess.CompletedProcess[str]:
         roots = [PROJECT, PROJECT / "convert", PROJECT / "parity"]
         return subprocess.run(
             [sys.executable, "-c", PREAMBLE + before + RUN, "fetch", *arguments],

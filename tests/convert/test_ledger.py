@@ -19,7 +19,7 @@ from tests.convert.test_rules import fairseq_checkpoint
 
 def said(plan: Plan, checkpoint: object) -> str:
     with pytest.raises(MappingError) as caught:
-        account(plan, checkpoint.tensors)  # type: ignore[attr-defined]
+        account(plan, checkpoint.tensors)
     return str(caught.value)
 
 

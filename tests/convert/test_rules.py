@@ -39,7 +39,8 @@ TASK = {"_name": "hubert_pretraining", "normalize": False, "sample_rate": 16000}
 
 def source_shapes(config: ModelConfig, kernel: str) -> dict[str, tuple[int, ...]]:
     """What fairseq would store for ``config``: the rules read backwards, with shapes undone."""
-    targets, shapes = parameter_shapes(config), {}
+    targets = parameter_shapes(config)
+    shapes: dict[str, tuple[int, ...]] = {}
     for rule in fairseq.rules(config, kernel=kernel):
         shape = targets[rule.target]
         if rule.transform == "fold_weight_norm":

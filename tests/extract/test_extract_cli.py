@@ -124,6 +124,10 @@ def test_one_safetensors_for_each_folder(run_cli: RunCli, weights: Path, tmp_pat
     ("options", "status", "message"),
     [
         (["--rvc", "--safetensors"], 2, "exclude each other"),
+        (["--rvc", "--applio"], 2, "exclude each other"),
+        (["--embedder", "spin"], 2, "--embedder needs --applio"),
+        (["--applio", "--version", "v1"], 2, "the last layer"),
+        (["--applio"], 1, "Applio trains on no features 96 wide"),
         (["--overlap", "1"], 2, "--overlap needs --window"),
         (["--max-memory", "much"], 2, "not a size like 800M"),
         (["--layer", "13"], 1, "no layer 13"),
@@ -146,12 +150,13 @@ def test_a_clip_that_does_not_fit_its_memory_is_named(
 ) -> None:
     folder = write_clips(tmp_path / "in", 1)
     soundfile.write(folder / "long.wav", noise(16000 * 100), 16000)
-    common = ["extract", folder, "-w", weights, "--max-memory", "3M"]
-    done = run_cli(*common, "-o", tmp_path / "out")
+    common = ["extract", folder, "-w", weights, "--max-memory"]
+    done = run_cli(*common, "3M", "-o", tmp_path / "out")
     assert done.returncode == 1
-    assert "long.wav: a clip of 100.0 s does not fit the memory" in done.stderr
+    assert "long.wav: is too long for the memory (" in done.stderr
     assert outputs(tmp_path / "out") == ["000.npy"]
-    windows = run_cli(*common, "-o", tmp_path / "windows", "--window", "10", "--overlap", "1")
+    # 100 s at 16 kHz are 6.4 MB
+    windows = run_cli(*common, "7M", "-o", tmp_path / "windows", "--window", "10", "--overlap", "1")
     assert windows.returncode == 0
     assert "seams      10, windows disagree by" in windows.stdout
 
@@ -175,6 +180,52 @@ def test_a_stopped_run_keeps_what_is_finished_and_goes_on(
     assert f"skipped    {len(kept)} finished before" in done.stdout
     assert len(outputs(out)) == 40
     assert all((out / name).stat().st_mtime_ns == mtime for name, mtime in times.items())
+
+
+def test_a_list_on_stdin_holds_names_that_are_not_utf_8(weights: Path, tmp_path: Path) -> None:
+    folder = write_clips(tmp_path / "in", 1)
+    name = os.fsencode(folder) + b"/\x82\xa0.wav"
+    (folder / "000.wav").rename(os.fsdecode(name))
+    done = subprocess.run(
+        [*COMMAND, "-", "-o", str(tmp_path / "out"), "-w", str(weights)],
+        input=name + b"\n",
+        capture_output=True,
+        env=environment(),
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert [os.fsencode(p.name) for p in (tmp_path / "out").glob("*.npy")] == [b"\x82\xa0.npy"]
+
+
+def test_odd_names_are_printed_harmlessly_and_stop_nothing(
+    run_cli: RunCli, weights: Path, tmp_path: Path
+) -> None:
+    folder = write_clips(tmp_path / "in", 1)
+    (folder / ("x" * 249 + ".wav")).write_bytes((folder / "000.wav").read_bytes())
+    for name in (b"\x82\xa0.wav", b"\x1b[31mred\n.wav", b"b\nd.wav"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text("text")
+    done = run_cli("extract", folder, "-o", tmp_path / "out", "-w", weights)
+    assert done.returncode == 1
+    assert "\x1b" not in done.stderr and "Traceback" not in done.stderr
+    for shown in (r"\x82\xa0.wav: is not audio", r"\x1b[31mred\n.wav: is", r"b\nd.wav: is"):
+        assert shown in done.stderr
+    assert "000.npy" in outputs(tmp_path / "out")
+    summary = run_cli("extract", folder, "-o", tmp_path / "out", "-w", weights, "--json")
+    assert json.loads(summary.stdout)["skipped"] >= 1
+
+
+@pytest.mark.parametrize("name", ["extracted", "3_feature768", "3_feature256"])
+def test_nothing_but_features_lies_where_training_programs_look(
+    run_cli: RunCli, weights: Path, tmp_path: Path, name: str
+) -> None:
+    folder = write_clips(tmp_path / "in", 2)
+    out = tmp_path / "logs/voice" / name
+    command = ["extract", folder, "-o", out, "-w", weights]
+    assert run_cli(*command).returncode == 0
+    assert sorted(p.name for p in out.iterdir()) == ["000.npy", "001.npy"]
+    visible = [p.name for p in out.parent.iterdir() if not p.name.startswith(".")]
+    assert visible == [name]
+    assert "skipped    2 finished before" in run_cli(*command).stdout
 
 
 # ---- several processes ------------------------------------------------------------
@@ -224,7 +275,7 @@ def test_a_killed_process_loses_only_what_it_had_not_finished(
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
     )
-    second = out / "mlx-contentvec.rank-1.jsonl"
+    second = out / ".mlx-contentvec.rank-1.jsonl"
     end = time.monotonic() + 60
     while time.monotonic() < end and not (second.exists() and len(outputs(out)) > 4):
         time.sleep(0.005)

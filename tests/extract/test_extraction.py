@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,19 +15,25 @@ from hypothesis import strategies as st
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, ConfigError, OutputError
-from mlx_contentvec.extract.manifest import Manifest, locked, publish, write_atomically
+from mlx_contentvec.extract.applio import check_model_info, write_model_info
+from mlx_contentvec.extract.manifest import (
+    LOCK,
+    Manifest,
+    ignores_case,
+    locked,
+    publish,
+    write_atomically,
+)
 from mlx_contentvec.extract.packing import FILE, check_packs, pack, part_of
-from mlx_contentvec.extract.run import (
-    Extraction,
-    Settings,
+from mlx_contentvec.extract.run import Extraction, Job, Settings, Summary, plan_jobs
+from mlx_contentvec.extract.sharding import Ranks, shares
+from mlx_contentvec.extract.sources import (
     Source,
-    Summary,
     find_sources,
+    name_applio_outputs,
     name_outputs,
     name_rvc_outputs,
-    plan_work,
 )
-from mlx_contentvec.extract.sharding import Ranks, shares
 from mlx_contentvec.extract.windows import cut_windows, windowed
 from mlx_contentvec.features import FeatureKind
 from mlx_contentvec.model import ContentvecModel
@@ -49,7 +56,7 @@ def write_clip(path: Path, samples: int = 8000, seed: int = 0) -> Path:
     return path
 
 
-def heard(path: Path) -> np.ndarray:
+def samples_of(path: Path) -> np.ndarray:
     samples: np.ndarray = soundfile.read(path, dtype="float32")[0]
     return samples
 
@@ -67,7 +74,7 @@ def run(
     manifest = Manifest(folder)
     sources = find_sources(paths)
     folder.mkdir(exist_ok=True)
-    pending, finished = plan_work(sources, name_outputs(sources), manifest, settings, force=force)
+    pending, finished = plan_jobs(sources, name_outputs(sources), manifest, settings, force=force)
     return Extraction(model, settings, manifest, **options).run(pending), finished
 
 
@@ -98,6 +105,40 @@ def test_patterns_files_and_folders_name_each_file_once(
     sources = find_sources(["*/y.*", "a", "b/raw.bin", tmp_path / "a/x.wav"])
     assert [str(s.place) for s in sources] == ["a/y.wav", "b/y.mp3", "x.wav", "raw.bin"]
     assert all(s.path.is_absolute() for s in sources)
+
+
+@pytest.mark.parametrize("pattern", ["*.wav", "**/*.wav", "*", "*/*.wav", "?*.wav"])
+def test_patterns_leave_hidden_files_and_folders(tmp_path: Path, pattern: str) -> None:
+    names = ["a.wav", "._a.wav", ".ipynb_checkpoints/b.wav", "b/c.wav", "b/._c.wav", ".DS_Store"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(source.place) for source in find_sources([tmp_path / pattern])]
+    assert found and set(found) <= {"a.wav", "b/c.wav"}
+    named = find_sources([tmp_path / "._a.wav", tmp_path / ".ipynb_checkpoints/*.wav"])
+    assert [source.path.name for source in named] == ["._a.wav", "b.wav"]
+
+
+def test_a_name_too_long_to_be_one_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"cannot be searched: File name too long|no file or"):
+        find_sources([tmp_path / ("x" * 300 + ".wav")])
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("x.wav", "locked/y.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert [str(s.place) for s in find_sources([tmp_path])] == ["x.wav", "locked"]
 
 
 @pytest.mark.parametrize("path", ["nowhere", "nothing-*.wav", "empty"])
@@ -143,6 +184,54 @@ def test_names_never_collide(files: list[tuple[str, str]]) -> None:
     assert len(set(outputs)) == len(files)
 
 
+def test_names_that_a_mac_takes_for_one_are_told_apart() -> None:
+    composed, decomposed = "\u00e9.wav", "e\u0301.wav"
+    assert named(f"/d/a/{composed}", f"/d/b/{decomposed}") == ["a/\u00e9.npy", "b/e\u0301.npy"]
+    with pytest.raises(OutputError, match="one output"):
+        named(f"/d/{composed}", f"/d/{decomposed}")
+    assert named("/d/a/Take.wav", "/d/b/take.wav") == ["Take.npy", "take.npy"]
+    sources = [
+        Source(Path(p), PurePosixPath(Path(p).name)) for p in ("/d/a/Take.wav", "/d/b/take.wav")
+    ]
+    assert name_outputs(sources, ignore_case=True) == ["a/Take.npy", "b/take.npy"]
+    sources = [Source(Path(p), PurePosixPath(Path(p).name)) for p in ("/d/Take.wav", "/d/take.wav")]
+    with pytest.raises(OutputError, match=r"/d/Take\.wav, /d/take\.wav"):
+        name_outputs(sources, ignore_case=True)
+    with pytest.raises(OutputError, match="RVC finds features by the file's name"):
+        name_rvc_outputs(sources, 768, ignore_case=True)
+
+
+def test_a_file_system_that_ignores_case_is_known_by_the_lock(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        assert not ignores_case(tmp_path)
+        (tmp_path / LOCK.upper()).touch()
+        assert ignores_case(tmp_path)
+
+
+def test_applios_layout_is_flat_and_names_its_embedder(tmp_path: Path) -> None:
+    sources = [Source(Path(f"/d/{n}.wav"), PurePosixPath(f"s/{n}.wav")) for n in ("0_0_0", "0_1")]
+    assert name_applio_outputs(sources, 768) == ["extracted/0_0_0.npy", "extracted/0_1.npy"]
+    with pytest.raises(OutputError, match="no features 256 wide"):
+        name_applio_outputs(sources, 256)
+    info = tmp_path / "model_info.json"
+    info.write_text('{"total_seconds": 12.5, "speakers_id": 2}')
+    check_model_info(tmp_path, "contentvec", force=False)
+    write_model_info(tmp_path, "contentvec")
+    kept = {"total_seconds": 12.5, "speakers_id": 2, "embedder_model": "contentvec"}
+    assert json.loads(info.read_text()) == kept
+    with pytest.raises(OutputError, match="states another embedder"):
+        check_model_info(tmp_path, "spin", force=False)
+    check_model_info(tmp_path, "spin", force=True)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, "\xff", " " * (1 << 21)])
+def test_a_model_info_that_is_none_is_refused_and_kept(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_info.json").write_text(text, encoding="latin-1")
+    with pytest.raises(OutputError, match="is not what Applio writes"):
+        write_model_info(tmp_path, "contentvec")
+    assert (tmp_path / "model_info.json").read_text(encoding="latin-1") == text
+
+
 def test_rvcs_layout_is_flat_and_refuses_equal_names() -> None:
     sources = [Source(Path(f"/d/{n}.wav"), PurePosixPath(f"s/{n}.wav")) for n in ("0_0", "0_1")]
     assert name_rvc_outputs(sources, 768) == ["3_feature768/0_0.npy", "3_feature768/0_1.npy"]
@@ -162,7 +251,9 @@ def test_features_are_written_one_row_a_frame(model: ContentvecModel, tmp_path: 
     summary, _ = run(model, tmp_path / "out", [tmp_path / "in"])
     features = np.load(tmp_path / "out/a/x.npy", allow_pickle=False)
     assert features.dtype == np.float32
-    np.testing.assert_allclose(features, in_one_go(model, heard(clip), output_layer=3), atol=2e-5)
+    np.testing.assert_allclose(
+        features, in_one_go(model, samples_of(clip), output_layer=3), atol=2e-5
+    )
     assert (summary.extracted, summary.failed, summary.audio_seconds) == (1, [], 0.5)
 
 
@@ -209,7 +300,7 @@ def test_a_changed_source_is_done_again(model: ContentvecModel, tmp_path: Path) 
     write_clip(clip, seed=1)
     summary, _ = run(model, tmp_path / "out", [clip])
     assert summary.extracted == 1
-    expected = in_one_go(model, heard(clip), output_layer=3)
+    expected = in_one_go(model, samples_of(clip), output_layer=3)
     np.testing.assert_allclose(np.load(tmp_path / "out/x.npy"), expected, atol=2e-5)
 
 
@@ -309,7 +400,7 @@ def test_a_clip_that_spoils_its_batch_is_found(
 
     monkeypatch.setattr(extraction, "_features", refusing)
     sources = find_sources([tmp_path / "in"])
-    pending, _ = plan_work(sources, name_outputs(sources), extraction.manifest, SETTINGS)
+    pending, _ = plan_jobs(sources, name_outputs(sources), extraction.manifest, SETTINGS)
     summary = extraction.run(pending)
     assert summary.extracted == 2
     assert [Path(failure.source).name for failure in summary.failed] == ["1.wav"]
@@ -324,6 +415,77 @@ def test_an_output_folder_that_cannot_be_written_stops_the_run(
     with pytest.raises(OutputError, match="cannot be written"):
         run(model, tmp_path / "out", [tmp_path / "in"])
     assert clip.exists()
+
+
+def test_files_that_vanish_or_wait_are_listed_and_the_rest_goes_on(
+    model: ContentvecModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    for i in range(3):
+        write_clip(folder / f"{i}.wav", seed=i)
+    os.mkfifo(folder / "pipe.wav")
+    (folder / "zero.wav").symlink_to("/dev/zero")
+    (tmp_path / "out").mkdir()
+    sources = find_sources([folder])
+    pending, _ = plan_jobs(sources, name_outputs(sources), Manifest(tmp_path / "out"), SETTINGS)
+    (folder / "1.wav").unlink()
+    summary = Extraction(model, SETTINGS, Manifest(tmp_path / "out")).run(pending)
+    assert summary.extracted == 2
+    reasons = {Path(failure.source).name: failure.reason for failure in summary.failed}
+    assert reasons["pipe.wav"] == "is not a file (a named pipe)"
+    assert reasons["zero.wav"] == "is not a file (a device)"
+    assert "No such file" in reasons["1.wav"]
+
+
+def test_a_file_deleted_while_its_features_are_computed_ends_nothing(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2):
+        write_clip(tmp_path / f"in/{i}.wav", seed=i)
+    computed = Extraction._features
+
+    def deleting(self: Extraction, waveforms: list[Any], progress: Any) -> Any:
+        (tmp_path / "in/0.wav").unlink(missing_ok=True)
+        return computed(self, waveforms, progress)
+
+    monkeypatch.setattr(Extraction, "_features", deleting)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "in"])
+    assert (summary.extracted, summary.failed) == (2, [])
+
+
+def test_a_name_that_the_file_system_refuses_is_listed(
+    model: ContentvecModel, tmp_path: Path
+) -> None:
+    write_clip(tmp_path / "in/x.wav")
+    pending = [
+        Job(str(tmp_path / "in/x.wav"), "y" * 260 + ".npy", 0.5),
+        Job(str(tmp_path / "in/x.wav"), "x.npy", 0.5),
+    ]
+    (tmp_path / "out").mkdir()
+    summary = Extraction(model, SETTINGS, Manifest(tmp_path / "out")).run(pending)
+    assert summary.extracted == 1
+    assert "File name too long" in summary.failed[0].reason
+
+
+def test_outputs_that_disappear_are_not_counted(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(4):
+        write_clip(tmp_path / f"in/{i}.wav", seed=i)
+    computed, calls = Extraction._features, []
+
+    def deleting(self: Extraction, waveforms: list[Any], progress: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            shutil.rmtree(tmp_path / "out")
+        return computed(self, waveforms, progress)
+
+    monkeypatch.setattr(Extraction, "_features", deleting)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "in"])
+    assert summary.extracted == len(list((tmp_path / "out").glob("*.npy"))) == 2
+    assert [Path(failure.source).name for failure in summary.failed] == ["0.wav", "1.wav"]
+    assert "has disappeared" in summary.failed[0].reason
+    assert summary.audio_seconds == 1.0
 
 
 def test_features_that_are_not_finite_are_not_written(
@@ -368,6 +530,18 @@ def test_nothing_has_its_name_until_it_is_published(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["x.npy"]
 
 
+@pytest.mark.parametrize("name", [LOCK, ".mlx-contentvec.jsonl"])
+def test_a_link_planted_among_the_outputs_is_not_followed(tmp_path: Path, name: str) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / name).symlink_to(precious)
+    with pytest.raises(OutputError, match="cannot be written"), locked(folder):
+        Manifest(folder).add({"output": "a.npy"})
+    assert precious.read_text() == "kept"
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(OutputError, match="another extraction"):  # noqa: SIM117
         with locked(tmp_path):
@@ -388,7 +562,7 @@ def packed_run(
     parts = [part_of(output) for output in name_outputs(sources)]
     wanted = dataclasses.asdict(settings)
     check_packs(parts, manifest, wanted, force=False)
-    pending, finished = plan_work(sources, parts, manifest, settings)
+    pending, finished = plan_jobs(sources, parts, manifest, settings)
     summary = Extraction(model, settings, manifest).run(pending)
     pack(parts, manifest, wanted)
     return summary, finished
@@ -425,7 +599,7 @@ def test_a_run_stopped_before_packing_goes_on(model: ContentvecModel, tmp_path: 
     sources = find_sources([tmp_path / "in"])
     parts = [part_of(output) for output in name_outputs(sources)]
     manifest = Manifest(out)
-    pending, _ = plan_work(sources, parts, manifest, SETTINGS)
+    pending, _ = plan_jobs(sources, parts, manifest, SETTINGS)
     Extraction(model, SETTINGS, manifest).run(pending[:1])
     assert not (out / FILE).exists()
     summary, finished = packed_run(model, out, [tmp_path / "in"])

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_contentvec import backend, blas
+from mlx_contentvec import backend
+from mlx_contentvec.ops import blas
 
 PROJECT = Path(__file__).resolve().parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="run it on Linux: a Mac has Accelerate")
@@ -52,7 +53,7 @@ import ctypes
 def missing(*a, **k): raise OSError("not here")
 ctypes.CDLL = missing
 """
-WHOSE = "from mlx_contentvec import blas; print(blas.name(), blas._openblas() is not None)"
+WHOSE = "from mlx_contentvec.ops import blas; print(blas.name(), blas._openblas() is not None)"
 
 
 @linux
@@ -108,7 +109,7 @@ def test_an_openblas_that_threads_cannot_share_is_passed_over(
 
 @linux
 def test_the_threads_are_those_that_the_environment_states() -> None:
-    code = "from mlx_contentvec import blas; print(blas.threads())"
+    code = "from mlx_contentvec.ops import blas; print(blas.threads())"
     for before in ("", "import mlx.core\n", NO_LIBRARY):
         assert python(before + code, OPENBLAS_NUM_THREADS="1").stdout == "1\n"
     assert python(NO_LIBRARY + code, OPENBLAS_NUM_THREADS="3").stdout == "3\n"
@@ -129,3 +130,23 @@ def test_mlx_without_a_backend_is_one_line_that_says_which_to_add() -> None:
 
 def test_the_device_is_named() -> None:
     assert backend.device_kind() in ("cpu", "metal", "cuda")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "0"), ("0", "0"), ("1", "1")])
+def test_tf32_is_off_unless_the_user_turns_it_on(given: str | None, expected: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_ENABLE_TF32"}
+    if given is not None:
+        environment["MLX_ENABLE_TF32"] = given
+    code = (
+        "import os, mlx_contentvec; print(os.environ['MLX_ENABLE_TF32'])\n"
+        "from mlx_contentvec.backend import tf32_enabled; print(tf32_enabled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [expected, str(expected == "1")]

@@ -211,6 +211,90 @@ def test_what_is_neither_is_not_looked_up_on_the_hub(name: str) -> None:
         hub.resolve(name)
 
 
+# the arguments of from_pretrained ---------------------------------------------
+
+
+def test_a_path_of_this_machine_is_taken_before_all_else(tmp_path: Path) -> None:
+    file = write(tmp_path, {"a.safetensors": WEIGHTS}) / "a.safetensors"
+    for path in (file, str(file)):
+        assert hub.resolve_pretrained(weights_path=path) == file
+        assert hub.resolve_pretrained(path) == file
+    with pytest.raises(HubError, match="no weights at"):
+        hub.resolve_pretrained(weights_path="someone/contentvec-mlx")
+
+
+@pytest.mark.parametrize("by", ["filename", "second argument"])
+def test_one_file_of_a_folder_can_be_named(tmp_path: Path, by: str) -> None:
+    folder = write(tmp_path, package())
+    name = "model.float16.safetensors"
+    arguments: dict[str, str] = {"filename" if by == "filename" else "revision": name}
+    assert hub.resolve_pretrained(folder, **arguments) == folder / name
+    with pytest.raises(HubError, match=r"has no other\.safetensors"):
+        hub.resolve_pretrained(folder, filename="other.safetensors")
+    with pytest.raises(HubError, match="has no q8 variant"):
+        hub.resolve_pretrained(folder, dtype="q8", **arguments)
+    write(folder, {name: b"X" + HALF[1:]})
+    with pytest.raises(HubError, match="not the file that SHA256SUMS describes"):
+        hub.resolve_pretrained(folder, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"name": "a/b", "repo_id": "a/c"},
+        {"name": "a/b", "weights_path": "file.safetensors"},
+        {"repo_id": "a/b", "weights_path": "file.safetensors"},
+        {"filename": "a.safetensors", "weights_path": "file.safetensors"},
+        {"revision": "main", "weights_path": "file.safetensors"},
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(arguments: dict[str, str]) -> None:
+    with pytest.raises(HubError, match="give one of them"):
+        hub.resolve_pretrained(**arguments)
+
+
+PRETRAINED = RESOLVE.replace(
+    "resolve(sys.argv[1], *(argument or None for argument in sys.argv[2:]))",
+    "resolve_pretrained(**dict(argument.split('=') for argument in sys.argv[1:]))",
+).replace("import resolve", "import resolve_pretrained")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("name=lexandstuff/mlx-contentvec",),
+        ("repo_id=lexandstuff/mlx-contentvec",),
+        ("filename=contentvec_base.safetensors",),
+        ("name=lexandstuff/mlx-contentvec", "revision=contentvec_base.safetensors"),
+    ],
+)
+def test_the_first_release_is_found_in_every_form(
+    server: HubServer, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    server.add_repo("lexandstuff/mlx-contentvec", {"contentvec_base.safetensors": WEIGHTS})
+    result = subprocess.run(
+        [sys.executable, "-c", NO_WAITING + PRETRAINED, *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(PROJECT),
+            **server.environment(tmp_path / "home", token=None),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).read_bytes() == WEIGHTS
+
+
+def test_one_file_is_not_taken_for_a_package(tmp_path: Path) -> None:
+    file = write(tmp_path, {"a.safetensors": WEIGHTS}) / "a.safetensors"
+    for name in (file, str(file)):
+        with pytest.raises(HubError, match="is one file, without the evidence"):
+            hub.open_package(name)
+
+
 # the Hub -----------------------------------------------------------------------
 
 

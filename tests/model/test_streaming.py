@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from mlx_contentvec import cpu, streaming
+from mlx_contentvec import memory
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError
-from mlx_contentvec.kernels import compute_dtype
-from mlx_contentvec.streaming import Pieces, plan_pieces, streamed, streamed_bytes, whole_clip_bytes
+from mlx_contentvec.memory import ChunkPlan, plan_chunks, streamed_bytes, whole_clip_bytes
+from mlx_contentvec.model import ContentvecModel
+from mlx_contentvec.ops import cpu
+from mlx_contentvec.ops.mlx import compute_dtype
+from mlx_contentvec.streaming import streamed as streamed_by
 from tests.small_models import CONFIGS, TINY, in_one_go, noise, random_model
 
-PIECES = Pieces(frames=32, heads=3, queries=16)
+PLAN = ChunkPlan(frames=32, heads=3, queries=16)
+
+
+def streamed(model: ContentvecModel, waveform: np.ndarray, *arguments: Any) -> np.ndarray:
+    return streamed_by(model.walk(), model.config, waveform, *arguments)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -20,7 +29,7 @@ def test_a_streamed_clip_is_the_clip_in_one_go(config: ModelConfig, samples: int
     model = random_model(config)
     waveform = noise(samples)
     whole = in_one_go(model, waveform, output_layer=3)
-    pieces = streamed(model, waveform, 3, False, PIECES)
+    pieces = streamed(model, waveform, 3, False, PLAN)
     assert pieces.shape == whole.shape == (config.frames(samples), 96)
     np.testing.assert_allclose(pieces, whole, atol=2e-5, rtol=0)
 
@@ -29,7 +38,7 @@ def test_the_projection_is_streamed_too() -> None:
     model = random_model(TINY)
     waveform = noise(40000)
     whole = in_one_go(model, waveform, output_layer=2, project=True)
-    np.testing.assert_allclose(streamed(model, waveform, 2, True, PIECES), whole, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(streamed(model, waveform, 2, True, PLAN), whole, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -37,8 +46,8 @@ def test_the_projection_is_streamed_too() -> None:
 def test_the_size_of_the_pieces_changes_nothing(heads: int, queries: int) -> None:
     model = random_model(TINY)
     waveform = noise(50000)
-    reference = streamed(model, waveform, 3, False, PIECES)
-    pieces = Pieces(frames=64, heads=heads, queries=queries)
+    reference = streamed(model, waveform, 3, False, PLAN)
+    pieces = ChunkPlan(frames=64, heads=heads, queries=queries)
     np.testing.assert_allclose(
         streamed(model, waveform, 3, False, pieces), reference, atol=2e-5, rtol=0
     )
@@ -47,10 +56,10 @@ def test_the_size_of_the_pieces_changes_nothing(heads: int, queries: int) -> Non
 def test_scoring_some_keys_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(TINY)
     waveform = noise(50000)
-    reference = streamed(model, waveform, 3, False, PIECES)
-    monkeypatch.setattr(cpu, "KEYS", 37)
-    parts = streamed(model, waveform, 3, False, PIECES)
-    assert np.abs(parts - reference).max() > 0 or streaming.device_kind() != "cpu"
+    reference = streamed(model, waveform, 3, False, PLAN)
+    monkeypatch.setattr(cpu, "KEYS_PER_BLOCK", 37)
+    parts = streamed(model, waveform, 3, False, PLAN)
+    assert np.abs(parts - reference).max() > 0 or memory.device_kind() != "cpu"
     np.testing.assert_allclose(parts, reference, atol=2e-5, rtol=0)
 
 
@@ -58,7 +67,7 @@ def test_half_precision_weights_are_streamed_as_they_are_run_in_one_go() -> None
     model = random_model(TINY, mx.float16)
     waveform = noise(40000)
     whole = in_one_go(model, waveform, output_layer=3)
-    pieces = streamed(model, waveform, 3, False, PIECES)
+    pieces = streamed(model, waveform, 3, False, PLAN)
     noise_floor = 2e-5 if compute_dtype(mx.float16) == mx.float32 else 3e-2
     np.testing.assert_allclose(pieces, whole, atol=noise_floor, rtol=0)
 
@@ -70,14 +79,12 @@ def test_quantised_weights_are_streamed() -> None:
     nn.quantize(model, group_size=32, bits=8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
     waveform = noise(40000)
     whole = in_one_go(model, waveform, output_layer=3)
-    np.testing.assert_allclose(
-        streamed(model, waveform, 3, False, PIECES), whole, atol=2e-5, rtol=0
-    )
+    np.testing.assert_allclose(streamed(model, waveform, 3, False, PLAN), whole, atol=2e-5, rtol=0)
 
 
 def test_progress_rises_to_the_end() -> None:
     heard: list[float] = []
-    streamed(random_model(TINY), noise(40000), 3, False, PIECES, heard.append)
+    streamed(random_model(TINY), noise(40000), 3, False, PLAN, heard.append)
     assert heard == sorted(heard)
     assert 0 < heard[0] < 0.5
     assert heard[-1] == 1.0
@@ -85,44 +92,44 @@ def test_progress_rises_to_the_end() -> None:
 
 def test_short_clips_go_in_one_go_and_long_ones_are_streamed() -> None:
     base = ModelConfig()
-    assert plan_pieces(base, 16000, None) is None
-    assert plan_pieces(base, 16000 * 1800, None) is not None
+    assert plan_chunks(base, 16000, None) is None
+    assert plan_chunks(base, 16000 * 1800, None) is not None
 
 
 def test_without_a_cap_no_clip_is_too_long() -> None:
-    assert plan_pieces(ModelConfig(), 16000 * 3600 * 24, None) is not None
+    assert plan_chunks(ModelConfig(), 16000 * 3600 * 24, None) is not None
 
 
 def test_a_cap_on_memory_makes_pieces_smaller_until_it_cannot() -> None:
     base = ModelConfig()
     samples = 16000 * 300
-    roomy = plan_pieces(base, samples, 2 << 30)
-    tight = plan_pieces(base, samples, 256 << 20)
+    roomy = plan_chunks(base, samples, 2 << 30)
+    tight = plan_chunks(base, samples, 256 << 20)
     assert roomy is not None and tight is not None
     assert roomy.frames > tight.frames or roomy.heads > tight.heads
     assert streamed_bytes(base, samples, tight) <= 256 << 20
     with pytest.raises(ConfigError, match="MiB or more"):
-        plan_pieces(base, samples, 32 << 20)
+        plan_chunks(base, samples, 32 << 20)
 
 
 @pytest.mark.parametrize("key", ["memory_size", "total_memory"])
 def test_a_gpu_is_given_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     base = ModelConfig()
-    monkeypatch.setattr(streaming, "device_kind", lambda: "metal")
-    monkeypatch.setattr(streaming.mx, "device_info", lambda: {key: 16 << 30}, raising=False)
-    assert plan_pieces(base, 16000 * 60, None) is None
-    long = plan_pieces(base, 16000 * 600, None)
+    monkeypatch.setattr(memory, "device_kind", lambda: "metal")
+    monkeypatch.setattr(memory.mx, "device_info", lambda: {key: 16 << 30}, raising=False)
+    assert plan_chunks(base, 16000 * 60, None) is None
+    long = plan_chunks(base, 16000 * 600, None)
     assert long is not None
-    assert long.frames == streaming.FRAMES["metal"][-1]
+    assert long.frames == memory.FRAMES["metal"][-1]
     assert streamed_bytes(base, 16000 * 600, long) < 5 << 30
-    monkeypatch.setattr(streaming.mx, "device_info", dict, raising=False)
-    assert plan_pieces(base, 16000 * 60, None) is None
+    monkeypatch.setattr(memory.mx, "device_info", dict, raising=False)
+    assert plan_chunks(base, 16000 * 60, None) is None
 
 
 def test_half_an_hour_is_planned_into_one_and_a_half_gigabytes() -> None:
     base = ModelConfig()
     samples = 16000 * 1800
-    pieces = plan_pieces(base, samples, None)
+    pieces = plan_chunks(base, samples, None)
     assert pieces is not None
     assert streamed_bytes(base, samples, pieces) + 4 * samples < 1.5e9
     assert whole_clip_bytes(base, samples) > 10e9

@@ -29,7 +29,7 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+@pytest.fixture(params=list(ARCHITECTURES.values()), ids=list(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> ModelConfig:
     config: ModelConfig = request.param
     return config

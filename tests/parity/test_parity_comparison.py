@@ -108,7 +108,9 @@ def test_an_exact_original_does_not_divide_by_zero_and_excuses_nothing() -> None
 # ---- the verdict ---------------------------------------------------------------------------
 
 
-def row(kind: str, stage: str, clip: str, mine: float, theirs: float, **more: Any) -> dict:
+def row(
+    kind: str, stage: str, clip: str, mine: float, theirs: float, **more: Any
+) -> dict[str, Any]:
     def side(error: float) -> dict[str, Any]:
         return {"max_abs": error, "rms": error, "worst_frame_cosine": 1 - error, "snr_db": 50.0}
 
@@ -128,7 +130,7 @@ def row(kind: str, stage: str, clip: str, mine: float, theirs: float, **more: An
     }
 
 
-def report(*rows: dict, precision: str = "float32", **more: Any) -> dict[str, Any]:
+def report(*rows: dict[str, Any], precision: str = "float32", **more: Any) -> dict[str, Any]:
     return {
         "stages": list(rows),
         "clips": [{"name": "a", "mask_agrees": None}],
@@ -143,7 +145,7 @@ def report(*rows: dict, precision: str = "float32", **more: Any) -> dict[str, An
     }
 
 
-def healthy() -> list[dict]:
+def healthy() -> list[dict[str, Any]]:
     return [
         row(kind, stage, clip, 1e-6, 1e-6)
         for stage in ("one", "two")
@@ -251,7 +253,7 @@ def test_noise_that_adds_up_is_not_taken_for_another_input(given: float, adds_up
 # ---- the helper for other ports --------------------------------------------------------------
 
 
-def stage_dictionaries() -> tuple[dict, dict, dict]:
+def stage_dictionaries() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     rng = np.random.default_rng(3)
     truth = {name: rng.standard_normal((1, 5, 8)) for name in ("first", "second", "third")}
     original = {name: value.astype(np.float32) for name, value in truth.items()}

@@ -238,7 +238,7 @@ def test_the_plain_stages_of_a_large_model_pass_without_a_mistake(
     assert not wrong, verdict["reason"]
 
 
-ARITHMETIC = [
+ARITHMETIC: list[tuple[str, dict[str, Any]]] = [
     ("conv.0", {"gelu": tanh_gelu}),
     ("conv.0", {"gelu": sigmoid_gelu}),
     ("conv.0", {"gelu": lambda x: x}),
@@ -282,7 +282,7 @@ def test_wrong_arithmetic_fails_and_the_stage_is_named(
     assert verdict["blame"]["wrong"][0]["differing_tensors"] == []
 
 
-LARGE_ARITHMETIC = [
+LARGE_ARITHMETIC: list[tuple[str, dict[str, Any]]] = [
     ("conv.5", {"eps": 1e-6}),
     ("conv.2", {"gelu": tanh_gelu}),
     ("positional", {"norm_misplaced": True}),

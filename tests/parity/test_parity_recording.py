@@ -73,10 +73,10 @@ def test_a_recording_holds_what_the_original_computed(
         stages, truth = original.stages(clip), original.truth(clip)
         for stage, found in recorded.stages(clip).items():
             assert np.array_equal(found, stages[stage])
-        for stage, found in recorded.truth(clip).items():
+        for stage, kept in recorded.truth(clip).items():
             # the truth is kept to a small part of the error it is there to measure
             error = np.abs(stages[stage] - truth[stage]).max()
-            assert np.abs(found - truth[stage]).max() <= error / 1000
+            assert np.abs(kept - truth[stage]).max() <= error / 1000
 
 
 def test_the_recorded_clips_are_small_and_among_them_every_stage_is_run(recording: Path) -> None:
@@ -216,15 +216,14 @@ def test_what_is_no_recording_is_refused(
 ) -> None:
     path = tmp_path / "r.safetensors"
     content = recording.read_bytes()
-    path.write_bytes(
-        {
-            "weights": converted_tiny.read_bytes,
-            "nothing": bytes,
-            "text": lambda: b"<!DOCTYPE html>" * 100,
-            "cut": lambda: content[: len(content) // 2],
-            "other schema": lambda: content.replace(b"recording/1", b"recording/9"),
-        }[what]()
-    )
+    contents: dict[str, Callable[[], bytes]] = {
+        "weights": converted_tiny.read_bytes,
+        "nothing": lambda: b"",
+        "text": lambda: b"<!DOCTYPE html>" * 100,
+        "cut": lambda: content[: len(content) // 2],
+        "other schema": lambda: content.replace(b"recording/1", b"recording/9"),
+    }
+    path.write_bytes(contents[what]())
     with pytest.raises(ParityError) as refused:
         replay(path, converted_tiny)
     assert "r.safetensors" in str(refused.value)

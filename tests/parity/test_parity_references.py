@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,15 @@ import numpy as np
 import pytest
 
 from contentvec_parity import references
-from contentvec_parity.compare.naming import (
-    outputs,
-    rows,
-    stage_input,
-    stage_names,
-    stage_parameters,
-)
+from contentvec_parity.compare.naming import outputs, rows, stage_parameters
 from contentvec_parity.inputs import Clip, built_in, from_files, speech_like, standard, thorough
 from contentvec_parity.references import open_reference
 from contentvec_parity.references.fairseq import _is_list_of_numbers
-from mlx_contentvec.config import PRESETS, parameter_shapes
+from mlx_contentvec.backend import mx
+from mlx_contentvec.config import PRESETS, parameter_shapes, stage_input, stage_names
 from mlx_contentvec.errors import AudioError, MissingDependency, ParityError
 from mlx_contentvec.model import ContentvecModel
+from tests.small_models import CONFIGS, random_model, random_weights
 
 
 def clip(samples: int = 2400) -> Clip:
@@ -120,13 +117,30 @@ def test_the_name_table_covers_every_parameter_of_the_model(preset: str) -> None
     assert [row.target for row in rows(config)] == list(parameter_shapes(config))
 
 
-def test_the_stages_are_those_of_the_mlx_model(both: tuple[Any, Any]) -> None:
-    config = both[0].config
-    model = ContentvecModel(config)
-    assert list(stage_names(config)) == model.stage_names()
-    for stage in stage_names(config):
-        assert stage_input(config, stage) == model.stage_input(stage)
-        assert sorted(stage_parameters(config, stage)) == sorted(model.stage_parameters(stage))
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_stage_reads_the_parameters_that_the_table_gives_it_and_no_others(kind: str) -> None:
+    config = CONFIGS[kind]
+    whole, weights = random_model(config), random_weights(config)
+    outputs_of = whole.stage_outputs(speech_like(2400, 3)[None])
+    assert list(outputs_of) == list(stage_names(config))
+    for stage in stage_names(config)[1:]:
+        own = stage_parameters(config, stage)
+        assert own, stage
+        alone = {k: v if k in own else mx.zeros_like(v) for k, v in weights.items()}
+        given = outputs_of[stage_input(config, stage) or ""]
+        found = ContentvecModel(config).load_weights(alone.items()).run_stage(stage, given)
+        assert bool((found == outputs_of[stage]).all()), stage
+
+
+def test_a_stage_that_the_model_lacks_has_no_input() -> None:
+    with pytest.raises(ValueError, match=r"no stage 'layer.13': one of conv.0, .*final_proj"):
+        stage_input(PRESETS["base"], "layer.13")
+
+
+def test_speaker_conditioned_layers_are_stages_after_the_plain_ones() -> None:
+    config = dataclasses.replace(PRESETS["base"], encoder_layers_1=3)
+    assert stage_names(config)[-4:] == ("layer.13", "layer.14", "layer.15", "final_proj")
+    assert stage_input(config, "layer.13") == "layer.12"
 
 
 def test_rvcs_features_are_layer_9_its_projection_and_layer_12() -> None:

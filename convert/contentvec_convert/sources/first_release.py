@@ -15,6 +15,7 @@ from mlx_contentvec.first_release import (
     COMPUTED_KERNEL,
     DIRECTION,
     MAGNITUDE,
+    heads_of,
     is_first_release,
 )
 
@@ -49,7 +50,8 @@ def plan(
 ) -> Plan:
     """The configuration and the rules for a checkpoint that :func:`matches`.
 
-    heads: must be given, no file of this release says it. normalize: False
+    heads: 12 unless given, as the release built every model; to be given for a
+    width that 12 does not divide. normalize: False
     unless given; this release had no model with normalised input.
 
     Raises ConfigError without heads; CorruptCheckpoint for a file whose weight
@@ -68,7 +70,7 @@ def plan(
         tensors,
         rules(PROBE),
         missing="a configuration",
-        heads=heads,
+        heads=heads or heads_of(tensors[DIRECTION].shape[0]),
         normalize=bool(normalize),
     )
     return Plan(

@@ -61,7 +61,9 @@ class MlxCandidate:
         """Every stage from the audio."""
         from mlx_contentvec.backend import mx
 
-        given = self.model.stages(mx.array(clip.waveform), padding_mask=_mask(clip.padding_mask))
+        given = self.model.stage_outputs(
+            mx.array(clip.waveform), padding_mask=_mask(clip.padding_mask)
+        )
         return {name: _array(output) for name, output in given.items()}
 
     def run_stage(
@@ -76,7 +78,7 @@ class MlxCandidate:
 
     def _compute_dtype(self) -> Any:
         """The dtype activations have between stages."""
-        from mlx_contentvec.kernels import compute_dtype
+        from mlx_contentvec.ops.mlx import compute_dtype
 
         return compute_dtype(self.model.layer_norm.weight.dtype)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.config import V1_LAYER, ModelConfig
 
 Array = NDArray[np.float64]
 
@@ -159,31 +159,6 @@ def rows(config: ModelConfig) -> tuple[Row, ...]:
     if config.final_dim is not None:
         table += _pair("final_proj", "final_proj", "final_proj", "final_proj")
     return tuple(table)
-
-
-#: the layer that RVC v1 projects
-V1_LAYER = 9
-
-
-def stage_names(config: ModelConfig) -> tuple[str, ...]:
-    """The stages of a forward pass, in the order they run."""
-    names = [f"conv.{i}" for i in range(len(config.conv_layers))]
-    names += ["projection", "positional"]
-    names += [f"layer.{i + 1}" for i in range(config.encoder_layers)]
-    if config.layer_norm_first:
-        names.append("final_norm")
-    if config.final_dim is not None:
-        names.append("final_proj")
-    return tuple(names)
-
-
-def stage_input(config: ModelConfig, stage: str) -> str | None:
-    """The stage whose output ``stage`` reads; None for the first, which reads the waveform."""
-    if stage == "final_proj":
-        return f"layer.{min(V1_LAYER, config.encoder_layers)}"
-    names = stage_names(config)
-    index = names.index(stage)
-    return names[index - 1] if index else None
 
 
 def stage_parameters(config: ModelConfig, stage: str) -> tuple[str, ...]:

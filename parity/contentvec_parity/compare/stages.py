@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 from mlx_contentvec.errors import ParityError
 
 from ..inputs import Clip
 from ..references import Reference
 from .candidate import MlxCandidate
 from .metrics import ESSENTIAL, Difference, difference, rounding_floor
-from .naming import outputs, stage_input, stage_names
+from .naming import outputs
 
 #: fields of the configuration in which the two sides must agree before anything is run
 ARCHITECTURE = (

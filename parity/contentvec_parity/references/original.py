@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 
-from ..compare.naming import stage_input, stage_names
 from ..inputs import Clip
 from .truth import true_double
 

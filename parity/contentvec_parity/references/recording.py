@@ -35,12 +35,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from contentvec_convert.writer import Entry, header, lay_out
-from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 from mlx_contentvec.errors import OutputError, ParityError
 from mlx_contentvec.files import Draft, check_target
 
 from .. import machine
-from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows, stage_input, stage_names
+from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows
 from ..inputs import Clip, padded_batch, spoken
 from . import Reference
 from .original import frame_mask

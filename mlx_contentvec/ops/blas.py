@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .backend import OPENBLAS
+from ..backend import OPENBLAS
 
 Matrix = npt.NDArray[np.float32]
 
@@ -103,7 +103,7 @@ def _stated() -> int:
 
 @contextlib.contextmanager
 def own_threads() -> Iterator[int]:
-    """Have each product run on the thread that asks for it; gives how many threads to use."""
+    """Have each product k_block on the thread that asks for it; gives how many threads to use."""
     global _borrowers, _lent, _kept
     blas = _openblas()
     with _borrowing:
@@ -122,9 +122,9 @@ def own_threads() -> Iterator[int]:
 
 
 def multiply(
-    a: Matrix, b: Matrix, out: Matrix, *, factor: float = 1.0, add: bool = False, run: int = 0
+    a: Matrix, b: Matrix, out: Matrix, *, factor: float = 1.0, add: bool = False, k_block: int = 0
 ) -> None:
-    """``out = factor * a @ b``, or added to ``out``; ``run`` inputs summed in a row, or all.
+    """``out = factor * a @ b``, or added to ``out``; ``k_block`` inputs summed in a row, or all.
 
     a: (rows, inputs)    b: (inputs, outputs)    out: (rows, outputs), its rows contiguous;
     of a and b, rows or columns are
@@ -136,42 +136,42 @@ def multiply(
         raise ValueError(f"no product: {a.shape} and {b.shape} to {out.shape}")
     if not a.dtype == b.dtype == out.dtype == np.float32:
         raise ValueError(f"not float32: {a.dtype}, {b.dtype}, {out.dtype}")
-    run = run or inputs
+    k_block = k_block or inputs
     blas = _openblas()
     if blas is None:
-        for start in range(0, inputs, run):
-            product = a[:, start : start + run] @ b[start : start + run]
+        for start in range(0, inputs, k_block):
+            product = a[:, start : start + k_block] @ b[start : start + k_block]
             product *= np.float32(factor)
             np.add(out, product, out=out) if add or start else np.copyto(out, product)
         return
     rows, outputs = out.shape
-    a_order, a_place, a_width, a_step = _layout(a)
-    b_order, b_place, b_width, b_step = _layout(b.T)
+    a_order, a_pointer, a_width, a_step = _layout(a)
+    b_order, b_pointer, b_width, b_step = _layout(b.T)
     b_order = _AS_IT_IS if b_order == _TRANSPOSED else _TRANSPOSED
     out_order, place, width, _ = _layout(out)
     if out_order != _AS_IT_IS:
         raise ValueError(f"rows are not contiguous: strides {out.strides}")
-    for start in range(0, inputs, run):
+    for start in range(0, inputs, k_block):
         blas.sgemm(
-            _ROW_MAJOR, a_order, b_order, rows, outputs, min(run, inputs - start),
-            factor, a_place + start * a_step, a_width, b_place + start * b_step, b_width,
+            _ROW_MAJOR, a_order, b_order, rows, outputs, min(k_block, inputs - start),
+            factor, a_pointer + start * a_step, a_width, b_pointer + start * b_step, b_width,
             1.0 if add or start else 0.0, place, width,
         )  # fmt: skip
 
 
-def address(array: npt.NDArray[Any]) -> int:
+def data_pointer(array: npt.NDArray[Any]) -> int:
     """Where in memory an array begins."""
     begin: int = array.__array_interface__["data"][0]
     return begin
 
 
 def _layout(a: Matrix) -> tuple[int, int, int, int]:
-    """Order, address, distance of two rows (or columns), and bytes from one input to the next."""
+    """Order, pointer, distance of two rows (or columns), bytes from one input to the next."""
     count, width = a.shape
     rows, columns = a.strides
     # strides along an axis of length 1 mean nothing
     if (columns == 4 or width == 1) and (rows >= 4 * width or count == 1):
-        return _AS_IT_IS, address(a), max(rows // 4, width), 4
+        return _AS_IT_IS, data_pointer(a), max(rows // 4, width), 4
     if (rows == 4 or count == 1) and (columns >= 4 * count or width == 1):
-        return _TRANSPOSED, address(a), max(columns // 4, count), columns
+        return _TRANSPOSED, data_pointer(a), max(columns // 4, count), columns
     raise ValueError(f"neither rows nor columns are contiguous: strides {a.strides}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Extract a folder of good and broken clips, stopping on the way, and hold it to the original.
 
-    scripts/prove-extraction CHECKPOINT WEIGHTS [--clips 500] [--compare 500] [--keep FOLDER]
+    scripts/prove_extraction.py CHECKPOINT WEIGHTS [--clips 500] [--compare 500] [--keep FOLDER]
 
 CHECKPOINT is what fairseq loads, WEIGHTS what was converted from it. Five of the
 clips are broken: empty, 100 samples, text named .wav, NaN samples, a link to

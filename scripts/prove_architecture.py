@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Make a model of real width with the original library, convert it, and run parity on it.
 
-    scripts/prove-architecture large              fairseq's and transformers' large, 24 layers
-    scripts/prove-architecture xlarge --layers 4  as wide as xlarge, not as deep
-    scripts/prove-architecture large --library transformers --keep FOLDER
+    scripts/prove_architecture.py large              fairseq's and transformers' large, 24 layers
+    scripts/prove_architecture.py xlarge --layers 4  as wide as xlarge, not as deep
+    scripts/prove_architecture.py large --library transformers --keep FOLDER
 
 The weights are seeded and random: this shows that the architecture and the
 format are understood, not that features are good. large takes about 6 GB of
@@ -25,8 +25,8 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "convert"), str(PROJECT / "parity")]
 
 from contentvec_convert.conversion import convert  # noqa: E402
 from contentvec_parity import originals  # noqa: E402
-from contentvec_parity.harness import compare_files  # noqa: E402
 from contentvec_parity.compare.verdict import summarise, worst  # noqa: E402
+from contentvec_parity.harness import compare_files  # noqa: E402
 from mlx_contentvec.config import PRESETS, ModelConfig  # noqa: E402
 
 

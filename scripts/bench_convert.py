@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a conversion costs, beside tools that do less and tools that do it otherwise.
 
-    scripts/bench_convert [CHECKPOINT] [--rounds N] [--cold] [--json FILE]
+    scripts/bench_convert.py [CHECKPOINT] [--rounds N] [--cold] [--json FILE]
 
 Without a checkpoint the full-size stand-in is made first (needs torch). Every
 contender is a process of its own, timed from start to exit; they take turns,

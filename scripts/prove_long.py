@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Extract ever longer clips, beside the originals, until they fail or the list ends.
 
-    scripts/prove-long CHECKPOINT WEIGHTS [--lengths 10,60,300,1800] [--threads 2] [--memory 20]
+    scripts/prove_long.py CHECKPOINT WEIGHTS [--lengths 10,60,300,1800] [--threads 2] [--memory 20]
 
 CHECKPOINT is what fairseq loads, WEIGHTS what was converted from it. Four ways
 take turns: `extract` as a user calls it (in pieces), the same model on the whole

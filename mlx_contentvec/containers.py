@@ -1,0 +1,342 @@
+"""Whether an audio file is whole, by what its container states about itself.
+
+FFmpeg's demuxers play what is there: of a file that was cut on the way they
+give the beginning, of several files joined into one some give the first, and
+neither is an error to them. Containers that state the size of their parts, or
+mark their end, are walked here before anything is decoded; a few bytes of each
+part are read. Headers written to a pipe hold placeholders instead of sizes:
+nothing is concluded from those, and the decoder reads to the end of the file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import BinaryIO, Literal
+
+from .errors import AudioError
+
+#: sizes that programs write where they do not know them, and what is near them
+#: (a header's few bytes more or less): 0x7ffff000 by sox, 0xffffffff by ffmpeg
+_PLACEHOLDERS = (range(0x7FFFF000 - 64, 0x80001000), range(0xFFFFFFFF - 4096, 0x100000000))
+#: RIFF forms and AIFF, by which a second file that follows the first is known
+_CHUNKED = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM")
+_W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
+_W64_DATA = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
+_EBML = bytes.fromhex("1a45dfa3")
+_SEGMENT = 0x18538067
+_CLUSTER = 0x1F43B675
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_OGG_END_OF_STREAM = 4
+#: parts of one file that are looked at; more than hours of audio have
+_MOST_PARTS = 4_000_000
+
+
+def require_whole(file: BinaryIO, size: int, where: str) -> None:
+    """Raise AudioError if a container's own statements say that audio is missing.
+
+    file:  open for reading, anywhere; left anywhere
+    size:  of the file, in bytes
+    where: the file's name for the message
+
+    Formats that state nothing (MPEG audio, ADTS, AC-3) pass.
+    """
+    file.seek(0)
+    start = file.read(16)
+    for recognised, check in _CHECKS:
+        if recognised(start):
+            check(file, size, where)
+            return
+
+
+def stated_samples(file: BinaryIO) -> tuple[int, str] | None:
+    """How many samples a FLAC or MP3 file says it holds, and in what units.
+
+    Returns (samples, "samples") from FLAC's STREAMINFO, (frames, "MPEG frames")
+    from an MP3's Xing or Info frame, or None where the file states no number.
+    """
+    file.seek(0)
+    start = file.read(10)
+    at = 0
+    if start[:3] == b"ID3" and len(start) == 10:
+        at = 10 + sum(
+            (byte & 0x7F) << shift for byte, shift in zip(start[6:], (21, 14, 7, 0), strict=True)
+        )
+        at += 10 * bool(start[5] & 0x10)
+    file.seek(at)
+    head = file.read(256)
+    if head[:4] == b"fLaC" and len(head) >= 26:
+        samples = int.from_bytes(head[21:26], "big") & 0xFFFFFFFFF
+        return (samples, "samples") if samples else None
+    if len(head) > 64 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:
+        for tag in (b"Xing", b"Info"):
+            offset = head.find(tag, 4, 64)
+            if offset > 0 and head[offset + 7] & 1:
+                frames = int.from_bytes(head[offset + 8 : offset + 12], "big")
+                return (frames, "MPEG frames") if frames else None
+    return None
+
+
+def _cut(where: str, found: int, expected: int, what: str = "its header says") -> AudioError:
+    return AudioError(
+        f"{where} is cut short",
+        found=f"{found:,} bytes of audio",
+        expected=f"{expected:,} bytes, as {what}",
+        hint="copy or download it again",
+    )
+
+
+def _joined(where: str, at: int) -> AudioError:
+    return AudioError(
+        f"{where} holds several files, of which only the first would be decoded",
+        found=f"another file's header at byte {at:,}",
+        expected="one file",
+        hint="join audio with a program that writes one header, such as ffmpeg or sox",
+    )
+
+
+def _is_placeholder(size: int) -> bool:
+    return any(size in sizes for sizes in _PLACEHOLDERS)
+
+
+def _require_riff(file: BinaryIO, size: int, where: str) -> None:
+    """Wav, RF64 and AIFF: chunks of a name and a size, padded to even."""
+    file.seek(0)
+    form = file.read(4)
+    order: Literal["big", "little"] = "big" if form in (b"FORM", b"RIFX") else "little"
+    whole = int.from_bytes(file.read(4), order)
+    if file.read(4) == b"AVI " and whole + 8 > size and not _is_placeholder(whole):
+        raise _cut(where, size, whole + 8)
+    wide_size: int | None = None
+    at = 12
+    for _ in range(_MOST_PARTS):
+        file.seek(at)
+        head = file.read(8)
+        if len(head) < 8:
+            return
+        name, length = head[:4], int.from_bytes(head[4:], order)
+        body = at + 8
+        if name in _CHUNKED:
+            raise _joined(where, at)
+        if name == b"ds64":
+            wide_size = int.from_bytes(file.read(16)[8:], "little")
+        if name in (b"data", b"SSND"):
+            if wide_size is not None and length == 0xFFFFFFFF:
+                if not wide_size and size > body:
+                    raise AudioError(
+                        f"{where} does not state how long it is",
+                        found=f"a length of 0 before {size - body:,} bytes",
+                        hint="rewrite it: ffmpeg -i FILE -c copy NEW.w64",
+                    )
+                length = wide_size
+            elif length == 0 and whole + 8 == size:
+                raise AudioError(f"{where} holds no audio", found="0 samples")
+            elif length == 0:
+                return
+            available = size - body
+            if length > available:
+                if wide_size is None and _is_placeholder(length):
+                    return
+                raise _cut(where, available, length)
+        at = body + length + length % 2
+
+
+def _require_au(file: BinaryIO, size: int, where: str) -> None:
+    file.seek(4)
+    offset, length = struct.unpack(">2I", file.read(8).ljust(8, b"\0"))
+    if length == 0xFFFFFFFF or _is_placeholder(length):
+        return
+    if length > size - offset:
+        raise _cut(where, max(size - offset, 0), length)
+    file.seek(offset + length)
+    if file.read(4) == b".snd":
+        raise _joined(where, offset + length)
+
+
+def _require_caf(file: BinaryIO, size: int, where: str) -> None:
+    at = 8
+    for _ in range(_MOST_PARTS):
+        file.seek(at)
+        head = file.read(12)
+        if head[:4] == b"caff":
+            raise _joined(where, at)
+        if len(head) < 12:
+            return
+        length = int.from_bytes(head[4:], "big", signed=True)
+        if length < 0:
+            return
+        if length > size - at - 12:
+            raise _cut(where, size - at - 12, length)
+        at += 12 + length
+
+
+def _require_w64(file: BinaryIO, size: int, where: str) -> None:
+    at = 40
+    for _ in range(_MOST_PARTS):
+        file.seek(at)
+        head = file.read(24)
+        if head[:16] == _W64_RIFF:
+            raise _joined(where, at)
+        if len(head) < 24:
+            return
+        length = int.from_bytes(head[16:], "little")
+        if length < 24:
+            return
+        if length > size - at and head[:16] == _W64_DATA:
+            raise _cut(where, size - at - 24, length - 24)
+        at += (length + 7) // 8 * 8
+
+
+def _require_ogg(file: BinaryIO, size: int, where: str) -> None:
+    """Ogg: pages, numbered in each logical stream, the last one marked as its end."""
+    at = 0
+    pages: dict[bytes, tuple[int, bool]] = {}
+    for _ in range(_MOST_PARTS):
+        file.seek(at)
+        head = file.read(27 + 255)
+        if head[:4] != b"OggS" or len(head) < 27:
+            # tags that other programs append are no part of the stream
+            if pages and not (at < size and b"OggS".startswith(head[:4])):
+                break
+            raise _cut(where, at, at + 27, "its last page begins")
+        serial = head[14:18]
+        number = int.from_bytes(head[18:22], "little")
+        segments = head[27 : 27 + head[26]]
+        end = at + 27 + head[26] + sum(segments)
+        if len(segments) < head[26] or end > size:
+            raise _cut(where, size, max(end, size + 1), "its last page says")
+        begins = bool(head[5] & 2)
+        if serial in pages and not begins and number != pages[serial][0] + 1:
+            raise AudioError(
+                f"{where} has lost some of its pages",
+                found=f"page {number:,} after page {pages[serial][0]:,} at byte {at:,}",
+                expected=f"page {pages[serial][0] + 1:,}",
+            )
+        pages[serial] = (number, bool(head[5] & _OGG_END_OF_STREAM))
+        at = end
+        if at >= size:
+            break
+    if not all(ended for _, ended in pages.values()):
+        raise AudioError(
+            f"{where} is cut short",
+            found=f"{size:,} bytes, whose last page is not the stream's last",
+            expected="a last page that is marked as the end of the stream",
+            hint="if nothing is missing, rewrite it: ffmpeg -i FILE -c copy NEW.ogg",
+        )
+
+
+def _require_mp4(file: BinaryIO, size: int, where: str) -> None:
+    """MP4, M4A and MOV: boxes of a size and a name; a second ftyp begins another file."""
+    at = types = 0
+    for _ in range(_MOST_PARTS):
+        file.seek(at)
+        head = file.read(16)
+        if len(head) < 8:
+            return
+        length = int.from_bytes(head[:4], "big")
+        if length == 0:  # to the end of the file
+            return
+        if length == 1:
+            length = int.from_bytes(head[8:], "big")
+        if length < 8:
+            return
+        types += head[4:8] == b"ftyp"
+        if types > 1:
+            raise _joined(where, at)
+        if at + length > size:
+            raise _cut(where, size, at + length, "its parts say")
+        at += length
+
+
+def _require_matroska(file: BinaryIO, size: int, where: str) -> None:
+    """Matroska and WebM: elements of an identity and a size, which may be unknown."""
+    at = 0
+    for _ in range(_MOST_PARTS):
+        element = _ebml_element(file, at)
+        if element is None:
+            return
+        identity, body, length = element
+        if length is None:
+            if identity != _SEGMENT:
+                return
+            at = body  # recorded or piped: its clusters may still state their sizes
+            continue
+        if body + length > size:
+            if identity in (_SEGMENT, _CLUSTER):
+                raise _cut(where, size, body + length, "its parts say")
+            return
+        at = body + length
+
+
+def _ebml_element(file: BinaryIO, at: int) -> tuple[int, int, int | None] | None:
+    """(identity, where its content begins, content's length or None) of the element at ``at``."""
+    file.seek(at)
+    head = file.read(12)
+    if len(head) < 2 or not head[0] & 0xF0:
+        return None
+    width = 9 - head[0].bit_length()
+    if len(head) <= width or not head[width]:
+        return None
+    bytes_of_length = 9 - head[width].bit_length()
+    field = head[width : width + bytes_of_length]
+    length = int.from_bytes(field, "big") & ((1 << 7 * bytes_of_length) - 1)
+    unknown = length == (1 << 7 * bytes_of_length) - 1
+    identity = int.from_bytes(head[:width], "big")
+    return identity, at + width + bytes_of_length, None if unknown else length
+
+
+def _require_asf(file: BinaryIO, size: int, where: str) -> None:
+    """ASF (wma): the file properties state the file's size, unless it was broadcast."""
+    file.seek(0)
+    head = file.read(65536)
+    at = head.find(_ASF_FILE_PROPERTIES, 30)
+    if at < 0 or len(head) < at + 92:
+        return
+    stated = int.from_bytes(head[at + 40 : at + 48], "little")
+    if head[at + 88] & 1 or not stated:
+        return
+    if stated > size:
+        raise _cut(where, size, stated)
+    file.seek(stated)
+    if file.read(16) == _ASF:
+        raise _joined(where, stated)
+
+
+def _require_tta(file: BinaryIO, size: int, where: str) -> None:
+    """True Audio: a table of the sizes of all frames."""
+    file.seek(0)
+    rate, samples = struct.unpack("<10x2I", file.read(18).ljust(18, b"\0"))
+    frames = -(-samples // max(256 * rate // 245, 1))
+    if frames > _MOST_PARTS:
+        return
+    file.seek(22)
+    table = file.read(4 * frames)
+    end = 22 + 4 * frames + 4 + sum(struct.unpack(f"<{len(table) // 4}I", table[: len(table) & ~3]))
+    if end > size:
+        raise _cut(where, size, end)
+    file.seek(end)
+    # a tag may stand between
+    if (at := file.read(1 << 16).find(b"TTA1")) >= 0:
+        raise _joined(where, end + at)
+
+
+def _require_mpegts(file: BinaryIO, size: int, where: str) -> None:
+    """An MPEG transport stream: packets of 188 bytes, each beginning with 0x47."""
+    file.seek(188)
+    if file.read(1) == b"\x47" and size % 188:
+        raise _cut(where, size, size + 188 - size % 188, "its packets of 188 bytes say")
+
+
+_CHECKS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO, int, str], None]], ...] = (
+    (lambda start: start[:4] in _CHUNKED, _require_riff),
+    (lambda start: start[:4] == b".snd", _require_au),
+    (lambda start: start[:4] == b"caff", _require_caf),
+    (lambda start: start == _W64_RIFF, _require_w64),
+    (lambda start: start[:4] == b"OggS", _require_ogg),
+    (lambda start: start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free"), _require_mp4),
+    (lambda start: start[:4] == _EBML, _require_matroska),
+    (lambda start: start == _ASF, _require_asf),
+    (lambda start: start[:4] == b"TTA1", _require_tta),
+    (lambda start: start[:1] == b"\x47", _require_mpegts),
+)

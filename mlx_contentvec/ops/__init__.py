@@ -1,0 +1,168 @@
+"""What computes a forward pass, decided once for each pass.
+
+On Metal and CUDA, and for whatever ``mx.compile``, vmap or a gradient traces, the
+modules of ``hubert.Hubert`` compute with MLX arrays (``ops.mlx``). On a CPU one walk
+over the same parameters computes with numpy arrays (``ops.cpu_hubert``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..backend import device_kind, mx, nn
+from .blas import data_pointer
+from .cpu_hubert import CpuHubert
+from .mlx import MlxHubert
+
+__all__ = [
+    "PIPELINED_SAMPLES",
+    "CpuHubert",
+    "FusedQKV",
+    "MlxHubert",
+    "Preparation",
+    "Snapshot",
+    "is_traced",
+    "pipelined",
+]
+
+#: weight and bias of each layer's queries, keys and values as one matrix
+FusedQKV = Sequence[tuple[mx.array, mx.array]]
+#: samples of a batch above which a GPU computes its stages two at a time
+PIPELINED_SAMPLES = 20 * 16000
+
+
+def start(*arrays: mx.array) -> bool:
+    """Start computing; False if an array depends on what a gradient, vmap or compile traces.
+
+    ``mx.eval`` allows that in a gradient, ``mx.async_eval`` refuses it, but looks
+    only at what is not computed yet: hence the new axes.
+    Source: mlx/transforms.cpp, ``eval_impl``.
+    """
+    try:
+        mx.async_eval(*(x[None] for x in arrays))
+    except ValueError:
+        return False
+    return True
+
+
+def is_traced(*arrays: mx.array | None) -> bool:
+    """Whether a gradient, vmap or compile traces one of these; computes them if not."""
+    given = [x for x in arrays if isinstance(x, mx.array)]
+    if given and not start(*given):
+        return True
+    mx.eval(*given)
+    return False
+
+
+def pointer(weight: mx.array) -> int | None:
+    """Where in memory a parameter lies: elsewhere once it was changed in place.
+
+    None for bfloat16 on a GPU: numpy does not know the type, and another view would
+    wait for all that is in work.
+    """
+    if weight.dtype == mx.bfloat16:
+        if device_kind() != "cpu":
+            return None
+        weight = weight.view(mx.uint16)
+    return data_pointer(np.asarray(weight))
+
+
+class Snapshot:
+    """Which arrays a module's parameters are, and where they lie."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        #: (where it is held, under what, the array or module itself)
+        self._slots: list[tuple[Any, Any, Any]] = []
+        self._roots = modules
+        for module in modules:
+            self._visit(module)
+        self.arrays = [x for _, _, x in self._slots if isinstance(x, mx.array)]
+        self._pointers = [pointer(x) for x in self.arrays]
+        # as long as their memory is held, nothing else can come to lie there
+        self._held = [x[None] for x in self.arrays]
+        mx.eval(self._held)
+
+    def _visit(self, place: Any) -> None:
+        named = isinstance(place, dict)
+        for key, value in list(place.items() if named else enumerate(place)):
+            if named and isinstance(key, str) and key.startswith("_"):
+                continue
+            if isinstance(value, mx.array):
+                self._slots.append((place, key, value))
+            elif isinstance(value, (nn.Module, dict, list)):
+                self._slots.append((place, key, value))
+                self._visit(value)
+
+    def still_holds(self, *modules: nn.Module) -> bool:
+        """Whether no parameter or module was replaced, and none changed in place.
+
+        modules: copies to look at in the place of the modules that this was taken of
+        """
+        copies = dict(zip(map(id, self._roots), modules, strict=False))
+        for place, key, value in self._slots:
+            if _held(copies.get(id(place), place), key) is not value:
+                return False
+        return all(
+            known is None or pointer(x) == known
+            for x, known in zip(self.arrays, self._pointers, strict=True)
+        )
+
+
+def _held(place: Any, key: Any) -> Any:
+    if isinstance(place, dict):
+        return place.get(key)
+    return place[key] if key < len(place) else None
+
+
+class Preparation:
+    """What is prepared of a model's parameters, made anew when one of them is another."""
+
+    def __init__(self) -> None:
+        self._cpu: tuple[Snapshot, CpuHubert] | None = None
+        self._fused: tuple[Snapshot, FusedQKV] | None = None
+
+    def keep_fused(self, model: nn.Module, qkv: FusedQKV) -> None:
+        """Use ``qkv`` as long as the layers' own parameters are its parts."""
+        projections = [
+            getattr(layer.self_attn, name)
+            for layer in model.encoder.layers
+            for name in ("q_proj", "k_proj", "v_proj")
+        ]
+        self._fused = Snapshot(*projections), qkv
+
+    def walk(self, model: nn.Module, *inputs: mx.array | None) -> MlxHubert | CpuHubert:
+        """What computes this pass: ``inputs`` are those that may be traced."""
+        if device_kind() != "cpu":
+            fused = self._fused
+            return MlxHubert(model, fused[1] if fused and fused[0].still_holds() else None)
+        if is_traced(*inputs):
+            return MlxHubert(model)
+        prepared = self._cpu
+        if prepared is None or not prepared[0].still_holds(model):
+            if is_traced(*parameters(model)):
+                return MlxHubert(model)
+            prepared = self._cpu = Snapshot(model), CpuHubert(model)
+        return prepared[1]
+
+
+def parameters(model: nn.Module) -> list[mx.array]:
+    """Every parameter of a model."""
+    from mlx.utils import tree_flatten
+
+    return [array for _, array in tree_flatten(model.parameters())]
+
+
+def pipelined(x: mx.array, previous: mx.array | None) -> mx.array | None:
+    """Start computing ``x``, and wait for what was started before it.
+
+    A GPU holds every intermediate of a graph until the graph has run: 10 GB for
+    60 s of audio on CUDA. Two stages at a time hold 1.5 GB. What is traced is left alone.
+    """
+    if not start(x):
+        return previous
+    if previous is not None:
+        mx.eval(previous)
+    return x

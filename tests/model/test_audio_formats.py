@@ -1,0 +1,286 @@
+"""Every container and codec against ffmpeg's own count of samples: all of the audio, or refused."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_contentvec.audio import read_audio
+from mlx_contentvec.errors import AudioError
+
+pytest.importorskip("av", reason="audio files need PyAV: pip install 'mlx-contentvec[audio]'")
+
+#: name -> the arguments that encode it, and ffmpeg's name for the container
+FORMATS = {
+    "s16.wav": ("-c:a pcm_s16le", "wav"),
+    "u8.wav": ("-c:a pcm_u8", "wav"),
+    "s24.wav": ("-c:a pcm_s24le", "wav"),
+    "s32.wav": ("-c:a pcm_s32le", "wav"),
+    "f32.wav": ("-c:a pcm_f32le", "wav"),
+    "f64.wav": ("-c:a pcm_f64le", "wav"),
+    "alaw.wav": ("-c:a pcm_alaw", "wav"),
+    "adpcm.wav": ("-c:a adpcm_ms", "wav"),
+    "stereo.wav": ("-ac 2", "wav"),
+    "surround.wav": ("-ac 6", "wav"),
+    "8000.wav": ("-ar 8000", "wav"),
+    "odd.wav": ("-ar 12347", "wav"),
+    "a.rf64": ("-rf64 always", "wav"),
+    "a.w64": ("", "w64"),
+    "a.aiff": ("", "aiff"),
+    "s24.aiff": ("-c:a pcm_s24be", "aiff"),
+    "a.au": ("", "au"),
+    "a.caf": ("", "caf"),
+    "a.flac": ("", "flac"),
+    "s24.flac": ("-sample_fmt s32 -ac 2", "flac"),
+    "a.mp3": ("", "mp3"),
+    "vbr.mp3": ("-q:a 4 -ac 2", "mp3"),
+    "noxing.mp3": ("-write_xing 0", "mp3"),
+    "cbr.mp3": ("-b:a 64k -write_xing 0 -write_id3v2 0 -ar 22050", "mp3"),
+    "a.mp2": ("", "mp2"),
+    "a.ogg": ("-c:a libvorbis", "ogg"),
+    "flac.ogg": ("-c:a flac", "ogg"),
+    "a.opus": ("", "ogg"),
+    "a.m4a": ("", "mp4"),
+    "fast.m4a": ("-movflags faststart", "mp4"),
+    "fragments.m4a": ("-movflags frag_keyframe+empty_moov -frag_duration 250000", "mp4"),
+    "alac.m4a": ("-c:a alac", "mp4"),
+    "a.mov": ("-c:a pcm_s16le", "mov"),
+    "a.mka": ("-c:a libvorbis", "matroska"),
+    "a.webm": ("-c:a libopus", "webm"),
+    "a.aac": ("", "adts"),
+    "a.ts": ("-c:a aac", "mpegts"),
+    "a.ac3": ("", "ac3"),
+    "a.wma": ("", "asf"),
+    "a.tta": ("", "tta"),
+    "a.wv": ("", "wv"),
+    "a.avi": ("-c:a pcm_s16le", "avi"),
+}
+#: written to a pipe, these do not state their length and ffmpeg itself reads none of them
+NOT_PIPED = {"a.rf64", "a.w64", "a.aiff", "s24.aiff", "a.m4a", "fast.m4a", "alac.m4a", "a.mov"}
+SECONDS = 1.5
+
+
+@functools.cache
+def ffmpeg(*arguments: str) -> bytes:
+    program = shutil.which("ffmpeg")
+    if program is None:
+        reason = "needs ffmpeg on the PATH: apt-get install ffmpeg, or brew install ffmpeg"
+        if os.environ.get("MLX_CONTENTVEC_REQUIRE_ALL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    command = [program, "-nostdin", "-v", "error", "-y", *arguments]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def counted(path: Path) -> int:
+    """Samples by ffmpeg's own count."""
+    return len(ffmpeg("-i", f"{path}", "-map", "0:a:0", "-f", "u8", "-ac", "1", "pipe:1"))
+
+
+def read_count(path: Path) -> int:
+    """Samples as decoded: the rate is left as it is."""
+    rate = read_audio(path).source_rate
+    return len(read_audio(path, sample_rate=rate).waveform)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("formats")
+    time = np.arange(round(SECONDS * 44100)) / 44100
+    voice = 0.3 * np.sin(2 * np.pi * 220 * time)
+    # noise at the start misleads an estimate from the first frames' bit rate
+    voice += 0.1 * np.random.default_rng(0).standard_normal(len(time)) * (time < 0.3)
+    samples = (voice * 32767).astype("<i2").tobytes()
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16,
+                         1, 1, 44100, 88200, 2, 16, b"data", len(samples))  # fmt: skip
+    (folder / "voice.wav").write_bytes(header + samples)
+    return folder
+
+
+def made(folder: Path, name: str, *, piped: bool = False) -> Path:
+    options, container = FORMATS[name]
+    path = folder / f"{'piped-' if piped else ''}{name}"
+    if not path.exists():
+        arguments = ["-i", f"{folder / 'voice.wav'}", *options.split(), "-f", container]
+        if piped:
+            path.write_bytes(ffmpeg(*arguments, "pipe:1"))
+        else:
+            ffmpeg(*arguments, f"{path}")
+    return path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_whole_file_gives_ffmpegs_count_of_samples(folder: Path, name: str) -> None:
+    path = made(folder, name)
+    assert read_count(path) == counted(path)
+    assert counted(path) / read_audio(path).source_rate == pytest.approx(SECONDS, abs=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in NOT_PIPED])
+def test_a_piped_file_gives_ffmpegs_count_of_samples(folder: Path, name: str) -> None:
+    path = made(folder, name, piped=True)
+    assert read_count(path) == counted(path)
+
+
+@pytest.mark.parametrize("name", ["a.rf64", "a.w64", "a.aiff"])
+def test_a_piped_file_that_ffmpeg_does_not_read_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(AudioError):
+        read_audio(made(folder, name, piped=True))
+
+
+@pytest.mark.parametrize("part", [0.35, 0.6, 0.97])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_cut_file_is_refused(folder: Path, name: str, part: float) -> None:
+    data = made(folder, name).read_bytes()
+    path = folder / f"cut-{name}"
+    path.write_bytes(data[: int(len(data) * part) // 2 * 2 + 1])
+    with pytest.raises(AudioError, match=r"cut short|to its end|lost some of its pages|can be dec"):
+        read_audio(path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_joined_files_give_all_of_their_audio_or_are_refused(folder: Path, name: str) -> None:
+    path = made(folder, name)
+    joined = folder / f"joined-{name}"
+    joined.write_bytes(2 * path.read_bytes())
+    try:
+        samples = read_count(joined)
+    except AudioError as error:
+        assert re.search("holds several files|1.50 s., then an error", str(error))
+        return
+    # what frames overlap by at the joint is heard, what encoders pad with may be
+    assert samples >= 2 * read_count(path)
+
+
+@pytest.mark.parametrize(
+    "size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF - 36, 2**32 - 1]
+)
+def test_a_placeholder_for_a_wavs_length_is_no_length(folder: Path, size: int) -> None:
+    data = bytearray((folder / "voice.wav").read_bytes())
+    data[40:44] = struct.pack("<I", size)
+    data[4:8] = struct.pack("<I", min(size + 36, 0xFFFFFFFF) if size else 0)
+    (folder / "placeholder.wav").write_bytes(data)
+    assert read_count(folder / "placeholder.wav") == round(SECONDS * 44100)
+
+
+def test_no_samples_stated_in_a_whole_wav_are_none(folder: Path) -> None:
+    data = bytearray((folder / "voice.wav").read_bytes()[:44]) + b"LIST" + bytes([4, 0, 0, 0]) * 2
+    data[40:44] = bytes(4)
+    data[4:8] = struct.pack("<I", len(data) - 8)
+    (folder / "none.wav").write_bytes(data)
+    with pytest.raises(AudioError, match="holds no audio"):
+        read_audio(folder / "none.wav")
+
+
+def test_a_flac_of_unknown_length_is_read(folder: Path) -> None:
+    path = made(folder, "a.flac")
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    (folder / "unknown.flac").write_bytes(data)
+    assert read_count(folder / "unknown.flac") == read_count(path)
+
+
+def test_a_flac_cut_between_frames_is_known_by_its_count(folder: Path) -> None:
+    path = made(folder, "a.flac")
+    data = bytearray(path.read_bytes())
+    data[22:26] = struct.pack(">I", read_count(path) + 4608)
+    (folder / "fewer.flac").write_bytes(data)
+    with pytest.raises(AudioError, match="cut short") as refused:
+        read_audio(folder / "fewer.flac")
+    assert "66,150 samples (1.50 s)" in str(refused.value)
+    assert "70,758 samples" in str(refused.value)
+
+
+def test_an_mp3_cut_between_frames_is_known_by_its_count(folder: Path) -> None:
+    path = made(folder, "a.mp3")
+    data = path.read_bytes()
+    at = data.index(b"Info")
+    frames = int.from_bytes(data[at + 8 : at + 12], "big")
+    more = data[: at + 8] + struct.pack(">I", frames + 10) + data[at + 12 :]
+    (folder / "fewer.mp3").write_bytes(more)
+    with pytest.raises(AudioError, match=f"{frames + 10} MPEG frames, as its header says"):
+        read_audio(folder / "fewer.mp3")
+
+
+def test_tags_around_an_mp3_are_not_audio(folder: Path) -> None:
+    path = made(folder, "noxing.mp3")
+    tagged = folder / "tagged.mp3"
+    tagged.write_bytes(path.read_bytes() + b"TAG" + bytes(125))
+    assert read_count(tagged) == read_count(path)
+
+
+def test_a_lost_page_of_an_ogg_is_noticed(folder: Path) -> None:
+    data = made(folder, "flac.ogg").read_bytes()
+    pages = data.split(b"OggS")
+    (folder / "lost.ogg").write_bytes(b"OggS".join(pages[:3] + pages[4:]))
+    with pytest.raises(AudioError, match="lost some of its pages"):
+        read_audio(folder / "lost.ogg")
+
+
+def test_an_ogg_without_its_last_page_is_cut_short(folder: Path) -> None:
+    data = made(folder, "flac.ogg").read_bytes()
+    (folder / "ended.ogg").write_bytes(data[: data.rindex(b"OggS")])
+    with pytest.raises(AudioError, match="whose last page is not the stream's last"):
+        read_audio(folder / "ended.ogg")
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.ogg", "a.aac"])
+def test_joined_files_of_different_rates_are_refused(folder: Path, name: str) -> None:
+    options, container = FORMATS[name]
+    other = ffmpeg("-i", f"{folder / 'voice.wav'}", *options.split(), "-ar", "32000",
+                   "-f", container, "pipe:1")  # fmt: skip
+    (folder / f"mixed-{name}").write_bytes(made(folder, name).read_bytes() + other)
+    with pytest.raises(AudioError, match=r"changes its sample rate|to its end"):
+        read_audio(folder / f"mixed-{name}")
+
+
+@pytest.mark.parametrize("name", ["u8.wav", "s24.wav", "s32.wav", "f32.wav", "s24.flac", "a.caf"])
+def test_samples_are_those_that_ffmpeg_decodes(folder: Path, name: str) -> None:
+    path = made(folder, name)
+    decoded = ffmpeg("-i", f"{path}", "-f", "f32le", "pipe:1")
+    channels = read_audio(path).channels
+    expected = np.frombuffer(decoded, "<f4").reshape(-1, channels).mean(axis=1)
+    np.testing.assert_array_equal(read_audio(path, sample_rate=44100).waveform, expected)
+
+
+def test_dts_in_a_wav_that_says_pcm_is_not_noise(folder: Path) -> None:
+    dts = ffmpeg("-i", f"{folder / 'voice.wav'}", "-ar", "48000", "-ac", "2", "-strict", "-2",
+                 "-c:a", "dca", "-b:a", "1411200", "-f", "dts", "pipe:1")  # fmt: skip
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(dts), b"WAVE", b"fmt ", 16,
+                         1, 2, 48000, 192000, 4, 16, b"data", len(dts))  # fmt: skip
+    (folder / "dts.wav").write_bytes(header + dts)
+    assert read_count(folder / "dts.wav") == counted(folder / "dts.wav")
+    assert np.abs(read_audio(folder / "dts.wav").waveform[8000:]).max() < 0.5
+
+
+def test_a_video_without_sound_is_named_as_one(folder: Path) -> None:
+    ffmpeg("-f", "lavfi", "-i", "color=size=32x32:duration=0.2", "-c:v", "mpeg4",
+           f"{folder / 'silent.mp4'}")  # fmt: skip
+    with pytest.raises(AudioError, match="has no sound") as refused:
+        read_audio(folder / "silent.mp4")
+    assert "video without an audio track" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffconcat version 1.0\nfile voice.wav\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nvoice.wav\n",
+    ],
+)
+def test_a_playlist_opens_no_other_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "list.wav").write_text(text)
+    with pytest.raises(AudioError, match="is not audio that can be decoded"):
+        read_audio(folder / "list.wav")

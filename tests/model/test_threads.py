@@ -1,0 +1,195 @@
+"""A loaded model belongs to no thread: load anywhere, call anywhere, several at once."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from mlx_contentvec import ContentvecModel, first_release
+from mlx_contentvec.backend import device_kind, mx, nn
+from mlx_contentvec.rvc import Hubert
+from tests import small_models
+from tests.small_models import noise, random_model, random_weights, random_weights_file
+
+#: with the heads of the first release, whose files do not say how many there are
+DEEP = dataclasses.replace(small_models.DEEP, encoder_attention_heads=12)
+CLIP, OTHER = noise(6000), noise(9000, 1)
+Answer = TypeVar("Answer")
+
+
+def in_a_thread(function: Callable[[], Answer]) -> Answer:
+    """What ``function`` returns or raises in a new thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def here(function: Callable[[], Answer]) -> Answer:
+    return function()
+
+
+THREADS = {"this thread": here, "another thread": in_a_thread}
+
+
+# files -------------------------------------------------------------------------
+
+
+def write_float16(path: Path) -> None:
+    metadata = {"format": "mlx", "config": DEEP.to_json()}
+    mx.save_safetensors(str(path), random_weights(DEEP, mx.float16), metadata)
+
+
+def write_quantised(path: Path) -> None:
+    from mlx.utils import tree_flatten
+
+    model = random_model(DEEP)
+    settings = {"group_size": 32, "bits": 8}
+    nn.quantize(model.encoder, **settings)
+    metadata = {"format": "mlx", "config": DEEP.to_json(), "quantization": json.dumps(settings)}
+    mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())), metadata)
+
+
+def write_first_release(path: Path) -> None:
+    weights = random_weights(dataclasses.replace(DEEP, final_dim=None))
+    kernel = weights.pop("encoder.pos_conv.weight")
+    weights[first_release.DIRECTION] = kernel
+    weights[first_release.MAGNITUDE] = 2 * mx.sqrt((kernel * kernel).sum((0, 2), keepdims=True))
+    weights[first_release.BIAS] = weights.pop("encoder.pos_conv.bias")
+    mx.save_safetensors(str(path), weights)
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "float32": lambda path: random_weights_file(path, DEEP),
+    "float16": write_float16,
+    "quantised": write_quantised,
+    "first release": write_first_release,
+}
+
+
+@pytest.fixture(scope="module", params=FILES)
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("threads") / "weights.safetensors"
+    FILES[request.param](path)
+    return path
+
+
+load = ContentvecModel.from_file
+
+
+# calls -------------------------------------------------------------------------
+
+CALLS: dict[str, Callable[[ContentvecModel], list[Any]]] = {
+    "model()": lambda model: [model(CLIP[None], output_layer=9)["x"]],
+    "extract": lambda model: [model.extract(CLIP)],
+    "extract_many": lambda model: list(model.extract_many([CLIP, OTHER], batch_seconds=2)),
+    "streamed": lambda model: [model.extract(np.tile(CLIP, 16), max_memory=3 << 20)],
+    "fairseq": lambda model: list(Hubert(model).extract_features(CLIP[None], output_layer=9))[:1],
+    "transformers": lambda model: list(
+        Hubert(model)(CLIP[None], output_hidden_states=True).hidden_states
+    ),
+    "run_stage": lambda model: [model.run_stage("layer.3", np.ones((1, 20, 96), np.float32))],
+}
+
+
+def answer(model: ContentvecModel, call: str) -> list[np.ndarray]:
+    """Arrays of numpy, computed in the thread that asks."""
+    return [
+        np.array(x.astype(mx.float32) if isinstance(x, mx.array) else x) for x in CALLS[call](model)
+    ]
+
+
+def assert_same(answers: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """To the bit on a CPU; a GPU may choose another order of summing."""
+    assert len(answers) == len(expected)
+    for one, other in zip(answers, expected, strict=True):
+        if device_kind() == "cpu":
+            np.testing.assert_array_equal(one, other)
+        else:
+            np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("called", THREADS)
+@pytest.mark.parametrize("loaded", THREADS)
+def test_where_a_model_is_loaded_and_where_it_is_called_is_all_the_same(
+    file: Path, loaded: str, called: str
+) -> None:
+    for call in CALLS:
+        # a fresh model for every call: an earlier one may have computed what it lacks
+        expected = answer(load(file), call)
+        model = THREADS[loaded](lambda: load(file))
+        assert_same(THREADS[called](lambda m=model, c=call: answer(m, c)), expected)
+
+
+@pytest.mark.parametrize("change", ["set_dtype", "update", "some layers"])
+def test_a_model_that_was_changed_belongs_to_no_thread_either(change: str, tmp_path: Path) -> None:
+    path = random_weights_file(tmp_path / "weights.safetensors", DEEP)
+
+    def changed() -> ContentvecModel:
+        model = load(path)
+        if change == "set_dtype":
+            model.set_dtype(mx.float16)
+        elif change == "update":
+            weight = model.encoder.layers[3].fc1.weight
+            model.update({"encoder": {"layers": [{}, {}, {}, {"fc1": {"weight": weight * 0.5}}]}})
+        else:
+            model(CLIP[None], output_layer=2)
+        return model
+
+    for call in CALLS:
+        expected = answer(changed(), call)
+        assert_same(in_a_thread(lambda c=call: answer(in_a_thread(changed), c)), expected)
+
+
+def test_eight_threads_share_one_model(tmp_path: Path) -> None:
+    model = load(random_weights_file(tmp_path / "weights.safetensors", DEEP))
+    clips = [noise(3000 + 400 * i, i) for i in range(8)]
+    expected = [model.extract(clip) for clip in clips]
+    end = time.monotonic() + 3
+    together = threading.Barrier(8)
+
+    def ask(i: int) -> int:
+        together.wait()
+        asked = 0
+        while time.monotonic() < end or asked < 2:
+            assert_same([model.extract(clips[i])], [expected[i]])
+            asked += 1
+        return asked
+
+    with ThreadPoolExecutor(8) as pool:
+        assert min(pool.map(ask, range(8))) >= 2
+
+
+def test_a_first_call_may_be_made_by_several_threads(tmp_path: Path) -> None:
+    path = random_weights_file(tmp_path / "weights.safetensors", DEEP)
+    expected = load(path).extract(CLIP)
+    for _ in range(5):
+        model, together = load(path), threading.Barrier(4)
+
+        def ask(_: int, model: Any = model, together: Any = together) -> Any:
+            together.wait()
+            return model.extract(CLIP)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert_same(list(pool.map(ask, range(4))), [expected] * 4)
+
+
+def test_an_event_loop_may_send_calls_to_threads(tmp_path: Path) -> None:
+    path = random_weights_file(tmp_path / "weights.safetensors", DEEP)
+
+    async def serve() -> list[np.ndarray]:
+        hubert = await asyncio.to_thread(Hubert.load, path)
+        asked = [asyncio.to_thread(hubert, clip[None]) for clip in (CLIP, OTHER, CLIP)]
+        return [output.last_hidden_state for output in await asyncio.gather(*asked)]
+
+    hubert = Hubert.load(path)
+    expected = [hubert(clip[None]).last_hidden_state for clip in (CLIP, OTHER, CLIP)]
+    assert_same(asyncio.run(serve()), expected)
