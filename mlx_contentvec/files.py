@@ -26,7 +26,7 @@ except ImportError:  # Windows has no advisory locks of this kind; leftovers the
 
 from .errors import OutputError
 
-_SUFFIX = ".partial"
+_PREFIX, _SUFFIX = ".mlx-contentvec-", ".partial"
 #: no link at the path itself is followed, no pipe blocks, no child process inherits
 _SAFE = (
     getattr(os, "O_NOFOLLOW", 0)
@@ -323,24 +323,33 @@ def _appeared(final: Path) -> OutputError:
     )
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that no process works on any more from ``folder`` and below."""
+    for path in folder.rglob(f"{_PREFIX}*{_SUFFIX}"):
+        _remove_leftover(path)
+
+
 def _prefix(final: Path) -> str:
     """How the temporary names of ``final`` begin: short however long its own name is."""
     digest = hashlib.sha256(os.fsencode(final.name)).hexdigest()
-    return f".mlx-contentvec-{digest[:8]}-"
+    return f"{_PREFIX}{digest[:8]}-"
 
 
 def _remove_leftovers(final: Path) -> None:
     """Remove temporary files of ``final`` that no process works on any more."""
-    if fcntl is None:
-        return
     prefix = _prefix(final)
     for path in final.parent.iterdir():
-        if not (path.name.startswith(prefix) and path.name.endswith(_SUFFIX)):
-            continue
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | _SAFE)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(descriptor)
+        if path.name.startswith(prefix) and path.name.endswith(_SUFFIX):
+            _remove_leftover(path)
+
+
+def _remove_leftover(path: Path) -> None:
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | _SAFE)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(descriptor)
