@@ -14,15 +14,8 @@ from mlx_contentvec.errors import CheckpointError, ConfigError, MappingError, Ou
 from mlx_contentvec.files import Draft, check_target
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .identity import (
-    Hashed,
-    Identification,
-    Identity,
-    accept,
-    is_known_size,
-    name_of,
-    stand_in_refused,
-)
+from .diagnosis import accept, stand_in_refused
+from .identity import Hashed, Identification, Identity, is_known_size, name_of
 from .known_files import CONTENTVEC
 from .ledger import DropRow, Ledger, TensorRow, account, source_facts, source_tensor
 from .precision import Precision, precision_named
@@ -53,14 +46,15 @@ class Expectation:
         """Whether one particular file is expected, by checksum."""
         return self.md5 is not None or self.sha256 is not None
 
-    def check(self, source: Path, identity: Identity) -> None:
-        """Raise IdentityError, with a diagnosis, for another source."""
+    def check(self, source: Path, identity: Identity, problem: Exception | None = None) -> None:
+        """Raise IdentityError, with a diagnosis, for another source; see :func:`accept`."""
         accept(
             source,
             identity,
             allow_unknown=self.allow_unknown,
             expect_md5=self.md5,
             expect_sha256=self.sha256,
+            problem=problem,
         )
 
 
@@ -208,8 +202,8 @@ def identity_first(
     """Say that a file is the wrong one before complaining of what is wrong inside it."""
     try:
         yield
-    except (CheckpointError, ConfigError, MappingError):
-        expectation.check(source, identification.result())
+    except (CheckpointError, ConfigError, MappingError) as problem:
+        expectation.check(source, identification.result(), problem)
         raise
 
 

@@ -88,7 +88,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _parsed(file: SourceFile) -> dict[str, Any]:
-    if file.size > limits.JSON_BYTES:
+    if file.size > file.budget.json_bytes:
         raise file.corrupt(
             "it is too large",
             found=f"{file.size:,} bytes",

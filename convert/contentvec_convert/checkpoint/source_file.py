@@ -9,6 +9,8 @@ from pathlib import Path
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 from mlx_contentvec.files import open_regular, read_at
 
+from .limits import Budget
+
 _CHUNK = 1024 * 1024
 
 DOWNLOAD_AGAIN = (
@@ -23,8 +25,10 @@ class SourceFile:
     (a pipe or a device could block or never end) or it may not be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, budget: Budget | None = None) -> None:
         self.path = path
+        #: what reading may cost, shared by the files of one checkpoint
+        self.budget = budget or Budget()
         try:
             self._descriptor = open_regular(path)
         except OSError as error:
