@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ CONFIG_FILE = "config.json"
 def folder_config(folder: Path) -> dict[str, Any] | None:
     """The folder's config.json, None if it has none. Raises CorruptCheckpoint if it is no JSON."""
     path = folder / CONFIG_FILE
-    return _json(path) if is_file(path) else None
+    # a pipe or a dead link is not taken for a folder without one
+    return _json(path) if os.path.lexists(path) else None
 
 
 def folder_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
