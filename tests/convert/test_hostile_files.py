@@ -8,18 +8,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from contentvec_convert import conversion
 from contentvec_convert.checkpoint import foreign_file
 from contentvec_convert.conversion import convert, ledger_path
 from contentvec_convert.export import export
+from contentvec_convert.identity import Identification
 from contentvec_convert.inspection import inspect
 from contentvec_parity.originals import TINY_BASE, save_transformers, transformers_hubert
 from mlx_contentvec.config import MAX_LAYERS, ModelConfig
-from mlx_contentvec.errors import ConfigError, ContentvecError, OutputError
+from mlx_contentvec.errors import ConfigError, ContentvecError, IdentityError, OutputError
 from mlx_contentvec.json_text import JsonError, parse_object, read_object
 
 MakeStandin = Callable[..., Path]
@@ -119,7 +122,7 @@ def test_the_limits_of_a_configuration_leave_room_for_the_largest() -> None:
         {"sample_rate": 10**5000},
     ):
         with pytest.raises(ConfigError) as caught:
-            ModelConfig(**fields)  # type: ignore[arg-type]
+            ModelConfig(**fields)
         assert len(str(caught.value)) < 300
 
 
@@ -255,3 +258,63 @@ def test_a_strangers_ledger_is_not_overwritten_unasked(
     assert ledger.read_text() == "the accounts of 2019"
     convert(make_standin("tiny"), tmp_path / "m.safetensors", allow_unknown=True, force=True)
     assert json.loads(ledger.read_text())["output"]["name"] == "m.safetensors"
+
+
+def change_in_place(path: Path) -> None:
+    """Flip bytes near the end of a file and put its modification time back."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        old = file.read(64)
+        file.seek(-64, os.SEEK_CUR)
+        file.write(bytes(byte ^ 1 for byte in old))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns
+
+
+@pytest.mark.parametrize("moment", ["hashed", "writing", "checking"])
+def test_bytes_changed_in_place_are_noticed_whatever_the_time_stamp_says(
+    tmp_path: Path, converted: Path, moment: str
+) -> None:
+    source = tmp_path / "source.safetensors"  # keeps no checksums of its own
+    source.write_bytes(converted.read_bytes())
+    changed = False
+
+    def change(doing: str = "hashed", *_: int) -> None:
+        nonlocal changed
+        if doing == moment and not changed:
+            changed = True
+            change_in_place(source)
+
+    with pytest.raises(ContentvecError), Identification(source) as identification:
+        if moment == "hashed":
+            identification.result()
+            change()
+        convert(
+            source,
+            tmp_path / "out.safetensors",
+            allow_unknown=True,
+            identification=identification,
+            progress=change,
+        )
+    assert changed
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_that_changes_between_reading_and_hashing_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "hub"
+    save_transformers(transformers_hubert(TINY_BASE), TINY_BASE, folder)
+    opened = conversion.open_checkpoint
+
+    def changed_after(path: Path) -> Any:
+        checkpoint = opened(path)
+        change_in_place(folder / name)
+        return checkpoint
+
+    monkeypatch.setattr(conversion, "open_checkpoint", changed_after)
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        convert(folder, tmp_path / "out.safetensors", allow_unknown=True)
+    assert not (tmp_path / "out.safetensors").exists()

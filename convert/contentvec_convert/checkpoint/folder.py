@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_contentvec.errors import CheckpointError, UnsupportedCheckpoint, name_list
 from mlx_contentvec.files import is_file
+from mlx_contentvec.json_text import JSON_BYTES
 
 from . import limits
 from .json_text import parse_object
@@ -94,6 +95,6 @@ def _parsed(file: SourceFile) -> dict[str, Any]:
         raise file.corrupt(
             "it is too large",
             found=f"{file.size:,} bytes",
-            expected=f"at most {limits.JSON_BYTES:,}",
+            expected=f"at most {JSON_BYTES:,}",
         )
     return parse_object(file, file.read(0, file.size), "it")
