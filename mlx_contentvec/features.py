@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,20 @@ from .backend import device_kind, mx
 from .config import ModelConfig
 from .errors import ConfigError
 from .memory import plan_chunks, whole_clip_bytes
-from .streaming import streamed
-
-if TYPE_CHECKING:
-    from .model import ContentvecModel
+from .streaming import Walk, streamed
 
 Features = npt.NDArray[np.float32]
+
+
+class FeatureModel(Protocol):
+    """What is needed of ``model.ContentvecModel``, which stands above this module."""
+
+    config: ModelConfig
+
+    def walk(self) -> Walk: ...
+
+    def __call__(self, source: Any, **options: Any) -> dict[str, Any]: ...
+
 
 #: how a clip shorter than others of its batch is treated: "exact" gives it the
 #: features it has alone, "fairseq" the original's, where padding is heard
@@ -95,7 +103,7 @@ def feature_kind(
 
 
 def extract(
-    model: ContentvecModel,
+    model: FeatureModel,
     waveform: Any,
     *,
     sample_rate: int = SAMPLE_RATE,
@@ -127,7 +135,7 @@ def extract(
 
 
 def extract_many(
-    model: ContentvecModel,
+    model: FeatureModel,
     waveforms: Iterable[Any],
     *,
     sample_rate: int = SAMPLE_RATE,
@@ -186,7 +194,7 @@ def batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def features_of(
-    model: ContentvecModel,
+    model: FeatureModel,
     waveform: Waveform,
     kind: FeatureKind,
     max_memory: int | None = None,
@@ -206,7 +214,7 @@ def features_of(
 
 
 def features_of_batch(
-    model: ContentvecModel,
+    model: FeatureModel,
     waveforms: Sequence[Waveform],
     kind: FeatureKind,
     padding: Padding = "exact",
@@ -236,7 +244,7 @@ def features_of_batch(
     return [_rows(clip[:count]) for clip, count in zip(x, counts, strict=True)]
 
 
-def _as_waveform(model: ContentvecModel, waveform: Any, sample_rate: int) -> Waveform:
+def _as_waveform(model: FeatureModel, waveform: Any, sample_rate: int) -> Waveform:
     return as_waveform(
         waveform,
         sample_rate,

@@ -138,7 +138,8 @@ def made_once() -> Callable[[Path, Callable[[Path], object]], Path]:
 @pytest.fixture(scope="session")
 def standin(torch: Any, made_once: Callable[..., Path]) -> Path:
     """The full-size stand-in (189.5 MB), made once and kept for later sessions."""
-    from contentvec_parity.standin.write import DEFAULT_SEED, GENERATOR_VERSION, write_standin
+    from contentvec_parity.standin.weights import DEFAULT_SEED, GENERATOR_VERSION
+    from contentvec_parity.standin.write import write_standin
 
     cache = Path(os.environ.get("MLX_CONTENTVEC_CACHE") or PROJECT / ".cache")
     return made_once(cache / f"standin-{GENERATOR_VERSION}-{DEFAULT_SEED}.pt", write_standin)

@@ -80,8 +80,8 @@ def test_the_wheel_installed_elsewhere_runs_from_there(wheel: Path, tmp_path: Pa
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
     run(*pip, "--target", target, wheel, cwd=tmp_path)
     program = (
-        "import mlx_contentvec, contentvec_convert, contentvec_parity.standin.write\n"
-        "contentvec_parity.standin.write.checkpoint_config('base')\n"
+        "import mlx_contentvec, contentvec_convert, contentvec_parity.standin.weights\n"
+        "contentvec_parity.standin.weights.checkpoint_config('base')\n"
         "print(mlx_contentvec.__file__, contentvec_convert.__file__, contentvec_parity.__file__)"
     )
     where = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(target))
@@ -114,8 +114,8 @@ def test_the_changelog_begins_with_this_version() -> None:
 # -- imports ---------------------------------------------------------------------------
 
 
-def imported(tree: ast.Module, *, at_import_time: bool) -> Iterator[str]:
-    """Top-level packages that a module imports; at_import_time leaves out those in functions."""
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Top-level packages that a module imports at import time, not in functions."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
@@ -123,22 +123,11 @@ def imported(tree: ast.Module, *, at_import_time: bool) -> Iterator[str]:
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield str(node.module).split(".")[0]
-        elif at_import_time and (
-            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         ):
             continue
         pending.extend(ast.iter_child_nodes(node))
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PROJECT)))
-def test_imports_go_down_only(module: Path) -> None:
-    rooms = list(ROOMS)
-    (room,) = (name for name, folder in ROOMS.items() if module.is_relative_to(folder))
-    above = set(rooms[rooms.index(room) + 1 :])
-    # the command table names the upper rooms as text, and loads what is asked for
-    tree = ast.parse(module.read_text(encoding="utf-8"))
-    assert not above & set(imported(tree, at_import_time=False))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +140,7 @@ def test_running_the_model_needs_mlx_and_numpy_only(module: Path) -> None:
     if module.stem in ("cli", "command") or module.parent.name == "commands":
         allowed.add("click")
     tree = ast.parse(module.read_text(encoding="utf-8"))
-    assert set(imported(tree, at_import_time=True)) <= allowed
+    assert set(imported(tree)) <= allowed
 
 
 def modules_loaded_by(*arguments: str) -> set[str]:

@@ -8,7 +8,8 @@ map are planted in the tensors of a converted file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from contentvec_parity.compare.candidate import MlxCandidate
 from contentvec_parity.harness import assemble
 from contentvec_parity.inputs import Clip, speech_like
 from contentvec_parity.references import open_reference
+from mlx_contentvec import inputs
 from mlx_contentvec.backend import mx
 
 torch = pytest.importorskip("torch", reason="scripts/test installs it")
@@ -105,8 +107,32 @@ def from_mlx(array: Array) -> Array:
     return torch.from_numpy(np.array(mx.array(array).astype(mx.float32))).double()
 
 
+class ChangedStages:
+    """What computes a forward pass, with ``change(name, stage, x, padding)`` for each stage."""
+
+    def __init__(self, walk: Any, change: Callable[..., Array]) -> None:
+        self._walk, self._change = walk, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._walk, name)
+
+    def stages(self, **conditions: Any) -> Iterator[tuple[str, Callable[[Array], Array]]]:
+        padding = conditions.get("padding")
+        for name, stage in self._walk.stages(**conditions):
+            yield name, partial(self._changed, name, stage, padding)
+
+    def _changed(self, name: str, stage: Any, padding: Array, x: Array) -> Array:
+        return self._walk.waveform(mx.array(self._change(name, stage, x, padding)))
+
+
+def change_stages(candidate: MlxCandidate, change: Callable[..., Array]) -> None:
+    """Have the model's stages computed by ``change``, from the audio and by themselves."""
+    own = candidate.model.walk
+    candidate.model.walk = lambda *traceable: ChangedStages(own(*traceable), change)
+
+
 class PlainStages:
-    """``run_stage`` of a model, written out in float64, with options that make it wrong."""
+    """The stages of a model, written out in float64, with options that make them wrong."""
 
     def __init__(self, model: Any, **mistake: Any) -> None:
         self.model = model
@@ -196,15 +222,12 @@ class PlainStages:
 
 def plant(candidate: MlxCandidate, stage: str, **mistake: Any) -> None:
     """Exchange ``stage`` of the model for the plain one with a mistake."""
-    model = candidate.model
-    plain, own = PlainStages(model, **mistake), model.run_stage
+    plain = PlainStages(candidate.model, **mistake)
 
-    def run_stage(name: str, x: Array, **options: Any) -> Array:
-        if name != stage:
-            return own(name, x, **options)
-        return plain(name, x, padding_mask=options.get("padding_mask"))
+    def change(name: str, own: Any, x: Array, padding: Array | None) -> Array:
+        return plain(name, x, padding_mask=padding) if name == stage else own(x)
 
-    model.run_stage = run_stage
+    change_stages(candidate, change)
 
 
 def verdict_on(reference: Any, candidate: MlxCandidate) -> Document:
@@ -313,12 +336,11 @@ def test_products_at_tf32_precision_are_noticed(base: Any, converted_tiny: Path)
         return (((bits + 0x1000) >> 13) << 13).view(mx.float32)
 
     candidate = MlxCandidate.open(converted_tiny)
-    own = candidate.model.run_stage
 
-    def run_stage(name: str, x: Array, **options: Any) -> Array:
-        return own(name, ten_bits(x) if name.startswith("layer") else x, **options)
+    def change(name: str, own: Any, x: Array, _: Any) -> Array:
+        return own(np.array(ten_bits(x)) if name.startswith("layer") else x)
 
-    candidate.model.run_stage = run_stage
+    change_stages(candidate, change)
     verdict = verdict_on(base, candidate)
     assert not verdict["passed"]
     assert blamed(verdict) == "layer.1"
@@ -345,10 +367,10 @@ def test_numbers_that_are_not_finite_fail(base: Any, converted_tiny: Path) -> No
 
 def test_a_frame_too_few_fails(base: Any, converted_tiny: Path) -> None:
     candidate = MlxCandidate.open(converted_tiny)
-    own = candidate.model.run_stage
-    candidate.model.run_stage = lambda name, x, **options: own(name, x, **options)[
-        :, : -1 if name == "conv.6" and x.shape[1] > 2 else None
-    ]
+    change_stages(
+        candidate,
+        lambda name, own, x, _: own(x)[:, : -1 if name == "conv.6" and x.shape[1] > 2 else None],
+    )
     candidate_verdict = assemble(base, candidate, CLIPS[:1])["verdict"]
     assert not candidate_verdict["passed"]
     assert blamed(candidate_verdict) == "conv.6"
@@ -388,7 +410,10 @@ def test_v1_features_that_are_a_slice_and_no_projection_fail(
     base: Any, converted_tiny: Path
 ) -> None:
     candidate = MlxCandidate.open(converted_tiny)
-    candidate.model.final_proj = lambda x: x[..., :32]
+    candidate.project = lambda features: features[..., :32]  # type: ignore[method-assign]
+    change_stages(
+        candidate, lambda name, own, x, _: x[..., :32] if name == "final_proj" else own(x)
+    )
     verdict = assemble(base, candidate, CLIPS)["verdict"]
     assert not verdict["passed"]
     assert blamed(verdict) == "final_proj"
@@ -400,11 +425,14 @@ def test_v1_features_that_are_a_slice_and_no_projection_fail(
     ids=["int16 scale", "normalised"],
 )
 def test_an_altered_waveform_is_found_between_the_audio_and_the_first_stage(
-    base: Any, converted_tiny: Path, altered: Callable[[Array], Array]
+    base: Any,
+    converted_tiny: Path,
+    altered: Callable[[Array], Array],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     candidate = MlxCandidate.open(converted_tiny)
-    own = candidate.model._waveform
-    candidate.model._waveform = lambda source: altered(own(source))
+    own = inputs.check_waveform
+    monkeypatch.setattr(inputs, "check_waveform", lambda *given: altered(own(*given)))
     verdict = verdict_on(base, candidate)
     assert not verdict["passed"]
     assert verdict["blame"]["wrong"] == []
@@ -423,17 +451,20 @@ def test_a_large_model_that_is_not_given_normalised_audio_fails(
     assert verdict["blame"]["handover"] == {"stage": "conv.0", "input": "the waveform"}
 
 
-def test_a_padding_mask_that_is_not_the_originals_fails(base: Any, converted_tiny: Path) -> None:
+def test_a_padding_mask_that_is_not_the_originals_fails(
+    base: Any, converted_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     candidate = MlxCandidate.open(converted_tiny)
-    own = candidate.model._frame_mask
+    own = inputs.padded_frames
 
-    def by_length(frames: int, padding_mask: Array | None, *rest: Any) -> Array:
+    def by_length(source: Array, config: Any, padding_mask: Array | None, *rest: Any) -> Array:
         if padding_mask is None:
-            return own(frames, padding_mask, *rest)
+            return own(source, config, padding_mask, *rest)
         samples = (~mx.array(padding_mask)).sum(axis=1)
+        frames = config.frames(source.shape[1])
         return mx.arange(frames)[None] >= ((samples - 400) // 320 + 1)[:, None]
 
-    candidate.model._frame_mask = by_length
+    monkeypatch.setattr(inputs, "padded_frames", by_length)
     verdict = verdict_on(base, candidate)
     assert not verdict["passed"]
     assert any(failure["gate"] == "mask" for failure in verdict["failures"])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contentvec_parity.standin import write as standin
+from contentvec_parity.standin import weights as standin
 from contentvec_parity.standin.write import write_standin
 from mlx_contentvec.errors import ConfigError, OutputError
 
@@ -357,7 +357,7 @@ def test_a_failed_write_leaves_nothing_behind(
         path.write_bytes(b"torn")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(standin, "save_without_fairseq", fail)
+    monkeypatch.setattr("contentvec_parity.standin.write.save_without_fairseq", fail)
     with pytest.raises(OutputError, match="No space left on device"):
         write_standin(tmp_path / "torn.pt", "tiny")
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from contentvec_parity.publishing import package as packaging
-from contentvec_parity.publishing.package import Package, open_package, package
+from contentvec_parity.publishing.evidence import Package
+from contentvec_parity.publishing.package import open_package, package
 from mlx_contentvec.errors import ContentvecError, HubError, OutputError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -347,13 +348,49 @@ def test_a_change_that_took_its_checksum_along_is_found_out(
     assert said in str(caught.value) or "does not say what the weights say" in str(caught.value)
 
 
-def test_a_card_that_was_edited_is_found_out(copied: Path) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "by", "said"),
+    [
+        (r"^Errors are", "It agrees to 1.0e-09. Errors are", "It agrees to 1.0e-09"),
+        (r"^(\| layer 3 \(.*?\| )\d\.\d", r"\g<1>0.1", "0.1e-"),
+        (r"^\| layer 3 \+ projection .*\n", "", "layer 3 + projection"),
+        (r"(\| `float16`.*? )(\d+\.\d) dB", r"\g<1>99.9 dB", "99.9 dB"),
+        (r"(\| MD5 \| `)[0-9a-f]{32}", r"\g<1>" + "0" * 32, "0" * 32),
+        (r"^> \*\*Synthetic weights.*\n", "", "They test the tools"),
+        (r'from_pretrained\("[^"]*"', 'from_pretrained("else/where"', "extract speech.wav"),
+        (r'from_pretrained\("[^"]*"', "from_pretrained(", "from_pretrained()"),
+        (r"\Z", "\nAnd more.\n", "And more."),
+        (r"\n\Z", "", "other line endings"),
+    ],
+)
+def test_a_card_that_was_edited_is_refused(copied: Path, pattern: str, by: str, said: str) -> None:
     card = copied / "README.md"
-    card.write_text(card.read_text().replace("Errors are", "It agrees to 1.0e-09. Errors are"))
+    text, times = re.subn(pattern, by, card.read_text(), count=1, flags=re.M)
+    assert times == 1
+    card.write_text(text)
     rewrite_sums(copied)
-    with pytest.raises(HubError, match=r"the model card .* is not right") as caught:
+    with pytest.raises(HubError, match="is not the one that follows from the evidence") as caught:
         open_package(copied, allow_stand_in=True)
-    assert "1.0e-09 stands in no report" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_license_that_the_hub_does_not_know_is_refused(
+    evidence_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(HubError, match="the Hub knows no license 'free'"):
+        make(tmp_path / "package", evidence_folder, license_id="free")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verdict_that_a_card_quotes_is_judged_and_not_believed(copied: Path) -> None:
+    document = json.loads((copied / "parity.json").read_text())
+    reason = document["verdict"]["reason"]
+    for name in ("parity.json", "README.md"):
+        path = copied / name
+        path.write_text(path.read_text().replace(reason, "it is perfect"))
+    rewrite_sums(copied)
+    with pytest.raises(HubError, match="it is perfect"):
+        open_package(copied, allow_stand_in=True)
 
 
 def test_two_names_for_two_files_are_found_out(copied: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contentvec_parity.publishing.package import Package, package
+from contentvec_parity.publishing.evidence import Package
+from contentvec_parity.publishing.package import package
 from contentvec_parity.publishing.publish import STAGING
 from tests.hub_server import GITATTRIBUTES, HubServer
 

@@ -203,7 +203,9 @@ def _deliver(
     audio: tuple[Path, ...] = (),
 ) -> None:
     """Write and print what was asked for, and end with the verdict's status."""
-    from ..report.document import print_screen, to_json, to_markdown
+    from ..report.document import to_json
+    from ..report.markdown import to_markdown
+    from ..report.screen import print_screen
 
     written = []
     if json_file is not None and json_file != "-":

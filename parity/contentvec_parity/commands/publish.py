@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from ..publishing.package import Package
+    from ..publishing.evidence import Package
 
 _FILE = click.Path(path_type=Path)
 #: not in --help: the tools are tested with synthetic weights, and with nothing else so

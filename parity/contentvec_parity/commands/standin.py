@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from ..standin.write import DEFAULT_SEED, DTYPES, PRESETS, marker, write_standin
+from ..standin.weights import DEFAULT_SEED, DTYPES, PRESETS, marker
+from ..standin.write import write_standin
 
 
 @click.command()

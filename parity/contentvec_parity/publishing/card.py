@@ -1,74 +1,24 @@
-"""The model card: written from the evidence, and read back against it.
-
-``render`` fills ``templates/README.md.jinja``. ``lint`` takes any text that
-claims to be the card of a package and lists what is wrong with it: front matter
-the Hub would not take, links that lead nowhere, and figures that no report holds.
-It works offline and does not trust ``render``.
-"""
+"""The model card: ``templates/README.md.jinja``, filled from the evidence."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from contentvec_convert.known_files import KNOWN_FILES, KnownFile
 from mlx_contentvec.errors import MissingDependency
 
 from ..report import document as report
-
-if TYPE_CHECKING:
-    from .package import Evidence, Package
+from . import evidence as files
+from .evidence import Evidence, Package
 
 TAGS = ("mlx", "audio", "speech", "hubert", "contentvec", "voice-conversion", "rvc")
 #: the layers that RVC takes its features from, where a model has them
 RVC_LAYERS = {"v1": 9, "v2": 12}
 _TEMPLATES = Path(__file__).parent / "templates"
 _HUB = "https://huggingface.co/"
-
-#: license identifiers that the Hub knows, as far as a speech model may have one
-LICENSES = (
-    "mit",
-    "apache-2.0",
-    "bsd",
-    "bsd-2-clause",
-    "bsd-3-clause",
-    "cc0-1.0",
-    "cc-by-4.0",
-    "cc-by-sa-4.0",
-    "cc-by-nc-4.0",
-    "cc-by-nc-sa-4.0",
-    "cc-by-nc-nd-4.0",
-    "gpl-3.0",
-    "lgpl-3.0",
-    "agpl-3.0",
-    "mpl-2.0",
-    "openrail",
-    "unknown",
-)
-#: tasks that the Hub offers for models that take audio
-PIPELINE_TAGS = frozenset(
-    {
-        "feature-extraction",
-        "audio-to-audio",
-        "audio-classification",
-        "automatic-speech-recognition",
-        "voice-activity-detection",
-    }
-)
-#: keys of a model card's front matter that this project writes or may be given
-FRONT_MATTER = {
-    "license": str,
-    "library_name": str,
-    "pipeline_tag": str,
-    "base_model": str,
-    "tags": list,
-    "language": list,
-}
-_REQUIRED = ("license", "library_name", "pipeline_tag", "tags")
 
 
 # figures ---------------------------------------------------------------------------
@@ -168,8 +118,6 @@ def render(package: Package, address: str) -> str:
 
     Raises MissingDependency without jinja2.
     """
-    from . import package as files
-
     main = package.evidence[0]
     document, config, source = main.parity, package.config, main.source
     known = _known(source)
@@ -351,8 +299,6 @@ def _why_inexact(row: Mapping[str, Any]) -> str:
 
 
 def _files_table(package: Package) -> str:
-    from . import package as files
-
     what = {
         files.MODEL: f"the weights, {package.config['dtype']}",
         files.EARLIER_NAME: "the same file, stored once, under the name that earlier users load",
@@ -383,260 +329,3 @@ def _license_line(license_id: str, known: KnownFile | None) -> str:
         )
     home = f" ([its home]({known.home}))" if known else ""
     return f"That of the checkpoint's publisher{home}; see [LICENSE](LICENSE)."
-
-
-# the linter ------------------------------------------------------------------------
-
-
-def lint(text: str, package: Package) -> list[str]:
-    """What is wrong with ``text`` as the card of ``package``; nothing, if all is right."""
-    front, body = _split(text)
-    if front is None:
-        return ["it does not begin with front matter between two lines of ---"]
-    return [
-        *_lint_front_matter(front),
-        *_lint_links(body, package),
-        *_lint_tables(body, package),
-        *_lint_stray_figures(body, package),
-        *_lint_claims(body, package),
-    ]
-
-
-def _split(text: str) -> tuple[str | None, str]:
-    match = re.match(r"---\n(.*?)\n---\n", text, re.S)
-    return (match[1], text[match.end() :]) if match else (None, text)
-
-
-def _lint_front_matter(front: str) -> Iterator[str]:
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        fields = yaml.safe_load(front)
-    except yaml.YAMLError as error:
-        yield f"the front matter is not YAML: {error}"
-        return
-    if not isinstance(fields, dict):
-        yield "the front matter is not a mapping"
-        return
-    for key in _REQUIRED:
-        if key not in fields:
-            yield f"the front matter has no {key}"
-    for key, value in fields.items():
-        if key not in FRONT_MATTER:
-            yield f"the front matter's {key} means nothing to the Hub"
-        elif not isinstance(value, FRONT_MATTER[key]):
-            yield f"the front matter's {key} must be a {FRONT_MATTER[key].__name__}: {value!r}"
-    license_id, task = fields.get("license"), fields.get("pipeline_tag")
-    if license_id not in LICENSES:
-        yield f"the Hub knows no license {license_id!r}"
-    if task not in PIPELINE_TAGS:
-        yield f"the Hub has no task {task!r} for audio models"
-    if fields.get("library_name") != "mlx":
-        yield "library_name must be mlx, or the Hub does not know what loads it"
-    base = fields.get("base_model")
-    if base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
-        yield f"base_model must be a repository like owner/name: {base!r}"
-    tags = fields.get("tags") or []
-    wrong = [
-        tag for tag in tags if not isinstance(tag, str) or not re.fullmatch(r"[a-z0-9-]+", tag)
-    ]
-    yield from (f"a tag must be lower-case words joined by hyphens: {tag!r}" for tag in wrong)
-    yield from (f"the tag {tag} is missing" for tag in TAGS if tag not in tags)
-
-
-_FENCED = re.compile(r"^```.*?^```$", re.S | re.M)
-_INLINE_CODE = re.compile(r"`[^`\n]*`")
-_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-
-
-def _lint_links(body: str, package: Package) -> Iterator[str]:
-    text = _FENCED.sub("", body)
-    anchors = {
-        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", text, re.M)
-    }
-    for target in _LINK.findall(text):
-        if target.startswith("#"):
-            if target[1:] not in anchors:
-                yield f"the link {target} leads to no heading"
-        elif "://" in target:
-            if not re.fullmatch(r"https://[\w.-]+\.[a-z]{2,}(/[\w./~%+-]*)?", target):
-                yield f"the link {target} is not a plain https address"
-        elif target not in package.checksums and not (package.folder / target).is_file():
-            yield f"the link {target} leads to no file of the package"
-
-
-def _tables(body: str) -> Iterator[list[list[str]]]:
-    """Every Markdown table as rows of cells, its heading first."""
-    for block in re.findall(r"(?:^\|.*\|$\n?)+", _FENCED.sub("", body), re.M):
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")]
-        yield [row for row in rows if any(row) and not set("".join(row)) <= set("-: ")]
-
-
-def _lint_tables(body: str, package: Package) -> Iterator[str]:
-    """Every cell of the two tables of figures, held to the report it is from."""
-    main = package.evidence[0].parity
-    wanted: dict[str, tuple[tuple[Column, ...], dict[str, Mapping[str, Any]]]] = {
-        "features": (FEATURE_COLUMNS, _summaries(main)),
-    }
-    if len(package.evidence) > 1:
-        formats: dict[str, Mapping[str, Any]] = {e.dtype: e.parity for e in package.evidence}
-        wanted["format"] = (VARIANT_COLUMNS, formats)
-    seen = set()
-    for table in _tables(body):
-        if not table or table[0][0] not in wanted:
-            continue
-        kind = table[0][0]
-        seen.add(kind)
-        columns, entries = wanted[kind]
-        if table[0][1:] != [column.heading for column in columns]:
-            yield f"the table of {kind} has other columns"
-            continue
-        shown = []
-        for row in table[1:]:
-            label = re.sub(r" \(.*\)$", "", row[0]).strip("`")
-            shown.append(label)
-            if label not in entries:
-                yield f"{label} was not measured"
-                continue
-            for column, cell in zip(columns, row[1:], strict=True):
-                figure = column.figure(entries[label])
-                if not _is_written(cell, figure):
-                    yield f"{label}, {column.heading}: {cell} is shown, {figure} was measured"
-        yield from (
-            f"{label} was measured and is not shown" for label in entries if label not in shown
-        )
-    yield from (f"the table of {kind} is missing" for kind in wanted if kind not in seen)
-
-
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
-
-
-def _is_written(cell: str, figure: float | None) -> bool:
-    """Whether a cell shows ``figure``, to the digits it has, in its unit."""
-    if figure is None:
-        return cell == "-"
-    if cell.startswith("1 - "):
-        cell, figure = cell[4:], max(0.0, 1 - figure)
-    unit = {"MB": 1e6, "kB": 1e3}.get(cell.split()[-1], 1.0)
-    match = _NUMBER.search(cell)
-    if match is None:
-        return cell == str(figure)
-    return _rounds_to(match[0], figure / unit)
-
-
-def _rounds_to(token: str, value: float) -> bool:
-    """Whether ``value``, rounded to the digits that ``token`` shows, is ``token``."""
-    if not math.isfinite(value):
-        return False
-    shown = token.replace(",", "")
-    mantissa, _, exponent = shown.partition("e")
-    digits = len(mantissa.partition(".")[2])
-    step = 10.0 ** (int(exponent or 0) - digits)
-    return abs(float(shown) - value) <= step * 0.500001
-
-
-#: what a measured or stated figure looks like in prose: decimals, exponents, units
-_FIGURE = re.compile(
-    r"(?<![\w.])(?:"
-    r"\d[\d,]*\.\d+(?:e[+-]\d+)?"
-    r"|\d+e[+-]\d+"
-    r"|\d[\d,]*(?= ?(?:MB|kB|dB|x|%|ms|s|bytes|samples|inputs|tensors|of \d)\b)"
-    r"|\d{1,3}(?:,\d{3})+"
-    r")(?![\w.]\d)"
-)
-_HEX = re.compile(r"\b[0-9a-f]{32,64}\b")
-
-
-def _lint_stray_figures(body: str, package: Package) -> Iterator[str]:
-    """Every figure outside code must be one that the evidence holds."""
-    # the tables of figures are held to their reports cell by cell
-    text = re.sub(r"^\| (?:features|format) \|.*\n(?:\|.*\n)+", "", body, flags=re.M)
-    text = _INLINE_CODE.sub("", _FENCED.sub("", text))
-    text = re.sub(r"\]\([^)]*\)", "]", text)
-    stated = _stated_numbers(package)
-    words = _stated_words(package)
-    for match in _FIGURE.finditer(text):
-        token = match[0]
-        if any(token in word for word in words):
-            continue
-        whole = re.fullmatch(r"[\d,]+", token)
-        if whole and float(token.replace(",", "")) in stated:
-            continue
-        if whole or not any(_rounds_to(token, value) for value in stated):
-            line = text[: match.start()].count("\n") + 1
-            around = text[max(0, match.start() - 20) : match.end() + 20].replace("\n", " ")
-            yield f"{token} stands in no report (body line {line}: ...{around}...)"
-
-
-def _stated_numbers(package: Package) -> set[float]:
-    found: set[float] = set()
-
-    def collect(value: Any) -> None:
-        if isinstance(value, bool):
-            return
-        if isinstance(value, (int, float)):
-            found.add(float(value))
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                if not str(key).endswith("_at"):  # places, not figures
-                    collect(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                collect(item)
-
-    collect(package.config)
-    for evidence in package.evidence:
-        document = evidence.parity
-        collect({key: document[key] for key in ("weights", "source", "clips")})
-        collect(document["verdict"]["gates"])
-        collect(_features(document))
-        collect(evidence.ledger["counts"])
-        counts = evidence.ledger["counts"]
-        found.add(float(counts["written"] - counts["exact"]))
-        clips = document["clips"]
-        found |= {float(len(clips)), float(sum("file" in clip["origin"] for clip in clips))}
-        lowest = _lowest(document, "worst_frame_cosine")
-        found.add(max(0.0, 1 - (lowest if lowest is not None else 1.0)))
-    for name in package.checksums:
-        size = (package.folder / name).stat().st_size
-        found |= {float(size), size / 1e6, size / 1e3}
-    rate = package.config["sample_rate"]
-    found |= {rate / 1000, 1000 * package.config["hop"] / rate}
-    return found
-
-
-def _stated_words(package: Package) -> list[str]:
-    """Names of machines, systems and versions: they have digits and are no figures."""
-    document = package.evidence[0].parity
-    return [
-        document["verdict"]["reason"],
-        document["machine"]["chip"],
-        document["machine"]["system"],
-        document["created"],
-        package.version,
-        *document["versions"].values(),
-        *document["reference"]["versions"].values(),
-    ]
-
-
-def _lint_claims(body: str, package: Package) -> Iterator[str]:
-    """What a card must not leave out."""
-    main = package.evidence[0]
-    for what, text in (
-        ("the checkpoint's SHA-256", main.source["sha256"]),
-        ("the checkpoint's MD5", main.source["md5"]),
-        ("the verdict", main.parity["verdict"]["reason"]),
-        ("the machine", main.parity["machine"]["chip"]),
-        ("the device", report.device_line(main.parity)),
-    ):
-        if text not in body:
-            yield f"{what} is missing: {text}"
-    stated = {main.source["sha256"], main.source["md5"], *package.checksums.values()}
-    yield from (
-        f"the checksum {digest} is not one of these files or their source"
-        for digest in _HEX.findall(body)
-        if digest not in stated
-    )
-    if package.stand_in and "Synthetic weights" not in body:
-        yield "it does not say that the weights are synthetic"

@@ -16,13 +16,13 @@ verdict is judged again from the report's figures, not believed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,24 @@ from mlx_contentvec.errors import HubError, OutputError, name_list
 from ..compare.candidate import read_metadata
 from ..compare.verdict import Gates, judge
 from ..report import document as report
-
-LIBRARY = "mlx-contentvec"
-MODEL, EARLIER_NAME = hub.WEIGHTS
-LEDGER = "ledger.json"
-PARITY = "parity.json"
-PAGE = "parity.html"
-PLOT = "parity.png"
-RECORDING = "recording.safetensors"
-CARD = "README.md"
-LICENSE = "LICENSE"
+from ..report.page import to_html
+from ..report.plots import stage_plot
+from .card import fill, render
+from .card_lint import lint
+from .evidence import (
+    CARD,
+    EARLIER_NAME,
+    LEDGER,
+    LIBRARY,
+    LICENSE,
+    MODEL,
+    PAGE,
+    PARITY,
+    PLOT,
+    RECORDING,
+    Evidence,
+    Package,
+)
 
 #: what every package holds; SHA256SUMS lists them
 _FIXED = frozenset(
@@ -52,75 +60,6 @@ _FIXED = frozenset(
 
 #: a recording larger than this does not ship
 RECORDING_LIMIT = 10_000_000
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One weights file and what was measured of it."""
-
-    #: "float32", "float16", "q8", ...: a key of the converter's precision table
-    dtype: str
-    weights: Path
-    metadata: Mapping[str, str]
-    sha256: str
-    ledger: Mapping[str, Any]
-    parity: report.Document
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """What the weights say they were made from."""
-        source: dict[str, Any] = json.loads(self.metadata["source"])
-        return source
-
-    @property
-    def size(self) -> int:
-        """Bytes of the weights file."""
-        return self.weights.stat().st_size
-
-    @property
-    def stand_in(self) -> str | None:
-        """The sentence that says the weights are synthetic, if anything says so."""
-        said = self.metadata.get("stand_in") or self.parity["source"].get("stand_in")
-        return str(said) if said else ("a stand-in" if self.source.get("stand_in") else None)
-
-
-@dataclass(frozen=True)
-class Package:
-    """A packaged folder that was found whole."""
-
-    folder: Path
-    #: file name -> SHA-256, as SHA256SUMS states and as the files have
-    checksums: Mapping[str, str]
-    config: Mapping[str, Any]
-    #: the main file first, then the variants
-    evidence: tuple[Evidence, ...]
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Every file, largest first, SHA256SUMS last."""
-        sizes = {name: (self.folder / name).stat().st_size for name in self.checksums}
-        # of two names of one blob the one that readers ask for goes first
-        order = sorted(sizes, key=lambda name: (-sizes[name], name != MODEL, name))
-        return (*order, hub.CHECKSUMS)
-
-    def hash_of(self, name: str) -> str:
-        """The SHA-256 of a file of the package."""
-        return self.checksums.get(name) or hub.sha256_of(self.folder / name)
-
-    @property
-    def stand_in(self) -> str | None:
-        """Why the weights are not real, if they are not."""
-        return next((e.stand_in for e in self.evidence if e.stand_in), None)
-
-    @property
-    def title(self) -> str:
-        """What the card is headed by."""
-        return str(self.config["title"])
-
-    @property
-    def version(self) -> str:
-        """The version of this project that made it."""
-        return str(self.config["library_version"])
 
 
 def package(
@@ -173,7 +112,7 @@ def package(
         step("copying")
         _fill(draft, evidence, recording, license_id)
         step("drawing")
-        _show(draft, evidence, repo_id or str(folder))
+        _show(draft, repo_id or str(folder))
         _sum_up(draft)
         step("checking the package")
         open_package(draft, allow_stand_in=allow_stand_in)
@@ -190,8 +129,6 @@ def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = F
 
     Raises HubError that names what does not fit.
     """
-    from .card import lint
-
     sums_path = folder / hub.CHECKSUMS
     if not sums_path.is_file():
         raise HubError(
@@ -204,13 +141,7 @@ def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = F
     config = _read_json(folder / hub.CONFIG)
     if config.get("library_name") != LIBRARY:
         raise HubError(f"{folder / hub.CONFIG} was not made by {LIBRARY}")
-    evidence = [_gather(folder / MODEL, folder / LEDGER, folder / PARITY, checksums[MODEL])]
-    for dtype, row in config["variants"].items():
-        names = _variant_names(dtype)
-        if row["file"] != names[0] or any(name not in checksums for name in names):
-            raise HubError(f"{folder / hub.CONFIG} lists a variant that is not here", found=dtype)
-        paths = [folder / name for name in names]
-        evidence.append(_gather(paths[0], paths[1], paths[2], checksums[names[0]]))
+    evidence = _gather_packaged(folder, config, checksums)
     listed = _FIXED | {n for dtype in config["variants"] for n in _variant_names(dtype)}
     if unknown := sorted(set(checksums) - listed):
         raise HubError(f"{folder} holds what {hub.CONFIG} does not list", found=name_list(unknown))
@@ -227,21 +158,12 @@ def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = F
         raise HubError(f"{MODEL} and {EARLIER_NAME} are not the same file")
     _check_recording(folder / RECORDING, evidence[0])
     found = Package(folder, checksums, config, tuple(evidence))
-    problems = lint((folder / CARD).read_text(encoding="utf-8"), found)
-    if problems:
-        raise HubError(
-            f"the model card {folder / CARD} is not right",
-            found="\n            ".join(problems[:10])
-            + (f"\n            and {len(problems) - 10} more" if len(problems) > 10 else ""),
-            hint="package the converted file again; a card is generated, not edited",
-        )
+    _check_card(found)
     return found
 
 
 def addressed(found: Package, repo_id: str) -> Package:
     """The same package with a card that tells readers to load ``repo_id``."""
-    from .card import render
-
     text = render(found, repo_id)
     card = found.folder / CARD
     if card.read_text(encoding="utf-8") == text:
@@ -278,6 +200,21 @@ def _gather(weights: Path, ledger: Path, parity: Path, sha256: str | None = None
     _check_ledger(found, ledger)
     _check_parity(found, parity)
     return found
+
+
+def _gather_packaged(
+    folder: Path, config: Mapping[str, Any], checksums: Mapping[str, str]
+) -> list[Evidence]:
+    """The evidence that lies in a packaged folder, the main file first."""
+    names = [(MODEL, LEDGER, PARITY)]
+    for dtype, row in config["variants"].items():
+        names.append(_variant_names(dtype))
+        if row["file"] != names[-1][0] or any(name not in checksums for name in names[-1]):
+            raise HubError(f"{folder / hub.CONFIG} lists a variant that is not here", found=dtype)
+    return [
+        _gather(folder / weights, folder / ledger, folder / parity, checksums[weights])
+        for weights, ledger, parity in names
+    ]
 
 
 def _check_ledger(evidence: Evidence, path: Path) -> None:
@@ -325,7 +262,7 @@ def _check_parity(evidence: Evidence, path: Path) -> None:
         raise HubError(f"the parity report {path.name} measured no features", hint=again)
     try:
         # the limits of the project, whatever the run was made with
-        verdict = judge(document, Gates())
+        verdict = document["verdict"] = judge(document, Gates())
     except (KeyError, TypeError) as error:
         raise HubError(
             f"the parity report {path.name} cannot be judged",
@@ -415,6 +352,33 @@ def _check_recording(path: Path, evidence: Evidence) -> None:
         )
 
 
+def _check_card(found: Package) -> None:
+    """The card must be the generated one, for whatever address it names, and fit for the Hub."""
+    path = found.folder / CARD
+    text = path.read_text(encoding="utf-8")
+    address = re.search(r'from_pretrained\("([^"\n]+)"', text)
+    generated = render(found, address[1] if address else "")
+    if text != generated:
+        pairs = itertools.zip_longest(text.splitlines(), generated.splitlines(), fillvalue="")
+        number, shown, expected = next(
+            ((i, *pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1]),
+            (0, "other line endings", "those of the generated card"),
+        )
+        raise HubError(
+            f"the model card {path} is not the one that follows from the evidence",
+            found=f"line {number}: {shown}",
+            expected=expected,
+            hint="package the converted file again; a card is generated, not edited",
+        )
+    problems = lint(text, {*found.checksums, hub.CHECKSUMS})
+    if problems:
+        raise HubError(
+            f"the model card {path} is not fit for the Hub",
+            found=name_list(problems),
+            hint="package the converted file again",
+        )
+
+
 # what is written --------------------------------------------------------------------
 
 
@@ -429,8 +393,6 @@ def _variant_names(dtype: str) -> tuple[str, str, str]:
 
 def _fill(draft: Path, evidence: Sequence[Evidence], recording: Path, license_id: str) -> None:
     """Everything that is copied or follows from the weights."""
-    from .card import fill
-
     main = evidence[0]
     _link(main.weights, draft / MODEL)
     _link(draft / MODEL, draft / EARLIER_NAME)
@@ -452,25 +414,19 @@ def _write_papers(draft: Path, evidence: Evidence, weights: str, ledger: str, pa
     document = {
         **evidence.parity,
         "weights": {**evidence.parity["weights"], "name": weights},
-        # judged by the project's own limits, which the card quotes
-        "verdict": judge(evidence.parity, Gates()),
     }
     (draft / parity).write_text(report.to_json(document) + "\n", encoding="utf-8")
 
 
-def _show(draft: Path, evidence: Sequence[Evidence], address: str) -> None:
+def _show(draft: Path, address: str) -> None:
     """The page, the plot and the card, from what has been written."""
-    from ..report.page import to_html
-    from ..report.plots import stage_plot
-    from .card import render
-
     document = report.read(draft / PARITY)
     (draft / PAGE).write_text(to_html(document), encoding="utf-8")
     stage_plot(document, draft / PLOT)
-    config = _read_json(draft / hub.CONFIG)
-    (draft / CARD).write_text(
-        render(Package(draft, _hashes(draft), config, tuple(evidence)), address), encoding="utf-8"
-    )
+    config, checksums = _read_json(draft / hub.CONFIG), _hashes(draft)
+    evidence = tuple(_gather_packaged(draft, config, checksums))
+    text = render(Package(draft, checksums, config, evidence), address)
+    (draft / CARD).write_text(text, encoding="utf-8")
 
 
 def _config(evidence: Sequence[Evidence], license_id: str) -> dict[str, Any]:

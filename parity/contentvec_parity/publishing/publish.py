@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from mlx_contentvec import hub
 from mlx_contentvec.errors import HubError, name_list
 
-from .package import LIBRARY, Package
+from .evidence import LIBRARY, Package
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -14,7 +14,7 @@ from mlx_contentvec import hub
 
 from .. import harness
 from ..report import document as report
-from .package import RECORDING
+from .evidence import RECORDING
 
 
 def replay(

@@ -17,8 +17,8 @@ from typing import Any
 
 from mlx_contentvec.errors import MissingDependency
 
-from . import write as standin
-from .write import PRESETS, Progress
+from . import weights as standin
+from .weights import PRESETS, Progress
 
 #: What ContentVec's training run sets, by its contentvec.yaml and launch script;
 #: fairseq's defaults fill in the rest.
@@ -190,7 +190,7 @@ def state_from_fairseq(
 ) -> dict[str, Any]:
     """Everything that goes into the file, from fairseq's Trainer.
 
-    The same dictionary as standin.state_without_fairseq gives, weights included.
+    The same dictionary as with_torch.state_without_fairseq gives, weights included.
     Raises MissingDependency without fairseq.
     """
     torch = standin.import_torch()

@@ -1,0 +1,71 @@
+"""The report of a parity run as GitHub Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .document import (
+    advice,
+    default_line,
+    device_line,
+    feature_tables,
+    figure,
+    headline,
+    reference_line,
+    sentence,
+    similarity,
+    stage_entries,
+    tensor_line,
+    times,
+)
+
+
+def to_markdown(document: Mapping[str, Any]) -> str:
+    """The verdict, the features and the stages as GitHub Markdown."""
+    verdict = document["verdict"]
+    lines = [f"**Parity: {headline(document).lower()}.** {sentence(verdict['reason'])}", ""]
+    lines += [f"- {sentence(line.strip())}" for line in advice(document)]
+    if document["source"].get("stand_in"):
+        lines += [f"> Stand-in: {document['source']['stand_in']}", ""]
+    lines += [
+        "",
+        f"MLX on {device_line(document)}, against {reference_line(document)}; "
+        f"{document['machine']['chip']}, {document['machine']['system']}. "
+        "Errors are those against the same model in float64.",
+        "",
+        "| features | clip | MLX max | PyTorch max | MLX rms | PyTorch rms "
+        "| MLX - PyTorch max | worst frame's cosine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, entries in feature_tables(document).items():
+        for entry in entries:
+            if "problem" in entry:
+                lines.append(f"| {label} | {entry['clip']} | {entry['problem']} | | | | | |")
+                continue
+            sides = (entry["candidate"], entry["reference"])
+            cells = [
+                label,
+                entry["clip"],
+                *(figure(side[metric]) for metric in ("max_abs", "rms") for side in sides),
+                figure(entry["apart"]["max_abs"]),
+                similarity(entry["apart"]["worst_frame_cosine"]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Error of MLX as a multiple of PyTorch's, all clips together:",
+        "",
+        "| stage | from the audio, rms | max | by itself, rms | max |",
+        "|---|---|---|---|---|",
+    ]
+    for stage, pair in stage_entries(document).items():
+        ratios = [
+            "-" if entry is None else times(entry["ratio"][metric])
+            for entry in pair
+            for metric in ("rms", "max_abs")
+        ]
+        lines.append("| " + " | ".join([stage, *ratios]) + " |")
+    default = default_line(document)
+    lines += ["", tensor_line(document), *(["", default] if default else []), ""]
+    return "\n".join(lines)
