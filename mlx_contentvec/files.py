@@ -342,6 +342,18 @@ def place(temporary: Path, final: Path, *, force: bool) -> None:
     temporary.replace(final)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Put a text into the file ``path``, whole or not at all, replacing what is there.
+
+    Raises OutputError, also where a folder, a pipe or a device has that name.
+    """
+    check_target(path, force=True)
+    with Draft(path) as draft:
+        draft.write(0, text.encode("utf-8"))
+        draft.sync()
+        draft.rename(force=True)
+
+
 def _appeared(final: Path) -> OutputError:
     return OutputError(
         f"{final} appeared while it was being written",

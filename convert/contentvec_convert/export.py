@@ -21,8 +21,10 @@ import numpy as np
 from mlx_contentvec import __version__
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint, name_list
+from mlx_contentvec.files import cannot_write, check_target, place, sync, sync_folder
 
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from .ledger import account
 from .rules import TRANSFORMS, Array, Rule
 from .sources import fairseq, mlx, plan_for, transformers
 from .torch_writer import write_torch_file
@@ -88,13 +90,14 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
     and found to hold the same configuration and tensors.
 
     Raises UnsupportedCheckpoint if ``source`` is quantised or not a converted
-    file, ConfigError for a model that the other library cannot hold,
+    file, MappingError if its tensors are not those of its configuration,
+    ConfigError for a model that the other library cannot hold,
     OutputError if ``output`` exists or cannot be written.
     """
     source, output = Path(source), Path(output)
     if to not in _WRITERS:
         raise ConfigError(f"there is no export to {to!r}", expected=" or ".join(FORMATS))
-    _check_output(output, force)
+    _check_output(source, output, force)
     with open_checkpoint(source) as converted:
         if not mlx.matches(converted):
             raise UnsupportedCheckpoint(
@@ -103,17 +106,19 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
                 expected="what mlx-contentvec convert writes",
                 hint="export is the way back from a conversion; convert the file first",
             )
-        config = mlx.plan(converted).config
+        plan = mlx.plan(converted)
+        account(plan, converted.tensors)
+        config = plan.config
         try:
             with tempfile.TemporaryDirectory(
-                prefix=f".{output.name}.", suffix=".partial", dir=output.parent
+                prefix=".mlx-contentvec-", suffix=".partial", dir=output.parent
             ) as room:
                 draft = Path(room) / output.name
                 written, notes = _WRITERS[to](converted, config, draft)
                 _verify(draft, config, written)
-                _replace(draft, output, Path(room) / "replaced")
+                _replace(draft, output, Path(room) / "replaced", force=force)
         except OSError as error:
-            raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
+            raise cannot_write(output, error) from error
     return Export(output, to, len(written), notes)
 
 
@@ -298,17 +303,23 @@ def _array(stored: StoredTensor) -> Array:
     return stored.float32() if stored.dtype == "bfloat16" else stored.array()
 
 
-def _check_output(output: Path, force: bool) -> None:
+def _check_output(source: Path, output: Path, force: bool) -> None:
     if not output.absolute().parent.is_dir():
         raise OutputError(
             f"cannot write {output}: there is no folder {output.absolute().parent}",
             hint="make the folder first, or name another one with -o",
         )
-    if not output.exists():
+    if not os.path.lexists(output):
         return
     if not force:
         raise OutputError(f"{output} exists", hint="--force replaces it, -o names another place")
-    if output.is_dir():
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise OutputError(
+            f"{output} is the source itself, or holds it", hint="name another place with -o"
+        )
+    if not output.is_dir():
+        check_target(output, force=force)
+    else:
         own = {"config.json", "preprocessor_config.json", "model.safetensors"}
         foreign = sorted(entry.name for entry in output.iterdir() if entry.name not in own)
         if foreign:
@@ -334,13 +345,17 @@ def _verify(draft: Path, config: ModelConfig, written: dict[str, Array]) -> None
             )
 
 
-def _replace(draft: Path, output: Path, aside: Path) -> None:
+def _replace(draft: Path, output: Path, aside: Path, *, force: bool) -> None:
     """Put ``draft`` at ``output``; a folder in the way goes to ``aside``."""
-    if draft.is_dir() and output.exists():
-        output.replace(aside)
-    draft.replace(output)
+    if not draft.is_dir():
+        place(draft, output, force=force)
+    else:
+        if force and output.exists():
+            output.replace(aside)
+        draft.replace(output)
+    sync_folder(output.parent)
 
 
 def _flush(stream: Any) -> None:
     stream.flush()
-    os.fsync(stream.fileno())
+    sync(stream.fileno())

@@ -23,6 +23,7 @@ from contentvec_convert.inspection import inspect
 from contentvec_parity.originals import TINY_BASE, save_transformers, transformers_hubert
 from mlx_contentvec.config import MAX_LAYERS, ModelConfig
 from mlx_contentvec.errors import ConfigError, ContentvecError, IdentityError, OutputError
+from mlx_contentvec.files import write_text
 from mlx_contentvec.json_text import JsonError, parse_object, read_object
 
 MakeStandin = Callable[..., Path]
@@ -318,3 +319,38 @@ def test_a_folder_that_changes_between_reading_and_hashing_is_noticed(
     with pytest.raises(IdentityError, match="changed while it was being read"):
         convert(folder, tmp_path / "out.safetensors", allow_unknown=True)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("to", ["fairseq", "transformers"])
+def test_an_export_never_replaces_its_own_source(tmp_path: Path, converted: Path, to: str) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    source = with_metadata(converted, folder / "model.safetensors")
+    before = source.read_bytes()
+    for output in (source, folder):
+        with pytest.raises(OutputError, match="the source itself"):
+            export(source, output, to=to, force=True)
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"encoder_layers": 1}, {"conv_pos": 5}, {"final_dim": None}], ids=str
+)
+def test_a_configuration_of_another_model_is_refused_by_export_and_convert(
+    tmp_path: Path, converted: Path, change: dict[str, Any]
+) -> None:
+    config = {**json.loads(read_metadata(converted)["config"]), **change}
+    path = with_metadata(converted, tmp_path / "m.safetensors", config=json.dumps(config))
+    refused(path)
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_an_export_or_a_report_never_goes_into_a_pipe_or_a_device(
+    tmp_path: Path, converted: Path, kind: str
+) -> None:
+    path = make_odd(kind, tmp_path / "out.pt")
+    with pytest.raises(OutputError, match="pipe or a device"):
+        export(converted, path, to="fairseq", force=True)
+    with pytest.raises(OutputError, match="pipe or a device"):
+        write_text(path, "a report")

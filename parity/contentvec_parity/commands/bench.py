@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from mlx_contentvec.files import write_text
+
 
 def numbers(kind: type[float] | type[int]) -> Callable[[str], tuple[float, ...]]:
     """The type of an option that takes positive numbers separated by commas."""
@@ -138,7 +140,7 @@ def bench(
         click.echo(json.dumps(document, indent=2))
     else:
         if json_file is not None:
-            Path(json_file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            write_text(Path(json_file), json.dumps(document, indent=2) + "\n")
         console = Console()
         if not console.is_terminal:
             console.width = 120

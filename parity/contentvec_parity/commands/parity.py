@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlx_contentvec.errors import OutputError
+from mlx_contentvec.files import write_text
 
 from ..compare.verdict import RATIO, Gates
 
@@ -219,10 +219,7 @@ def _deliver(
         heard = {clip.name: clip.waveform[0] for clip in from_files(audio)}
         written.append((html, to_html(document, heard)))
     for path, text in written:
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+        write_text(path, text)
     if json_file == "-":
         click.echo(to_json(document))
     else:

@@ -106,7 +106,7 @@ def package(
         evidence.append(_gather(path, ledger_path(path), given or _parity_beside(path)))
     _check_together(evidence, allow_stand_in)
     license_id = license_id or _license(evidence[0])
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as made:
+    with tempfile.TemporaryDirectory(prefix=".mlx-contentvec-", dir=folder.parent) as made:
         draft = Path(made) / "package"
         draft.mkdir()
         step("copying")

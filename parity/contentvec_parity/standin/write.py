@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from mlx_contentvec.errors import ConfigError, OutputError
+from mlx_contentvec.files import place
 
 from .weights import DEFAULT_SEED, DTYPES, Progress
 from .with_torch import save_without_fairseq, state_without_fairseq
@@ -55,7 +56,7 @@ def write_standin(
         with tempfile.TemporaryDirectory(prefix=".standin-", dir=output.parent) as folder:
             unfinished = Path(folder) / "checkpoint.pt"
             save(state, unfinished, legacy)
-            unfinished.replace(output)
+            place(unfinished, output, force=force)
     except OSError as error:
         raise OutputError(f"cannot write {output}", found=str(error)) from error
     return output
