@@ -207,7 +207,8 @@ class ContentvecModel(Hubert):
         spk_emb: (batch, speaker_dim), only read by a model with ``encoder_layers_1 > 0``
         padding_mask: (batch, samples), true where padded. This is the original's
             own treatment of batches: the group norm sees the padding, so a padded
-            clip gets other features than it gets alone.
+            clip gets other features than it gets alone. A model trained on normalised
+            input normalises each clip without its padding.
         lengths: (batch,) samples of each clip, the rest of its row being padding
             that must not change anything: each clip gets the features it gets alone.
         output_layer: the layer to return, counted from 1; the last by default
@@ -256,11 +257,14 @@ class ContentvecModel(Hubert):
         walk = self.walk(waveform, speaker)
         if lengths is not None:
             if padding_mask is not None:
-                raise ValueError("give padding_mask or lengths, not both")
+                raise ConfigError("give padding_mask or lengths, not both")
             lengths = inputs.check_lengths(lengths, waveform, config)
-        if config.normalize:
-            waveform = inputs.normalize_waveform(waveform, lengths)
+        if padding_mask is not None:
+            padding_mask = inputs.check_padding_mask(padding_mask, waveform)
         padding = inputs.padded_frames(waveform, config, padding_mask, lengths)
+        if config.normalize:
+            counts = lengths if padding_mask is None else inputs.unpadded_lengths(padding_mask)
+            waveform = inputs.normalize_waveform(waveform, counts)
         return walk, waveform, {"padding": padding, "lengths": lengths, "speaker": speaker}
 
     def extract_features(
