@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import features, first_release, inputs, ops, weights
+from . import features, first_release, inputs, live, ops, weights
 from .backend import mx
 from .config import ModelConfig, stage_input, stage_names
 from .errors import ConfigError, WeightsError, name_list
@@ -281,6 +281,8 @@ class ContentvecModel(Hubert):
     #: a clip of any length, and many clips in batches
     extract = features.extract
     extract_many = features.extract_many
+    #: features of sound as it arrives
+    live = live.live
 
     # ---- stages -------------------------------------------------------------
 
