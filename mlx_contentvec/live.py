@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .audio import Waveform, as_waveform
+from .config import ModelConfig
 from .errors import ConfigError
 from .features import FeatureKind, FeatureModel, Features, feature_kind, features_of
 
@@ -32,15 +34,20 @@ CONTEXT, BLOCK = 2.5, 0.25
 LONGEST_WINDOW = 60.0
 
 
-class Live:
-    """One stream. Not for several threads at once: the order of blocks is the stream."""
+@dataclass(frozen=True)
+class Window:
+    """The lengths of a moving window."""
 
-    def __init__(
-        self, model: FeatureModel, kind: FeatureKind, context: float, block: float
-    ) -> None:
-        """See :func:`live`."""
-        config = model.config
-        kind.check(config)
+    #: samples from one window to the next
+    block_samples: int
+    #: frames of a window: those of the context, and as many as a block can complete
+    frames: int
+    #: samples of a window
+    samples: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, context: float, block: float) -> Window:
+        """That of a context and a block in seconds. Raises ConfigError for what cannot be."""
         context, block = _seconds("context", context), _seconds("block", block)
         if not block or context + block > LONGEST_WINDOW:
             raise ConfigError(
@@ -48,22 +55,28 @@ class Live:
                 found=f"context={context:g}, block={block:g} seconds",
                 expected=f"a block above 0, and at most {LONGEST_WINDOW:g} s together",
             )
-        self._model, self._kind, self._config = model, kind, config
-        #: samples from one window to the next
-        self.block_samples = max(1, round(block * config.sample_rate))
-        most_new = math.ceil(self.block_samples / config.hop)
-        #: frames of a window; each new frame has ``context`` seconds of them before it
-        self.window_frames = math.ceil(round(context * config.sample_rate) / config.hop) + most_new
-        #: samples of a window
-        self.window_samples = (self.window_frames - 1) * config.hop + config.receptive_field
+        block_samples = max(1, round(block * config.sample_rate))
+        before = math.ceil(round(context * config.sample_rate) / config.hop)
+        frames = before + math.ceil(block_samples / config.hop)
+        return cls(block_samples, frames, (frames - 1) * config.hop + config.receptive_field)
+
+
+class Live:
+    """One stream. Not for several threads at once: the order of blocks is the stream."""
+
+    def __init__(self, model: FeatureModel, kind: FeatureKind, window: Window) -> None:
+        """See :func:`live`."""
+        kind.check(model.config)
+        self.window = window
+        self._model, self._kind, self._config = model, kind, model.config
         self.reset()
         # a GPU compiles for this length, a CPU prepares its weights: now, not at the first block
-        features_of(model, np.zeros(self.window_samples, np.float32), kind)
+        features_of(model, np.zeros(window.samples, np.float32), kind)
 
     @property
     def latency(self) -> float:
         """Seconds that a sample waits at most for its frame, besides the computing."""
-        return (self.block_samples + self._config.receptive_field) / self._config.sample_rate
+        return (self.window.block_samples + self._config.receptive_field) / self._config.sample_rate
 
     def reset(self) -> None:
         """Start a new stream, whose context is silence at first."""
@@ -71,7 +84,7 @@ class Live:
         self._received = self._computed = 0
         self._returned = 0
         # the samples that windows still need, the first of them at _start in the stream
-        self._start = -self.window_frames * self._config.hop
+        self._start = -self.window.frames * self._config.hop
         self._samples = np.zeros(-self._start, np.float32)
 
     def push(self, samples: Any) -> Features:
@@ -103,8 +116,8 @@ class Live:
         return as_waveform(samples, rate, sample_rate=rate)
 
     def _full_blocks(self) -> Iterator[Features]:
-        while self._received - self._computed >= self.block_samples:
-            self._computed += self.block_samples
+        while self._received - self._computed >= self.window.block_samples:
+            self._computed += self.window.block_samples
             yield from self._window(self._computed)
 
     def _window(self, end: int) -> Iterator[Features]:
@@ -113,10 +126,10 @@ class Live:
         new = complete - self._returned
         if not new:
             return
-        first = (complete - self.window_frames) * self._config.hop
+        first = (complete - self.window.frames) * self._config.hop
         self._samples = self._samples[first - self._start :]
         self._start, self._returned = first, complete
-        window = self._samples[: self.window_samples]
+        window = self._samples[: self.window.samples]
         yield features_of(self._model, window, self._kind)[-new:]
 
     def _joined(self, pieces: Iterator[Features]) -> Features:
@@ -150,7 +163,8 @@ def live(
     Raises ConfigError for features the model does not have, and for a window that is
     none or too long.
     """
-    return Live(model, feature_kind(version, layer, project), context, block)
+    kind = feature_kind(version, layer, project)
+    return Live(model, kind, Window.of(model.config, context, block))
 
 
 def _seconds(name: str, value: Any) -> float:

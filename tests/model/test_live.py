@@ -118,7 +118,7 @@ def test_every_window_has_one_length(
     for piece in cut(noise(30000), iter(lambda: 777, 0)):
         stream.push(piece)
     stream.finish()
-    assert set(lengths) == {stream.window_samples}
+    assert set(lengths) == {stream.window.samples}
     # the first is of silence, before the stream; then one a block, and the end
     assert len(lengths) == 1 + 30000 // 2080 + 1
 
@@ -173,7 +173,7 @@ def test_a_long_stream_holds_no_more_than_its_window(
     stream = deep.live(context=0.5, block=0.1)
     for _ in range(200):
         stream.push(np.zeros(1600, np.float32))
-        assert len(stream._samples) <= stream.window_samples + 2 * stream.block_samples
+        assert len(stream._samples) <= stream.window.samples + 2 * stream.window.block_samples
 
 
 def test_samples_of_other_kinds_are_taken_as_extract_takes_them(deep: ContentvecModel) -> None:
