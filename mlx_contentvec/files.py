@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 try:
     import fcntl
@@ -287,6 +288,12 @@ class Draft:
             return os.path.samestat(self._temporary.stat(), os.fstat(self._descriptor))
         except FileNotFoundError:
             return False
+
+    def open(self) -> BinaryIO:
+        """The draft from its begin, for a library that reads or writes a file object."""
+        with explained(self.final):
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            return os.fdopen(os.dup(self._descriptor), "r+b")
 
     def write(self, offset: int, data: memoryview | bytes) -> None:
         """Put ``data`` at ``offset``, all of it."""

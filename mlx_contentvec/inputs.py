@@ -136,26 +136,8 @@ def check_speaker(speaker: Any, source: mx.array, config: ModelConfig) -> mx.arr
     return mx.array(speaker)
 
 
-def padded_frames(
-    source: mx.array,
-    config: ModelConfig,
-    padding_mask: Any | None,
-    lengths: mx.array | None,
-) -> mx.array | None:
-    """Which frames are padding, (batch, frames), from either description of the samples.
-
-    From a padding mask by the original's rule, which drops what does not
-    divide evenly and calls a frame padded if all its samples are: it can
-    count one frame more than the clip alone has.
-    Source: fairseq/models/hubert/hubert.py, ``forward_padding_mask``.
-    Raises AudioError.
-    """
-    frames = config.frames(source.shape[1])
-    if lengths is not None:
-        counts = [config.frames(int(n)) for n in lengths.tolist()]
-        return mx.arange(frames)[None] >= mx.array(counts)[:, None]
-    if padding_mask is None:
-        return None
+def check_padding_mask(padding_mask: Any, source: mx.array) -> mx.array:
+    """(batch, samples), true where padded. Raises AudioError for what does not fit ``source``."""
     given = mx.array(padding_mask)
     if tuple(given.shape) != tuple(source.shape):
         raise AudioError(
@@ -170,12 +152,50 @@ def padded_frames(
             "the padding mask holds other values than 0 and 1",
             expected="true where padded, else false",
         )
+    return padding
+
+
+def padded_frames(
+    source: mx.array,
+    config: ModelConfig,
+    padding: mx.array | None,
+    lengths: mx.array | None,
+) -> mx.array | None:
+    """Which frames are padding, (batch, frames), from either description of the samples.
+
+    From a padding mask by the original's rule, which drops what does not
+    divide evenly and calls a frame padded if all its samples are: it can
+    count one frame more than the clip alone has.
+    Source: fairseq/models/hubert/hubert.py, ``forward_padding_mask``.
+    Raises AudioError for a clip that is nothing but padding.
+    """
+    frames = config.frames(source.shape[1])
+    if lengths is not None:
+        counts = [config.frames(int(n)) for n in lengths.tolist()]
+        return mx.arange(frames)[None] >= mx.array(counts)[:, None]
+    if padding is None:
+        return None
     batch, samples = padding.shape
     whole = samples - samples % frames
     padded = padding[:, :whole].reshape(batch, frames, -1).all(axis=-1)
     if bool(padded.all(axis=-1).any()):
         raise AudioError("a clip of the batch is nothing but padding")
     return padded
+
+
+def unpadded_lengths(padding: mx.array) -> mx.array:
+    """(batch,) samples of each clip in front of its padding, (batch, samples).
+
+    Raises AudioError for padding before or between samples, which the original's
+    loader never makes: what it would normalise such a clip by is not known.
+    """
+    lengths = (~padding).sum(axis=1)
+    if bool((padding != (mx.arange(padding.shape[1])[None] >= lengths[:, None])).any()):
+        raise AudioError(
+            "the padding mask has padding before or between samples",
+            expected="the samples of a clip, then its padding: this model normalises each clip",
+        )
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -209,6 +229,9 @@ def normalization_of(waveform: Buffer, config: ModelConfig) -> Callable[[Buffer]
 
 def normalize_waveform(waveform: mx.array, lengths: mx.array | None = None) -> mx.array:
     """Each clip by its own :class:`Normalization`; padding becomes 0.
+
+    The original's loader normalises a clip, then pads it with zeros.
+    Source: fairseq/data/audio/raw_audio_dataset.py, ``postprocess``, ``collater``.
 
     waveform: (batch, samples)    lengths: (batch,) samples that count, or None for all
     """

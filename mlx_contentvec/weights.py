@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from . import first_release, ops
+from . import first_release, ops, rvc_mlx
 from .backend import mx, nn
-from .config import ModelConfig
-from .errors import WeightsError, name_list
+from .config import ModelConfig, parameter_shapes
+from .errors import OutputError, WeightsError, name_list
+from .files import Draft, check_target
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
 from .ops.mlx import to_gemm_layout
@@ -24,23 +27,37 @@ _BUILD_FROM_FILE = "ContentvecModel.from_file(path) builds the model that a file
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, str]]:
     """The arrays (lazy) and the metadata of a safetensors file.
 
+    A file of rvc-mlx comes as one of this project would (``rvc_mlx.translated``).
     Raises WeightsError.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
         raise WeightsError(
-            f"no such file: {path}",
-            hint="convert one: mlx-contentvec convert hubert_base.pt",
+            f"{path} is a folder",
+            expected="a file that mlx-contentvec convert wrote",
+            hint="weights in a folder: ContentvecModel.from_pretrained(folder)\n"
+            + how_to_convert(path),
         )
+    if not path.is_file():
+        raise WeightsError(f"no such file: {path}", hint=how_to_convert("hubert_base.pt"))
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise WeightsError(
             f"{path.name} is not a readable safetensors file",
             found=str(error),
-            hint="a .pt or .bin checkpoint must be converted first: mlx-contentvec convert FILE",
+            hint="a checkpoint is converted first:\n" + how_to_convert(path),
         ) from error
+    if rvc_mlx.is_rvc_mlx(metadata):
+        return rvc_mlx.translated(arrays, metadata, path.name)
     return arrays, metadata
+
+
+def how_to_convert(source: str | os.PathLike[str]) -> str:
+    """The command that makes a file of this project out of a checkpoint or a folder."""
+    source = os.fspath(source)
+    output = f"{Path(source).absolute().stem}-mlx.safetensors"
+    return f"mlx-contentvec convert {shlex.quote(source)} -o {shlex.quote(output)}"
 
 
 def stored_config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> ModelConfig:
@@ -66,10 +83,14 @@ def flat_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
 
 
 class Placeholders:
-    """The parameters of a model that no weights have been given yet."""
+    """The parameters of a model that no weights have been given yet.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._ids = {id(array) for _, array in flat_parameters(model)}
+    names: which ones; all of them by default
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
+        flat = dict(flat_parameters(model))
+        self._ids = {id(flat[name]) for name in (flat if names is None else names)}
 
     def left(self, model: nn.Module) -> list[str]:
         """Their names."""
@@ -103,13 +124,7 @@ def match(
     if "config" in metadata:
         _require_same_config(model.config, stored_config(origin, metadata), origin)
     if "quantization" in metadata:
-        try:
-            stored = parse_object(metadata["quantization"])
-        except JsonError as error:
-            raise WeightsError(
-                f"the quantization stored in {origin} cannot be read", found=str(error)
-            ) from error
-        _quantize(model, stored, arrays)
+        _quantize(model, metadata["quantization"], arrays, origin)
     headless = False
     if first_release.is_first_release(arrays):
         arrays = first_release.renamed(arrays)
@@ -166,22 +181,144 @@ def _require_same_config(ours: ModelConfig, stored: ModelConfig, origin: str) ->
 _BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
 
 
-def _quantize(model: Hubert, quantization: dict[str, Any], arrays: Arrays) -> None:
+def _quantize(model: Hubert, stored: str, arrays: Arrays, origin: str) -> None:
     """Exchange the linear layers that ``arrays`` quantises for ones that still lack weights."""
-    if quantization.get("bits") not in _BITS or quantization.get("group_size") not in _GROUPS:
-        raise WeightsError(
-            "the weights are quantised in a way that MLX does not compute",
-            found=f"{quantization!r:.200}",
-            expected=f"bits one of {_BITS}, group_size one of {_GROUPS}",
+    try:
+        settings = parse_object(stored)
+        group_size, bits = settings.get("group_size"), settings.get("bits")
+        if bits not in _BITS or group_size not in _GROUPS:
+            raise ValueError("MLX has no such group size or number of bits")
+        nn.quantize(
+            model,
+            group_size=group_size,
+            bits=bits,
+            class_predicate=lambda name, module: (
+                isinstance(module, Linear) and f"{name}.scales" in arrays
+            ),
         )
-    nn.quantize(
-        model,
-        group_size=quantization["group_size"],
-        bits=quantization["bits"],
-        class_predicate=lambda name, module: (
-            isinstance(module, Linear) and f"{name}.scales" in arrays
-        ),
-    )
+    except (JsonError, ValueError) as error:
+        raise WeightsError(
+            f"{origin} is quantised in a way that is not known here",
+            found=f"{stored[:200]} ({error})",
+            expected=f"bits one of {_BITS}, a group_size of {_GROUPS} that divides the layers",
+            hint="convert the original checkpoint again",
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What the file that weights were loaded from said about where they come from."""
+
+    #: its ``source``, as JSON
+    source: str | None = None
+    #: its notice that the weights are a stand-in's
+    stand_in: str | None = None
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str]) -> Origin:
+        """That of a file with this metadata."""
+        source = metadata.get("source", metadata.get("derived_from"))
+        return cls(source, metadata.get("stand_in"))
+
+
+def save(model: Hubert, path: str | os.PathLike[str], origin: Origin) -> None:
+    """Write a model's parameters and what ``from_file`` needs to build it again.
+
+    The file is written beside ``path``, read back and compared before it gets its name.
+    Where the weights were loaded from is kept as ``derived_from``, for what was done
+    to them since is not known here.
+
+    Raises OutputError if it cannot be written, WeightsError for parameters that this
+    model's configuration does not describe.
+    """
+    path = Path(path)
+    arrays = dict(flat_parameters(model))
+    quantization = _quantization(model)
+    described = parameter_shapes(model.config)
+    extras = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.QuantizedLinear)
+        for part in ("scales", "biases")
+    }
+    if unknown := sorted((arrays.keys() - extras) ^ described.keys()):
+        raise WeightsError(
+            "the model is not what its configuration says, and could not be loaded again",
+            found=f"added or missing: {name_list(unknown)}",
+            hint="model.save_weights(path) writes parameters without a description",
+        )
+    metadata = {
+        "format": "mlx",
+        "config": model.config.to_json(),
+        "dtype": _dtype_name(arrays, quantization),
+        # the package imports this module, not the other way round
+        "mlx_contentvec_version": sys.modules["mlx_contentvec"].__version__,
+    }
+    if quantization is not None:
+        metadata["quantization"] = json.dumps(quantization, sort_keys=True)
+    if origin.source is not None:
+        metadata["derived_from"] = origin.source
+    if origin.stand_in is not None:
+        metadata["stand_in"] = origin.stand_in
+    check_target(path, force=True)
+    with Draft(path) as draft:
+        try:
+            with draft.open() as file:
+                mx.save_safetensors(file, arrays, metadata)
+            draft.sync()
+            with draft.open() as file:
+                written = mx.load(file, format="safetensors")
+                changed = [
+                    name
+                    for name, array in arrays.items()
+                    if name not in written or not _same(written[name], array)
+                ]
+        except (OSError, RuntimeError) as error:
+            raise OutputError(
+                f"{path} cannot be written", found=getattr(error, "strerror", None) or str(error)
+            ) from error
+        if changed:
+            raise OutputError(f"{path.name} did not read back as written", found=name_list(changed))
+        draft.rename(force=True)
+
+
+def _same(one: mx.array, other: mx.array) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return bool(mx.array_equal(one, other, equal_nan=mx.issubdtype(one.dtype, mx.floating)))
+
+
+def _quantization(model: nn.Module) -> dict[str, int] | None:
+    """Group size and bits of the quantised layers; None where there are none.
+
+    Raises WeightsError if they differ among the layers, or are of another mode than affine.
+    """
+    found = {
+        (layer.group_size, layer.bits, getattr(layer, "mode", "affine"))
+        for layer in model.modules()
+        if isinstance(layer, nn.QuantizedLinear)
+    }
+    if not found:
+        return None
+    (group_size, bits, mode), *others = sorted(found)
+    if others or mode != "affine":
+        raise WeightsError(
+            "the layers are quantised in ways that a file cannot describe",
+            found=", ".join(
+                f"{mode}, {bits} bits in groups of {size}" for size, bits, mode in found
+            ),
+            expected="one group size and number of bits, in MLX's affine mode",
+        )
+    return {"group_size": group_size, "bits": bits}
+
+
+def _dtype_name(arrays: Arrays, quantization: Mapping[str, int] | None) -> str:
+    """The format's name as ``convert --dtype`` has it: of mixed floats the least precise."""
+    if quantization is not None:
+        return f"q{quantization['bits']}"
+    dtypes = {array.dtype for array in arrays.values()}
+    formats = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+    return next(name for name, dtype in formats.items() if dtype in dtypes)
 
 
 def fuse_qkv(model: Hubert) -> ops.FusedQKV | None:

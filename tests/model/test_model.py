@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,108 @@ class TestNormalisedInput:
             float(mx.abs(base(waveform()[None])["x"] - base(1e-3 * waveform()[None])["x"]).max())
             > 1e-2
         )
+
+
+def fairseq_batch(clips: list[np.ndarray]) -> tuple[Any, Any]:
+    """What fairseq's own loader makes of clips for a model that wants normalised input."""
+    import torch
+    from fairseq.data.audio.raw_audio_dataset import RawAudioDataset
+
+    loader = RawAudioDataset(16000, pad=True, normalize=True, shuffle=False)
+    samples = [
+        {"id": i, "source": loader.postprocess(torch.from_numpy(clip), 16000)}
+        for i, clip in enumerate(clips)
+    ]
+    batch = loader.collater(samples)["net_input"]
+    return batch["source"], batch["padding_mask"]
+
+
+@pytest.fixture(scope="module")
+def normalising(fairseq: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+    """fairseq's model on normalised input, with conv bias: its checkpoint, and that converted."""
+    from contentvec_convert.conversion import convert
+    from contentvec_parity.originals import TINY_LARGE, fairseq_hubert, save_fairseq
+
+    folder = tmp_path_factory.mktemp("normalising")
+    config = dataclasses.replace(TINY_LARGE, conv_bias=True)
+    original = fairseq_hubert(config)
+    checkpoint = save_fairseq(original, config, folder / "a.pt")
+    convert(checkpoint, folder / "a.safetensors", allow_unknown=True)
+    return original, checkpoint, folder / "a.safetensors"
+
+
+class TestPaddedBatchesOfNormalisedInput:
+    """fairseq's loader normalises each clip, then pads."""
+
+    LENGTHS = (8000, 7000, 6400)
+
+    def padded(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        clips = [0.1 * waveform(n, n) + 0.3 for n in self.LENGTHS]
+        batch, mask = np.full((3, 8000), 7.0, np.float32), np.ones((3, 8000), bool)
+        for row, clip in enumerate(clips):
+            batch[row, : len(clip)], mask[row, : len(clip)] = clip, False
+        return clips, batch, mask
+
+    @pytest.mark.parametrize("traced", [False, True])
+    def test_they_get_what_fairseq_computes(self, normalising: Any, traced: bool) -> None:
+        import torch
+
+        original, _, converted = normalising
+        clips, batch, mask = self.padded()
+        source, padding = fairseq_batch(clips)
+        np.testing.assert_array_equal(padding.numpy(), mask)
+        with torch.no_grad():
+            expected, frames = original.extract_features(source=source, padding_mask=padding)
+        ours = ContentvecModel.from_file(converted)
+        if traced:
+            got, _ = mx.vjp(
+                lambda x: ours(x, padding_mask=mask)["x"],
+                [mx.array(batch)],
+                [mx.zeros(tuple(expected.shape))],
+            )
+            features = got[0]
+        else:
+            features = ours(batch, padding_mask=mask)["x"]
+        kept = ~frames.numpy()
+        difference = np.abs(np.array(features) - expected.numpy())[kept]
+        # what a gradient traces is summed in plain float32, with an offset of 0.3
+        assert difference.max() < (5e-4 if traced else 5e-5)
+
+    def test_so_do_batches_of_extract_many(self, normalising: Any) -> None:
+        import torch
+
+        original, _, converted = normalising
+        clips, _, _ = self.padded()
+        source, padding = fairseq_batch(clips)
+        with torch.no_grad():
+            expected, frames = original.extract_features(
+                source=source, padding_mask=padding, output_layer=3
+            )
+        ours = ContentvecModel.from_file(converted)
+        batched = ours.extract_many(clips, layer=3, batch_seconds=10, padding="fairseq")
+        for features, row, padded in zip(batched, expected, frames, strict=True):
+            np.testing.assert_allclose(features, row[~padded].numpy(), atol=5e-5, rtol=0)
+
+    def test_the_reference_of_a_parity_run_is_given_the_same(self, normalising: Any) -> None:
+        from contentvec_parity.inputs import Clip
+        from contentvec_parity.references import fairseq as reference
+
+        _, checkpoint, _ = normalising
+        clips, batch, mask = self.padded()
+        source, _ = fairseq_batch(clips)
+        given = reference.open(checkpoint).model_input(Clip("batch", batch, "", {}, mask))
+        np.testing.assert_array_equal(given, source.numpy())
+
+    def test_padding_before_or_between_samples_is_refused(self) -> None:
+        large = model(VARIANTS["large"])
+        mask = np.zeros((1, 4000), bool)
+        mask[0, :400] = True
+        with pytest.raises(AudioError, match="before or between samples"):
+            large(waveform()[None], padding_mask=mask)
+
+    def test_nothing_but_padding_is_refused(self) -> None:
+        with pytest.raises(AudioError, match="nothing but padding"):
+            model(VARIANTS["large"])(waveform()[None], padding_mask=np.ones((1, 4000), bool))
 
 
 class TestSpeakerConditioning:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +23,7 @@ import pytest
 
 from mlx_contentvec import ContentvecModel, first_release
 from mlx_contentvec.backend import device_kind, mx, nn
+from mlx_contentvec.errors import WeightsError
 from mlx_contentvec.rvc import Hubert
 from tests import small_models
 from tests.small_models import noise, random_model, random_weights, random_weights_file
@@ -193,3 +200,124 @@ def test_an_event_loop_may_send_calls_to_threads(tmp_path: Path) -> None:
     hubert = Hubert.load(path)
     expected = [hubert(clip[None]).last_hidden_state for clip in (CLIP, OTHER, CLIP)]
     assert_same(asyncio.run(serve()), expected)
+
+
+# other processes ---------------------------------------------------------------
+
+COPIES: dict[str, Callable[[ContentvecModel], ContentvecModel]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_model_is_the_model(file: Path, how: str, used: bool) -> None:
+    model = load(file)
+    expected = answer(load(file), "extract")
+    if used:
+        answer(model, "extract")
+    twin = COPIES[how](model)
+    assert type(twin) is ContentvecModel and twin.config == model.config
+    assert_same(in_a_thread(lambda: answer(twin, "extract")), expected)
+    assert_same(answer(model, "extract"), expected)
+
+
+def test_weights_of_a_deep_copy_are_its_own() -> None:
+    model = random_model(DEEP)
+    expected = answer(model, "extract")
+    twin = copy.deepcopy(model)
+    twin.update({"layer_norm": {"bias": twin.layer_norm.bias + 1}})
+    assert_same(answer(model, "extract"), expected)
+    assert np.abs(answer(twin, "extract")[0] - expected[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_model_without_weights_has_none_either(how: str) -> None:
+    arrays = random_weights(DEEP)
+    del arrays["layer_norm.bias"]
+    model = ContentvecModel(DEEP).load_weights(arrays.items(), strict=False)
+    twin = COPIES[how](model)
+    with pytest.raises(WeightsError, match=r"1 parameters never loaded: layer_norm\.bias"):
+        twin(CLIP[None])
+
+
+def test_a_model_goes_to_a_process_of_its_own(tmp_path: Path) -> None:
+    model = load(random_weights_file(tmp_path / "weights.safetensors", DEEP))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        sent = pool.submit(ContentvecModel.extract, model, CLIP).result(timeout=60)
+    assert_same([sent], answer(model, "extract"))
+
+
+def test_a_layer_quantised_after_loading_belongs_to_no_thread(tmp_path: Path) -> None:
+    def quantised() -> ContentvecModel:
+        model = load(random_weights_file(tmp_path / "weights.safetensors", DEEP))
+        nn.quantize(model, group_size=32, bits=8)
+        return model
+
+    expected = answer(quantised(), "extract")
+    assert_same(answer(in_a_thread(quantised), "extract"), expected)
+
+
+FORKED = (
+    "model.extract(clip)",
+    "model(clip[None])",
+    "model.run_stage('layer.1', np.ones((1, 20, 96), np.float32))",
+    "Hubert(model)(clip[None], output_hidden_states=True)",
+    "model.live(context=0.1, block=0.1)",
+    "model.stage_outputs(clip[None])",
+    "ContentvecModel.from_file(path)",
+    "pickle.loads(pickle.dumps(model))(clip[None])",
+    "model.save(path + '.safetensors')",
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_a_fork_of_a_process_that_computed_says_so_instead_of_hanging(tmp_path: Path) -> None:
+    path = random_weights_file(tmp_path / "weights.safetensors", DEEP)
+    script = f"""
+import os, pickle, signal, numpy as np
+from mlx_contentvec import ContentvecModel, ContentvecError
+from mlx_contentvec.rvc import Hubert
+path, clip = {str(path)!r}, np.ones(6000, np.float32)
+model = ContentvecModel.from_file(path)
+model.extract(clip)
+for call in {FORKED!r}:
+    if os.fork() == 0:
+        signal.alarm(10)
+        try:
+            eval(call)
+            print(call, "returned", flush=True)
+        except ContentvecError as error:
+            print(error, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, call + " hangs"
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
+    assert "returned" not in done.stdout
+    assert done.stdout.count("get_context('spawn')") == len(FORKED)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_a_fork_made_before_the_first_model_may_load_its_own(tmp_path: Path) -> None:
+    path = random_weights_file(tmp_path / "weights.safetensors", DEEP)
+    script = f"""
+import os, signal, numpy as np
+from mlx_contentvec import ContentvecModel
+if os.fork() == 0:
+    signal.alarm(20)
+    print(ContentvecModel.from_file({str(path)!r}).extract(np.ones(6000, np.float32)).shape)
+else:
+    assert os.wait()[1] == 0
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(18, 96)\n"

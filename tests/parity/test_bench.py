@@ -46,7 +46,7 @@ def document(converted_tiny: Path) -> dict[str, Any]:
     )
     return {
         "engines": [{"label": engine.label} for engine in engines],
-        "settings": {"repeats": 2, "threads": 1, "device": "cpu"},
+        "settings": {"repeats": 2, "threads": 1, "device": "cpu", "live": False},
         "machine": {"chip": "a chip", "system": "a system", "device": {"kind": "cpu"}},
         "versions": {"mlx": "0"},
         "load_average": 0.0,
@@ -218,6 +218,47 @@ def test_the_command_measures_and_reports(
     (row,) = report["errors"]
     assert row["stage"] == "layer.3"
     assert 1e-7 < row["rms"] < row["max"] < 1e-4
+
+
+def test_live_measures_one_block_beside_a_window_of_the_same_length(
+    run_cli: Callable[..., Any], tiny_checkpoint: Path, converted_tiny: Path, need: Any
+) -> None:
+    need("transformers", "scripts/test installs it")
+    beside = ("--live", "--repeats", "2", "--beside", "transformers")
+    done = run_cli("bench", tiny_checkpoint, converted_tiny, *beside, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [engine["kind"] for engine in report["engines"]] == ["live", "transformers", "floor"]
+    # 125 frames of context and the 13 that a block of 12.5 hops can complete
+    assert report["settings"]["lengths"] == [(137 * 320 + 400) / 16000]
+    assert report["cold"] == report["errors"] == []
+    live, *_ = report["steady"]
+    assert 0 < live["wall"] < 5 and len(live["samples"]) == 2
+
+    from rich.console import Console
+
+    from contentvec_parity.bench.report import print_screen
+
+    screen = io.StringIO()
+    print_screen(report, Console(file=screen, width=120))
+    assert "250 ms" in screen.getvalue() and "MLX float32" in screen.getvalue()
+
+
+def test_the_block_that_is_timed_is_computed_every_time(converted_tiny: Path) -> None:
+    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize": False}
+    run = bench_worker.ENGINES["live"](str(converted_tiny), settings)
+    source = np.zeros((1, 137 * 320 + 400), np.float32)
+    # the last frame of a block is complete 80 samples into the next
+    assert [run(source).shape[1] for _ in range(4)] == [12, 12, 13, 12]
+
+
+@pytest.mark.parametrize("option", ["--lengths=1", "--batches=2", "--starts=1", "--plot=a.svg"])
+def test_live_refuses_what_it_does_not_read(
+    option: str, run_cli: Callable[..., Any], tiny_checkpoint: Path
+) -> None:
+    done = run_cli("bench", tiny_checkpoint, tiny_checkpoint, "--live", option)
+    assert done.returncode == 2
+    assert f"leave out {option.partition('=')[0]}" in done.stderr
 
 
 def test_each_file_and_each_original_is_an_engine_of_its_own(

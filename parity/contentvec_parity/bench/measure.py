@@ -79,6 +79,8 @@ class Settings:
     #: "cpu", or "gpu" for what MLX and torch find
     device: str = "cpu"
     normalize: bool = False
+    #: measure only blocks of ``model.live``, and the others on a window of its length
+    live: bool = False
 
 
 def operations(config: ModelConfig, samples: int, batch: int) -> int:
@@ -179,6 +181,9 @@ def measure(
     engines: Sequence[Engine], settings: Settings, config: ModelConfig, progress: Progress
 ) -> dict[str, Any]:
     """Every figure but the errors: starts from nothing, memory, and the steady state."""
+    if settings.live:
+        steady, memory = _steady(engines, settings, config, progress)
+        return {"cold": [], "memory": memory, "steady": steady}
     cold = _starts(engines, settings, progress)
     memory = _memory(engines, settings, progress) if settings.device == "cpu" else []
     steady, passing = _steady(engines, settings, config, progress)
@@ -386,12 +391,22 @@ def bench(
 
     config = ModelConfig.from_dict(json.loads(read_metadata(converted[0])["config"]))
     settings = dataclasses.replace(settings, normalize=config.normalize)
+    if settings.live:
+        from mlx_contentvec.live import BLOCK, CONTEXT, Window
+
+        seconds = Window.of(config, CONTEXT, BLOCK).samples / config.sample_rate
+        settings = dataclasses.replace(settings, lengths=(seconds,), batches=(1,))
     with tempfile.TemporaryDirectory() as folder:
         huggingface = checkpoint
         if checkpoint.is_file() and "transformers" in originals:
             progress("writing the weights for transformers")
             huggingface = export(converted[0], Path(folder) / "hf", to="transformers").path
         engines = _engines(checkpoint, huggingface, converted, originals, torch_dtypes)
+        if settings.live:
+            engines = [
+                dataclasses.replace(engine, kind="live") if engine.kind == "mlx" else engine
+                for engine in engines
+            ]
         document: dict[str, Any] = {
             "schema": SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -411,7 +426,8 @@ def bench(
             "stand_in": json.loads(read_metadata(converted[0])["source"]).get("stand_in", False),
             **measure(engines, settings, config, progress),
         }
-        document["errors"] = errors(engines, settings, checkpoint, progress) if with_errors else []
+        wanted = with_errors and not settings.live
+        document["errors"] = errors(engines, settings, checkpoint, progress) if wanted else []
     return document
 
 

@@ -14,7 +14,7 @@ MB = 1e6
 
 
 def print_screen(document: Document, console: Any) -> None:
-    """Three tables: starting from nothing, the steady state with its memory, and errors."""
+    """Tables: starting from nothing, the steady state with its memory, and errors; or live."""
     settings, machine = document["settings"], document["machine"]
     device = machine["device"]
     console.print(
@@ -26,6 +26,19 @@ def print_screen(document: Document, console: Any) -> None:
     if document["stand_in"]:
         console.print("The weights are a stand-in's: times are as with real ones.")
     yardstick, repeats = document["yardstick"], settings["repeats"]
+    if settings["live"]:
+        from mlx_contentvec.live import BLOCK, CONTEXT
+
+        console.print(
+            f"\nLive: a block of {1000 * BLOCK:g} ms behind {CONTEXT:g} s of context, as RVC's "
+            f"real-time window has them; {repeats} blocks"
+        )
+        console.print(_blocks(document, BLOCK))
+        console.print(
+            f"x is of {yardstick}, which computes a window of the same length; what is above "
+            f"{1000 * BLOCK:g} ms does not keep up"
+        )
+        return
     console.print("\nA new process: weights in, features of one second of audio out")
     console.print(_starts(document))
     console.print(f"\nOnce warm, median of {repeats}; memory is what comes on top of the model")
@@ -77,6 +90,20 @@ def _starts(document: Document) -> Any:
             f"{row['cpu']:.2f} s",
             _times(row["cpu_ratio"]),
             _megabytes(row["peak"]),
+        )
+    return table
+
+
+def _blocks(document: Document, block: float) -> Any:
+    table = _table("", "block", "slowest", "x", "CPU", "of real time")
+    for row in document["steady"]:
+        table.add_row(
+            row["engine"],
+            f"{1000 * row['wall']:.0f} ms",
+            f"{1000 * max(sample['wall'] for sample in row['samples']):.0f} ms",
+            _times(row["wall_ratio"]),
+            f"{1000 * row['cpu']:.0f} ms",
+            f"{100 * row['wall'] / block:.0f} %",
         )
     return table
 

@@ -135,6 +135,20 @@ def _extract(path: str, settings: dict[str, Any]) -> Run:
     return run
 
 
+def _live(path: str, settings: dict[str, Any]) -> Run:
+    """The next block of a stream, at the settings of RVC's real-time window."""
+    from mlx_contentvec.model import ContentvecModel
+
+    _mlx_on(settings)
+    model = ContentvecModel.from_file(path)
+    stream = model.live(layer=model.config.encoder_layers)
+
+    def run(source: Waveform) -> NDArray[np.float32]:
+        return stream.push(source[0, -stream.window.block_samples :])[None]
+
+    return run
+
+
 def _torch_device(settings: dict[str, Any]) -> Any:
     import torch
 
@@ -216,6 +230,7 @@ def _floor(path: str, settings: dict[str, Any]) -> Run:
 ENGINES: dict[str, Callable[[str, dict[str, Any]], Run]] = {
     "mlx": _mlx,
     "extract": _extract,
+    "live": _live,
     "transformers": _transformers,
     "fairseq": _fairseq,
     "floor": _floor,
@@ -226,7 +241,7 @@ def _memory(engine: str, device: str) -> ProcessMemory | MlxMemory | CudaMemory:
     """How to measure this engine's memory."""
     if device == "cpu":
         return ProcessMemory()
-    if engine in ("mlx", "extract", "floor"):
+    if engine in ("mlx", "extract", "live", "floor"):
         return MlxMemory()
     import torch
 

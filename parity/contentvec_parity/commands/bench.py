@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from mlx_contentvec.files import write_text
 
@@ -79,6 +80,11 @@ BESIDE = {"both": ("transformers", "fairseq"), "none": ()}
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Also run transformers in this dtype; may be given several times.",
 )
+@click.option(
+    "--live",
+    is_flag=True,
+    help="Measure model.live instead: one block at the settings of RVC's real-time window.",
+)
 @click.option("--no-errors", is_flag=True, help="Leave out the comparison with float64.")
 @click.option(
     "--json", "json_file", metavar="FILE", help="Write the figures as JSON; - for stdout."
@@ -100,6 +106,7 @@ def bench(
     device: str | None,
     originals: str,
     torch_dtypes: tuple[str, ...],
+    live: bool,
     no_errors: bool,
     json_file: str | None,
     plot_file: Path | None,
@@ -110,6 +117,13 @@ def bench(
     the first CONVERTED file must be float32. Each implementation has a process
     of its own and the same number of threads, and they take turns.
     """
+    if live:
+        source = click.get_current_context().get_parameter_source
+        for option in ("lengths", "batches", "starts", "plot_file"):
+            if source(option) is not ParameterSource.DEFAULT:
+                name = option.partition("_")[0]
+                raise click.UsageError(f"--live has a window of its own: leave out --{name}")
+
     from rich.console import Console
 
     from mlx_contentvec.backend import device_kind
@@ -125,6 +139,7 @@ def bench(
         repeats=repeats,
         starts=starts,
         device=device or ("cpu" if device_kind() == "cpu" else "gpu"),
+        live=live,
     )
     with Console(stderr=True).status("starting") as status:
         document = measure(

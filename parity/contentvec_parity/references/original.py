@@ -79,7 +79,7 @@ class TorchOriginal:
 
         source = torch.from_numpy(clip.waveform)
         if self.config.normalize:
-            source = torch.stack([normalized(row) for row in source])
+            source = normalized(source, clip.padding_mask)
         given: NDArray[np.float32] = source.numpy()
         return given
 
@@ -135,7 +135,7 @@ class TorchOriginal:
         dtype = next(model.parameters()).dtype
         source = torch.from_numpy(clip.waveform).to(dtype)
         if self.config.normalize:
-            source = torch.stack([normalized(row) for row in source])
+            source = normalized(source, clip.padding_mask)
         mask = None if clip.padding_mask is None else torch.from_numpy(clip.padding_mask)
         hooks = self._watch(model, keep)
         try:
@@ -157,15 +157,21 @@ class TorchOriginal:
         return {stage: np.ascontiguousarray(kept[stage]) for stage in names}
 
 
-def normalized(waveform: Tensor) -> Tensor:
-    """A clip at zero mean and unit variance, which fairseq leaves to the caller.
+def normalized(waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> Tensor:
+    """Each clip at zero mean and unit variance, which fairseq's loader does before it pads.
 
-    waveform: (samples,), float32 or float64
-    Source: fairseq/data/audio/raw_audio_dataset.py, ``postprocess``.
+    waveforms: (batch, samples), float32 or float64
+    padding_mask: true for the padding behind a clip, which becomes 0
+    Source: fairseq/data/audio/raw_audio_dataset.py, ``postprocess`` and ``collater``.
     """
+    import torch
     from torch.nn import functional
 
-    return functional.layer_norm(waveform, waveform.shape)
+    result = torch.zeros_like(waveforms)
+    for i, row in enumerate(waveforms):
+        count = len(row) if padding_mask is None else int((~padding_mask[i]).sum())
+        result[i, :count] = functional.layer_norm(row[:count], (count,))
+    return result
 
 
 def frame_mask(
