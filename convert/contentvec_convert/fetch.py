@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 from mlx_contentvec import hub
 from mlx_contentvec.errors import HubError, IdentityError, OutputError, name_list
 
-from .identity import Identification, Identity, accept
+from .diagnosis import accept
+from .identity import Identification, Identity
 from .known_files import KNOWN_FILES, KnownFile
 
 #: called with the bytes checked so far and the bytes there are

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..files import Draft, cannot_write, remove_leftovers
 
 NAME = "mlx-contentvec"
 LOCK = f".{NAME}.lock"
@@ -144,42 +145,37 @@ def checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
-def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> Record:
-    """Write ``parts`` to a hidden file beside ``path``, ready to take its place.
+@contextlib.contextmanager
+def prepared(path: Path, parts: Iterable[bytes | memoryview]) -> Iterator[tuple[Draft, Record]]:
+    """Write ``parts`` to a temporary file beside ``path``; its ``rename`` gives it that name.
 
-    The file is flushed to the disk and read back. Returns its ``bytes`` and
-    ``crc32``; :func:`publish` gives it its name.
+    The file is flushed to the disk and read back. Yields the draft with its
+    ``bytes`` and ``crc32``.
 
     Raises OutputError if it cannot be written or does not read back.
     """
-    hidden = _hidden(path)
-    value = size = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with hidden.open("wb") as file:
-            for part in parts:
-                value = zlib.crc32(part, value)
-                size += file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        written = {"bytes": size, "crc32": f"{value:08x}"}
-        if not holds(hidden, written):
-            raise OutputError(f"{path} does not read back as it was written")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            hidden.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
-    return written
-
-
-def publish(path: Path) -> None:
-    """Give the file that :func:`write_atomically` prepared its final name."""
-    _hidden(path).replace(path)
-
-
-def cannot_write(path: Path, error: OSError) -> OutputError:
-    """An OSError in this project's words."""
-    return OutputError(f"{path} cannot be written: {error.strerror or error}")
+    # a run removes what killed ones left, see locked()
+    with Draft(path, clean=False) as draft:
+        value = size = 0
+        for part in parts:
+            value = zlib.crc32(part, value)
+            draft.write(size, part)
+            size += memoryview(part).nbytes
+        draft.sync()
+        found, start = 0, 0
+        buffer = bytearray(min(size, 1 << 20))
+        while start < size:
+            piece = memoryview(buffer)[: size - start]
+            draft.read_into(start, piece)
+            found = zlib.crc32(piece, found)
+            start += len(piece)
+        if found != value:
+            raise OutputError(f"{path} does not read back as it was written")
+        yield draft, {"bytes": size, "crc32": f"{value:08x}"}
 
 
 @contextlib.contextmanager
@@ -205,6 +201,7 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
+        remove_leftovers(folder)
         yield
 
 
@@ -216,10 +213,6 @@ def ignores_case(folder: Path) -> bool:
 def _opened(path: Path, flags: int) -> int:
     """A file of ours, made if it is not there; a link in its place is an error, not followed."""
     return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
 
 
 def _lines(path: Path) -> Iterator[Record]:

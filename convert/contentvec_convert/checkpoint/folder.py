@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.errors import CheckpointError, UnsupportedCheckpoint, name_list
+from mlx_contentvec.files import is_file
 
 from . import limits
 from .json_text import parse_object
-from .source_file import SourceFile, is_file
+from .source_file import SourceFile
 from .tensors import brief
 
 #: names under which transformers saves weights, in the order in which it looks for them
@@ -87,7 +88,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _parsed(file: SourceFile) -> dict[str, Any]:
-    if file.size > limits.JSON_BYTES:
+    if file.size > file.budget.json_bytes:
         raise file.corrupt(
             "it is too large",
             found=f"{file.size:,} bytes",

@@ -40,6 +40,10 @@ def parse_object(file: SourceFile, raw: bytes, what: str) -> dict[str, Any]:
     def constant(name: str) -> NoReturn:
         refuse(f"it has a {name}")
 
+    file.budget.json_bytes -= len(raw)
+    file.budget.json_values -= sum(map(raw.count, (b",", b":", b"[", b"{")))
+    if file.budget.json_bytes < 0 or file.budget.json_values < 0:
+        refuse("it is too large")
     try:
         text = raw.decode("utf-8")
         value = json.loads(

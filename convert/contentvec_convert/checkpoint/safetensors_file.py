@@ -55,7 +55,7 @@ def read_safetensors(file: SourceFile) -> Contents:
     Raises UnsupportedCheckpoint for a dtype that has no name here.
     """
     length = _LENGTH.unpack(file.read(0, _LENGTH.size))[0]
-    if length > limits.JSON_BYTES:
+    if length > file.budget.json_bytes:
         raise file.corrupt(
             "its header is too long",
             found=f"{length:,} bytes",
@@ -65,7 +65,8 @@ def read_safetensors(file: SourceFile) -> Contents:
     # mlx.core.save_safetensors writes null where there is none
     stored = header.pop("__metadata__", None)
     metadata = {} if stored is None else _metadata(file, stored)
-    if len(header) > limits.TENSORS:
+    file.budget.tensors -= len(header)
+    if file.budget.tensors < 0:
         raise file.corrupt("it has too many tensors", expected=f"at most {limits.TENSORS:,}")
     start = _LENGTH.size + length
     placed = sorted(
