@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import HubError, printable
+from .errors import HubError, did_you_mean, printable
+from .hub import resolve
 
 if TYPE_CHECKING:
     from .model import ContentvecModel
@@ -37,34 +36,44 @@ def load(
     """
     from .model import ContentvecModel
 
-    name = os.fspath(weights)
-    if isinstance(name, bytes):
-        name = os.fsdecode(name)
-    if not isinstance(weights, os.PathLike) and not Path(name).expanduser().exists():
-        keys = known_keys()
-        if name in keys:
-            return ContentvecModel.from_pretrained(_converted(name), dtype=dtype)
-        if "/" not in name and not Path(name).suffix:
-            raise HubError(
-                f"there are no weights at {printable(name)}, and no known model is called that",
-                expected="a converted file, a folder with one, a repository like owner/name, or "
-                "a name that `mlx-contentvec models` lists",
-                hint=did_you_mean(name, keys),
-            )
+    name = os.fsdecode(weights)
+    if not isinstance(weights, os.PathLike):
+        found = _known(name)
+        if found is not None:
+            return ContentvecModel.from_pretrained(found, dtype=dtype)
     return ContentvecModel.from_pretrained(
         Path(name) if isinstance(weights, os.PathLike) else name, revision, dtype
+    )
+
+
+def find_weights(name: str) -> Path:
+    """The file of weights that ``name`` means to :func:`load`, verified. Raises what that does."""
+    return resolve(_known(name) or name)
+
+
+def _known(name: str) -> Path | None:
+    """The known model called ``name``, converted; None for what a path or a repository may be.
+
+    Raises HubError for a bare word that is none of these.
+    """
+    if Path(name).expanduser().exists():
+        return None
+    keys = known_keys()
+    if name in keys:
+        return _converted(name)
+    if "/" in name or os.sep in name or Path(name).suffix:
+        return None
+    raise HubError(
+        f"there are no weights at {printable(name)}, and no known model is called that",
+        expected="a converted file, a folder with one, a repository like owner/name, or a name "
+        "that `mlx-contentvec models` lists",
+        hint=did_you_mean(name, keys),
     )
 
 
 def known_keys() -> list[str]:
     """The keys of the known models."""
     return [row.key for row in _converter("known_files").KNOWN_FILES]
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str | None:
-    """A hint that names the words that ``word`` may be a misspelling of; None if there are none."""
-    close = difflib.get_close_matches(word.lower(), list(words), 3, 0.6)
-    return f"did you mean {' or '.join(close)}?" if close else None
 
 
 def _converted(key: str) -> Path:

@@ -18,7 +18,14 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from mlx_contentvec import hub
-from mlx_contentvec.errors import HubError, IdentityError, OutputError, name_list
+from mlx_contentvec.errors import (
+    HubError,
+    IdentityError,
+    OutputError,
+    did_you_mean,
+    name_list,
+    printable,
+)
 
 from .diagnosis import accept
 from .identity import Identification, Identity
@@ -38,7 +45,11 @@ def known_file(key: str) -> KnownFile:
     row = next((row for row in KNOWN_FILES if row.key == key), None)
     fetchable = [row.key for row in KNOWN_FILES if row.hub_path]
     if row is None:
-        raise HubError(f"no known file is called {key}", expected=name_list(fetchable))
+        raise HubError(
+            f"no known file is called {printable(key)}",
+            expected=name_list(fetchable),
+            hint=did_you_mean(key, fetchable),
+        )
     if row.hub_path is None:
         raise HubError(
             f"{key} cannot be fetched: no checksum of it is known here",
@@ -84,6 +95,10 @@ def fetch(
     resumed = part.exists() and part.stat().st_size > 0
     try:
         identity = _obtain(row, part, progress)
+    except (HubError, KeyboardInterrupt):
+        if part.exists() and not part.stat().st_size:
+            part.unlink()  # nothing arrived
+        raise
     except IdentityError:
         if not resumed:
             raise
