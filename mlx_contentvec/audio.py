@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .containers import require_whole, stated_samples
-from .errors import AudioError, MissingDependency, printable
+from .errors import AudioError, MissingDependency, install_hint, printable
 
 Waveform = npt.NDArray[np.float32]
 
@@ -264,7 +264,7 @@ def _load(name: str) -> Any:
     except (ImportError, OSError) as error:
         raise MissingDependency(
             f"reading audio files needs {name}: {error}",
-            hint="pip install 'mlx-contentvec[audio]'",
+            hint=install_hint("audio"),
         ) from error
 
 

@@ -124,6 +124,14 @@ def name_list(names: Iterable[str], limit: int = 10) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
+def install_hint(extra: str) -> str:
+    """How to install an extra of this package, from an index or from a clone of its source.
+
+    The first release on the index, 0.1, has neither these extras nor a command.
+    """
+    return f"pip install 'mlx-contentvec[{extra}]>=0.2'\nor in a clone: pip install '.[{extra}]'"
+
+
 def counted(number: int, noun: str) -> str:
     """``1 clip``, ``2 clips``, ``1,000 clips``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

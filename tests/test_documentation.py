@@ -285,3 +285,18 @@ def test_the_tables_that_the_guides_name_are_in_the_file_of_their_row() -> None:
     assert named
     for file, name in named:
         assert re.search(rf"\b{name}\b", (PROJECT / file).read_text(encoding="utf-8")), (file, name)
+
+
+def test_no_hint_or_template_sends_its_reader_to_the_first_release() -> None:
+    folders = ("mlx_contentvec", "convert", "parity", "scripts")
+    files = [f for folder in folders for f in (PROJECT / folder).rglob("*") if f.is_file()]
+    lines = [
+        (file, line)
+        for file in files
+        if file.suffix != ".pyc"
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+        if re.search(r"pip install.*mlx-contentvec", line)
+    ]
+    assert lines
+    for file, line in lines:
+        assert re.search(r"mlx-contentvec(\[[\w{},]+\])?>=0\.2", line), f"{file}: {line}"
