@@ -104,6 +104,32 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+def open_own(path: Path, flags: int = os.O_RDWR) -> int:
+    """A descriptor of a file that is kept from run to run, made if it is not there.
+
+    Nothing is written elsewhere through it: a link, a pipe, a device, or a
+    second name of another file in its place is an OSError.
+    """
+    descriptor = os.open(path, flags | os.O_CREAT | _SAFE, 0o666)
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EEXIST, "something else has its name", str(path))
+    return descriptor
+
+
+def lock_now(descriptor: int) -> bool:
+    """Lock a file for this process; False if another one holds it, True where locks lack."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # some network file systems have no locks
+            pass
+    return True
+
+
 def read_at(descriptor: int, target: memoryview, offset: int) -> int:
     """Read at most ``len(target)`` bytes at ``offset`` into ``target``; how many there were.
 

@@ -15,7 +15,7 @@ from mlx_contentvec.files import Draft, check_target
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .diagnosis import accept, stand_in_refused
-from .identity import Hashed, Identification, Identity, is_known_size, name_of
+from .identity import Hashed, Identification, Identity, folder_states, is_known_size, name_of
 from .known_files import CONTENTVEC
 from .ledger import DropRow, Ledger, TensorRow, account, source_facts, source_tensor
 from .precision import Precision, precision_named
@@ -182,9 +182,12 @@ def opened(
     """
     with contextlib.ExitStack() as stack:
         if source.is_dir():
+            before = folder_states(source)
             checkpoint = stack.enter_context(open_checkpoint(source))
-            beside = [source / name for name in _BESIDE if (source / name).is_file()]
-            identification = stack.enter_context(Identification(source, checkpoint.files, beside))
+            beside = [source / name for name in _BESIDE if source / name in before]
+            identification = stack.enter_context(
+                Identification(source, checkpoint.files, beside, since=before)
+            )
         else:
             identification = stack.enter_context(identification or Identification(source))
             hoped_for = is_known_size(identification.size) or expectation.stated

@@ -11,16 +11,19 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.errors import IdentityError
+from mlx_contentvec.files import is_file, open_regular
 
 from .known_files import KNOWN_FILES, KnownFile, known_as
 
+#: size, time of modification, time of change of status, device, inode
+FileState = tuple[int, int, int, int, int]
 #: called with the bytes hashed so far and the bytes there are
 Hashed = Callable[[int, int], None]
 
@@ -76,6 +79,7 @@ class Identification:
     source: the file or folder, for its name.
     weights: the files that hold the tensors, in order; the source itself when it is a file.
     beside: further files of a folder that shape the result (``config.json``).
+    since: states of the files before they were first read, where that was earlier.
 
     As a context manager it stops hashing when the block is left early. Raises
     IdentityError, from the constructor or from ``result``, if a file is not a
@@ -88,6 +92,7 @@ class Identification:
         weights: Sequence[Path] | None = None,
         beside: Sequence[Path] = (),
         progress: Hashed | None = None,
+        since: Mapping[Path, FileState] | None = None,
     ) -> None:
         self._source = source
         self._weights = tuple(weights if weights is not None else (source,))
@@ -95,7 +100,8 @@ class Identification:
         self._progress = progress
         self._stop = threading.Event()
         self._done = 0
-        self._states = {path: _file_state(path) for path in (*self._weights, *self._beside)}
+        paths = (*self._weights, *self._beside)
+        self._states = {path: (since or {}).get(path) or file_state(path) for path in paths}
         self.size = sum(self._states[path][0] for path in self._weights)
         self._outcome: Identity | BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="identity", daemon=True)
@@ -145,7 +151,7 @@ class Identification:
     def check_unchanged(self) -> None:
         """Raise IdentityError if a file is no longer the one that was hashed."""
         for path, state in self._states.items():
-            if _file_state(path) != state:
+            if file_state(path) != state:
                 raise IdentityError(
                     f"{path} changed while it was being read",
                     hint="wait until nothing writes to it any more, then try again",
@@ -172,7 +178,7 @@ class Identification:
                 also = not single and is_weight
                 pending = None
                 try:
-                    with path.open("rb", buffering=0) as stream:
+                    with os.fdopen(open_regular(path), "rb", buffering=0) as stream:
                         while not self._stop.is_set():
                             # the other buffer may still be in the hands of the second thread
                             turn = 1 - turn
@@ -191,8 +197,9 @@ class Identification:
                             self._done += count
                             if self._progress is not None:
                                 self._progress(self._done, total)
-                except OSError as error:
-                    raise IdentityError(f"cannot read {path}: {error.strerror}") from error
+                except (OSError, ValueError) as error:
+                    reason = error.strerror if isinstance(error, OSError) else str(error)
+                    raise IdentityError(f"cannot read {path}: {reason}") from error
                 if pending is not None:
                     pending.result()
                 if self._stop.is_set():
@@ -224,8 +231,13 @@ def identify(path: str | Path) -> Identity:
         return identification.result()
 
 
-def _file_state(path: Path) -> tuple[int, int, int, int]:
-    """Size, modification time, device and inode: what changes when a file does."""
+def file_state(path: Path) -> FileState:
+    """What changes when a file does: size, times, device and inode.
+
+    The time of the last change of status is among them, because a program that
+    writes into a file can put the modification time back and not this one.
+    Raises IdentityError for what is no regular file.
+    """
     try:
         state = path.stat()
     except (OSError, ValueError) as error:
@@ -233,7 +245,15 @@ def _file_state(path: Path) -> tuple[int, int, int, int]:
         raise IdentityError(f"cannot read {path}: {reason}") from error
     if not stat.S_ISREG(state.st_mode):
         raise IdentityError(f"{path} is not a file", expected="a checkpoint file")
-    return state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino
+
+
+def folder_states(folder: Path) -> dict[Path, FileState]:
+    """The state of every regular file of a folder."""
+    try:
+        return {path: file_state(path) for path in sorted(folder.iterdir()) if is_file(path)}
+    except OSError as error:
+        raise IdentityError(f"cannot read {folder}: {error.strerror}") from error
 
 
 def is_known_size(size: int) -> bool:

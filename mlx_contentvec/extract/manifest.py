@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
-from ..files import Draft, cannot_write, remove_leftovers
+from ..files import Draft, cannot_write, lock_now, open_own, remove_leftovers
 
 NAME = "mlx-contentvec"
 LOCK = f".{NAME}.lock"
@@ -106,7 +106,7 @@ class Manifest:
         Raises OutputError if it cannot be written.
         """
         try:
-            with os.fdopen(_opened(self.path, os.O_WRONLY | os.O_APPEND), "ab") as file:
+            with os.fdopen(open_own(self.path, os.O_WRONLY | os.O_APPEND), "ab") as file:
                 # a line that a power cut tore must not swallow this one
                 start = b"" if not file.tell() or _ends_a_line(self.path) else b"\n"
                 file.write(start + json.dumps(record, sort_keys=True).encode() + b"\n")
@@ -184,23 +184,17 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises OutputError if another process holds it.
     """
-    import fcntl
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(_opened(folder / LOCK, os.O_RDWR), "wb")
+        file = os.fdopen(open_own(folder / LOCK), "wb")
     except OSError as error:
         raise cannot_write(folder, error) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_now(file.fileno()):
             raise OutputError(
                 f"another extraction is writing to {folder}",
                 hint="wait for it, or give this one another folder",
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         remove_leftovers(folder)
         yield
 
@@ -208,11 +202,6 @@ def locked(folder: Path) -> Iterator[None]:
 def ignores_case(folder: Path) -> bool:
     """Whether ``a`` and ``A`` are one file in a folder that is :func:`locked`."""
     return (folder / LOCK.upper()).exists()
-
-
-def _opened(path: Path, flags: int) -> int:
-    """A file of ours, made if it is not there; a link in its place is an error, not followed."""
-    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def _lines(path: Path) -> Iterator[Record]:

@@ -427,7 +427,7 @@ def test_two_publications_to_one_name_never_mix(tmp_path: Path) -> None:
         "        publish(output, ledger, force=True)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = [sys.executable, "-c", code, tmp_path]
+    arguments = [sys.executable, "-c", code, str(tmp_path)]
     workers = [subprocess.Popen([*arguments, name], env=environment) for name in "ab"]
     pairs = set()
     while any(worker.poll() is None for worker in workers):

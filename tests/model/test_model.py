@@ -407,8 +407,7 @@ class TestWeights:
         for module in (ops, mlx_ops):
             monkeypatch.setattr(module, "device_kind", lambda: "metal")
         # here it would be compiled for the CPU, by a C++ compiler that need not be there
-        monkeypatch.setattr(mlx_ops, "_fused_gelu", mlx_ops._gelu)
-        monkeypatch.setattr(mlx_ops, "_fused_normalize_and_gelu", mlx_ops._normalize_and_gelu)
+        monkeypatch.setattr(mlx_ops, "_compiled", lambda function: function)
         assert float(mx.abs(tiny(source)["x"] - plain).max()) < 1e-4
         gradient = mx.grad(lambda clip: tiny(clip)["x"].sum())(source)
         assert bool(mx.isfinite(gradient).all())

@@ -123,7 +123,7 @@ def test_a_gpu_is_given_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch, ke
     assert long.frames == memory.FRAMES["metal"][-1]
     assert streamed_bytes(base, 16000 * 600, long) < 5 << 30
     monkeypatch.setattr(memory.mx, "device_info", dict, raising=False)
-    assert plan_chunks(base, 16000 * 60, None) is None
+    assert plan_chunks(base, 16000 * 30, None) is None
 
 
 def test_half_an_hour_is_planned_into_one_and_a_half_gigabytes() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlx_contentvec.json_text import JSON_BYTES, JSON_VALUES
+
 MIB = 1024 * 1024
 
 #: a pickle: 62 KB in RVC's file; a few MB with a large dictionary inside
@@ -28,7 +30,7 @@ KEY_CHARACTERS = 4_096
 TENSORS = 50_000
 #: dimensions of a tensor (numpy's own limit was 32 for long)
 DIMENSIONS = 32
-#: values nested inside each other, at the end of reading
+#: values nested inside each other in a pickle, at the end of reading
 NESTING = 64
 #: values of the finished structure, counted as often as they are reachable
 VALUES = 1_000_000
@@ -36,10 +38,6 @@ VALUES = 1_000_000
 ZIP_ENTRIES = 100_000
 #: its table of contents: about 90 bytes for each entry
 ZIP_TABLE_BYTES = 32 * MIB
-#: header of a safetensors file, config.json, the index of a sharded model
-JSON_BYTES = 16 * MIB
-#: values and keys of JSON: 10 for each tensor of a safetensors header
-JSON_VALUES = 1_000_000
 #: characters of a tensor's name
 NAME_CHARACTERS = 512
 #: weight files of a sharded model

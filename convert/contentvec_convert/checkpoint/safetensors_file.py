@@ -10,6 +10,8 @@ import struct
 from math import prod
 from typing import Any
 
+from mlx_contentvec.json_text import JSON_BYTES
+
 from . import limits
 from .json_text import parse_object
 from .source_file import DOWNLOAD_AGAIN, SourceFile
@@ -59,7 +61,7 @@ def read_safetensors(file: SourceFile) -> Contents:
         raise file.corrupt(
             "its header is too long",
             found=f"{length:,} bytes",
-            expected=f"at most {limits.JSON_BYTES:,}",
+            expected=f"at most {JSON_BYTES:,}",
         )
     header = parse_object(file, file.read(_LENGTH.size, length), "its header")
     # mlx.core.save_safetensors writes null where there is none
