@@ -240,10 +240,8 @@ def _show_provenance(found: Inspection) -> None:
     if found.stand_in is not None:
         _line("is", "made from a STAND-IN with synthetic weights, not a trained model")
     else:
-        _line(
-            "is",
-            f"converted, as it says itself, from {source.get('known_as') or source.get('name')}",
-        )
+        known = source.get("known_as") or "a checkpoint that is not a known one"
+        _line("is", f"converted, as it says itself, from {known}")
     _line("source", f"md5 {source.get('md5')}, {source.get('size')} bytes")
     _line("format", f"{said.get('dtype')}, by mlx-contentvec {said['mlx_contentvec_version']}")
     _line("sha256", found.identity.sha256)
