@@ -25,7 +25,7 @@ from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.checkpoint.source_file import SourceFile
 from contentvec_convert.conversion import convert, default_output, ledger_path
 from contentvec_convert.precision import PRECISIONS, all_finite, widen
-from contentvec_parity.standin import write as standin_module
+from contentvec_parity.standin import weights as standin_module
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import (
     CheckpointError,

@@ -25,10 +25,10 @@ HEAD_BYTES = 1024
 _GET_THE_FILE = "download the file itself again, and compare its size with the publisher's"
 _EMBEDDER = "what is needed is the embedder that turns speech into features, such as hubert_base.pt"
 _OTHER_HALF = (
-    "this is the other half of a voice converter: it reads what an embedder makes of speech;\n"
+    "this is the other half of a voice converter: it reads what an embedder makes of speech\n"
     + _EMBEDDER
 )
-_AUDIO = f"its features come from `mlx-contentvec extract`;\n{_EMBEDDER}"
+_AUDIO = f"its features come from `mlx-contentvec extract`\n{_EMBEDDER}"
 _OTHER_FORM = "get the model as a PyTorch or safetensors file: it cannot be converted from this"
 
 
