@@ -14,9 +14,11 @@ __version__ = "0.2.0"
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 if TYPE_CHECKING:
+    from .audio import read_audio
     from .config import ModelConfig
     from .errors import ContentvecError
     from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
+    from .loading import load
     from .model import ContentvecModel
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "ContentvecModel",
     "ModelConfig",
     "__version__",
+    "load",
+    "read_audio",
 ]
 
 #: public name -> module, imported on first use so that converting never imports mlx
@@ -33,6 +37,8 @@ _HOMES = {
     "ContentvecError": ".errors",
     "ContentvecModel": ".model",
     "ModelConfig": ".config",
+    "load": ".loading",
+    "read_audio": ".audio",
     # public names of the first release
     "HF_REPO_ID": ".first_release",
     "HF_WEIGHTS_FILE": ".first_release",

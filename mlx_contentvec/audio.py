@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .containers import require_whole, stated_samples
-from .errors import AudioError, MissingDependency, printable
+from .errors import AudioError, MissingDependency, install_hint, printable
 
 Waveform = npt.NDArray[np.float32]
 
@@ -182,6 +182,8 @@ def as_waveform(
             f"{where} cannot be read as an array",
             found=f"{type(samples).__name__}: {error}",
             expected="a numpy array of float32",
+            hint="a torch tensor: tensor.detach().float().cpu().numpy()\n"
+            "an MLX array of bfloat16: array.astype(mx.float32)",
         ) from error
     if array.dtype.kind not in "iuf" or (array.dtype.itemsize > 4 and array.dtype.kind != "f"):
         raise AudioError(
@@ -199,6 +201,9 @@ def as_waveform(
             f"{where} has the wrong shape",
             found=f"shape {array.shape}",
             expected="(samples,) or (samples, channels)",
+            hint="(channels, samples), as torchaudio and librosa give it: pass array.T"
+            if array.ndim == 2
+            else "one clip at a time, without the axis of the batch",
         )
     if array.dtype.kind == "i" and array.dtype.itemsize == 4:
         peak = max(int(array.max()), -int(array.min()))
@@ -259,7 +264,7 @@ def _load(name: str) -> Any:
     except (ImportError, OSError) as error:
         raise MissingDependency(
             f"reading audio files needs {name}: {error}",
-            hint="pip install 'mlx-contentvec[audio]'",
+            hint=install_hint("audio"),
         ) from error
 
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendError
+from .errors import BackendError, install_hint
 
 #: shared library names of OpenBLAS on the common Linux distributions
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -88,12 +88,9 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
         import mlx.nn as layers
     except ImportError as error:
         if importlib.util.find_spec("mlx") is None:
-            hint = "pip install mlx-contentvec"
+            hint = "pip install mlx"
         elif sys.platform == "linux":
-            hint = (
-                "MLX on Linux needs one backend: pip install 'mlx-contentvec[cpu]', "
-                "'mlx-contentvec[cuda12]' or 'mlx-contentvec[cuda13]'"
-            )
+            hint = "MLX on Linux needs one backend, cpu, cuda12 or cuda13:\n" + install_hint("cpu")
         else:
             hint = "reinstall MLX: pip install --force-reinstall mlx"
         raise BackendError(f"MLX cannot be imported: {error}", hint=hint) from error

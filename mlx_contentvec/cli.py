@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import platform
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 import click
 
 from . import __version__
-from .errors import ContentvecError
+from .errors import ContentvecError, did_you_mean, printable
+from .terminal import say
 
 #: subcommand -> (module:object, one line for --help). The modules live in
 #: three packages; naming them as text keeps ``--help`` from importing any.
@@ -69,26 +75,90 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            hint = did_you_mean(name, COMMANDS)
+            if hint is None and Path(name).exists():
+                hint = f"to convert it: mlx-contentvec convert {name}"
+            ctx.fail(f"no such command: {printable(name)}" + (f"; {hint}" if hint else ""))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_, help_line) in COMMANDS.items()])
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if sys.stderr is None:  # closed: there is nowhere to complain
+            sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+        if sys.stdout is None:
+            click.echo("error: standard output is closed: results have nowhere to go", err=True)
+            sys.exit(1)
+        try:
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            pass  # the reader has gone (`| head`): nothing left to say
+        except Exception as error:
+            with contextlib.suppress(OSError):  # nowhere to complain
+                say(f"error: {_unexpected(error)}", err=True)
+        _close_output()
+        sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except ContentvecError as error:
-            click.echo(f"error: {error}", err=True)
+            say(f"error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)
-        except BrokenPipeError:
-            # the reader of stdout has gone (`| head`): nothing left to say
-            sys.stderr.close()
-            ctx.exit(1)
+
+
+def _close_output() -> None:
+    """Let what is left in buffers go nowhere: Python would complain of it when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _unexpected(error: Exception) -> ContentvecError:
+    """What to say of an exception that nothing was prepared for: what a report needs."""
+    if os.environ.get("MLX_CONTENTVEC_TRACEBACK"):
+        traceback.print_exception(error)
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return ContentvecError(f"results cannot be written: {error.strerror}")
+    if isinstance(error, MemoryError):
+        return ContentvecError("there is not enough memory for this")
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "contentvec" in Path(f.filename).parent.as_posix()]
+    last = (ours or frames)[-1]
+    name = "/".join(Path(last.filename).parts[-3:])
+    message = str(error) or "no message"
+    return ContentvecError(
+        f"a fault in mlx-contentvec: {type(error).__name__}: {printable(message)}",
+        found=f"{name}, line {last.lineno}, in {last.name}",
+        hint="please report it with the command, these lines and what this prints:\n"
+        f"mlx-contentvec {__version__}, Python {platform.python_version()}, "
+        f"{platform.platform(terse=True)} {platform.machine()}\n"
+        "MLX_CONTENTVEC_TRACEBACK=1 before the command shows the whole traceback",
+    )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlx-contentvec")
 def main() -> None:
-    """Convert ContentVec and HuBERT checkpoints to MLX, prove the result, and run it."""
+    """Convert ContentVec and HuBERT checkpoints to MLX, prove the result, and run it.
+
+    Exit status: 0 done, 1 an error or a check that failed, 2 wrong usage, 130
+    interrupted with Ctrl-C. Results go to standard output, the rest to
+    standard error.
+    """

@@ -21,6 +21,7 @@ Libraries raise these; only the command line prints them and exits with 1.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -121,6 +122,25 @@ def name_list(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def install_hint(extra: str) -> str:
+    """How to install an extra of this package, from an index or from a clone of its source.
+
+    The first release on the index, 0.1, has neither these extras nor a command.
+    """
+    return f"pip install 'mlx-contentvec[{extra}]>=0.2'\nor in a clone: pip install '.[{extra}]'"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 clip``, ``2 clips``, ``1,000 clips``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str | None:
+    """A question that names what ``word`` may be a misspelling of; None if it resembles nothing."""
+    close = difflib.get_close_matches(word.lower(), list(words), 3, 0.6)
+    return f"did you mean {' or '.join(close)}?" if close else None
 
 
 def printable(text: str) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, Protocol
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from .audio import SAMPLE_RATE, Waveform, as_waveform
+from .audio import SAMPLE_RATE, Clip, Waveform, as_waveform, read_audio
 from .backend import device_kind, mx
 from .config import ModelConfig
-from .errors import ConfigError
+from .errors import AudioError, ConfigError
 from .memory import plan_chunks, whole_clip_bytes
 from .streaming import Walk, streamed
 
@@ -60,9 +63,9 @@ class FeatureKind:
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError if a model of this configuration has no such output."""
-        if not 1 <= self.layer <= config.encoder_layers:
+        if not isinstance(self.layer, Integral) or not 1 <= self.layer <= config.encoder_layers:
             raise ConfigError(
-                f"this model has no layer {self.layer} to take features from",
+                f"this model has no layer {self.layer!r} to take features from",
                 expected=f"1 to {config.encoder_layers}, counted from 1 as in fairseq",
             )
         if self.project and config.final_dim is None:
@@ -104,9 +107,9 @@ def feature_kind(
 
 def extract(
     model: FeatureModel,
-    waveform: Any,
+    source: Any,
     *,
-    sample_rate: int = SAMPLE_RATE,
+    sample_rate: int | None = None,
     version: str | None = None,
     layer: int | None = None,
     project: bool = False,
@@ -114,8 +117,10 @@ def extract(
 ) -> Features:
     """Features of one clip, whatever its length: nothing is cut, nothing drifts.
 
-    waveform:   (samples,) or (samples, channels), floating point in -1 to 1 or
-                integers, mixed to mono and resampled to the model's rate
+    source:     the path of an audio file; what ``read_audio`` returned; or an array,
+                (samples,) or (samples, channels), floating point in -1 to 1 or
+                integers. Mixed to mono and resampled to the model's rate
+    sample_rate: in Hz, of an array, which does not say it; of the others it is known
     version:    "v1" (layer 9, projected, 256 wide) or "v2" (layer 12, 768 wide);
                 or ``layer`` counted from 1, with ``project`` for ``final_proj``
     max_memory: bytes that may be used beside the model and the waveform. A clip
@@ -125,20 +130,21 @@ def extract(
 
     returns: (frames, width) float32, about 50 frames a second
 
-    Raises AudioError for a waveform that cannot be used, ConfigError for features
-    the model does not have or a ``max_memory`` that is too small.
+    Raises AudioError for audio that cannot be read or used, and for an array without
+    ``sample_rate``; ConfigError for features the model does not have or a ``max_memory``
+    that is too small.
     """
     kind = feature_kind(version, layer, project)
     kind.check(model.config)
-    samples = _as_waveform(model, waveform, sample_rate)
+    samples = _as_waveform(model, source, sample_rate)
     return features_of(model, samples, kind, max_memory)
 
 
 def extract_many(
     model: FeatureModel,
-    waveforms: Iterable[Any],
+    sources: Iterable[Any],
     *,
-    sample_rate: int = SAMPLE_RATE,
+    sample_rate: int | None = None,
     version: str | None = None,
     layer: int | None = None,
     project: bool = False,
@@ -155,14 +161,22 @@ def extract_many(
     group norm hears the padding, so features depend on the batch.
 
     The other arguments and the errors are those of :func:`extract`. Clips are
-    taken from ``waveforms`` as they are needed, 64 at a time.
+    taken from ``sources`` as they are needed, 64 at a time.
     """
     kind = feature_kind(version, layer, project)
     kind.check(model.config)
+    if isinstance(sources, (str, bytes, os.PathLike, Clip)):
+        raise ConfigError(
+            "extract_many takes several clips", hint="one clip: extract(path), or [path] here"
+        )
+    if not isinstance(batch_seconds, (Real, NoneType)):
+        raise ConfigError(f"batch_seconds is {batch_seconds!r}", expected="seconds, a number")
+    if padding not in get_args(Padding):
+        raise ConfigError(f"no padding {padding!r}", expected=" or ".join(get_args(Padding)))
     if batch_seconds is None:
         batch_seconds = BATCH_SECONDS[device_kind()]
-    remaining = iter(waveforms)
-    while taken := [_as_waveform(model, w, sample_rate) for w in islice(remaining, LOOK_AHEAD)]:
+    remaining = iter(sources)
+    while taken := [_as_waveform(model, s, sample_rate) for s in islice(remaining, LOOK_AHEAD)]:
         results: dict[int, Features] = {}
         for batch in batches([len(w) for w in taken], int(batch_seconds * SAMPLE_RATE)):
             features = features_of_batch(
@@ -204,6 +218,8 @@ def features_of(
 
     ``progress`` is given the part of a streamed clip that is done.
     """
+    if not isinstance(max_memory, (Real, NoneType)):
+        raise ConfigError(f"max_memory is {max_memory!r}", expected="bytes, a number")
     plan = plan_chunks(model.config, len(waveform), max_memory)
     if plan is not None:
         return streamed(
@@ -244,13 +260,21 @@ def features_of_batch(
     return [_rows(clip[:count]) for clip, count in zip(x, counts, strict=True)]
 
 
-def _as_waveform(model: FeatureModel, waveform: Any, sample_rate: int) -> Waveform:
-    return as_waveform(
-        waveform,
-        sample_rate,
-        sample_rate=model.config.sample_rate,
-        min_samples=model.config.receptive_field,
-    )
+def _as_waveform(model: FeatureModel, source: Any, sample_rate: int | None) -> Waveform:
+    """A path, a Clip or an array as the model takes it."""
+    wanted, shortest = model.config.sample_rate, model.config.receptive_field
+    if isinstance(source, (str, os.PathLike)):
+        return read_audio(os.fspath(source), sample_rate=wanted, min_samples=shortest).waveform
+    if isinstance(source, Clip):
+        source, sample_rate = source.waveform, source.sample_rate
+    if sample_rate is None:
+        raise AudioError(
+            "an array of samples does not say its sample rate",
+            expected="sample_rate=, in Hz",
+            hint=f"sample_rate={wanted} if it was made for this model; read_audio(path), or the\n"
+            "path itself in place of the array, has the rate of the file",
+        )
+    return as_waveform(source, sample_rate, sample_rate=wanted, min_samples=shortest)
 
 
 def _rows(x: Any) -> Features:

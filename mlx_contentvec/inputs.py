@@ -90,7 +90,7 @@ def _check_memory(config: ModelConfig, samples: int, batch: int) -> None:
             "this is too long to be computed in one go here",
             found=f"{batch} x {samples / config.sample_rate:.0f} s, about {needed / 2**30:.0f} GiB",
             expected=f"less than {available / 2**30:.1f} GiB, which is all that there is",
-            hint="model.extract(waveform) computes the same features in pieces",
+            hint="model.extract(waveform, sample_rate=16000) computes the same features in pieces",
         )
 
 

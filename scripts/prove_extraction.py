@@ -131,7 +131,7 @@ def mixed(clips: Path, output: Path, weights: Path, mixes: int) -> float:
     worst = 0.0
     for _ in range(mixes):
         chosen = [paths[i] for i in rng.choice(len(paths), min(MIX, len(paths)), replace=False)]
-        heard = [read_audio(clips / f"{path.stem}.wav").waveform for path in chosen]
+        heard = [read_audio(clips / f"{path.stem}.wav") for path in chosen]
         batched = model.extract_many(heard, batch_seconds=BATCH_SECONDS)
         for path, features in zip(chosen, batched, strict=True):
             worst = max(worst, float(np.abs(features - np.load(path)).max()))

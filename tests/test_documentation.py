@@ -257,3 +257,46 @@ def test_an_install_line_gets_this_package_and_not_the_first_release(page: Path)
     for line in page.read_text(encoding="utf-8").splitlines():
         if found := re.search(r"pip install ([^`]*)", line):
             assert "mlx-contentvec" not in found[1] or "mlx-contentvec>=" in found[1], line
+
+
+#: the pages that say which file does what
+GUIDES = (PROJECT / "docs" / "architecture.md", PROJECT / "CONTRIBUTING.md")
+
+
+def test_the_files_that_the_guides_name_exist() -> None:
+    files = [f"/{path.relative_to(PROJECT).as_posix()}" for path in PROJECT.rglob("*.py")]
+    for guide in GUIDES:
+        for name in re.findall(r"`((?:\w+/)*\w+\.py)`", guide.read_text(encoding="utf-8")):
+            if "NEW" not in name:
+                assert any(path.endswith(f"/{name}") for path in files), f"{guide.name}: {name}"
+
+
+def test_the_tables_that_the_guides_name_are_in_the_file_of_their_row() -> None:
+    rows = [
+        re.fullmatch(r"\| `([\w/]+\.py)` \| (.*) \|", line)
+        for line in GUIDES[1].read_text(encoding="utf-8").splitlines()
+    ]
+    named = [
+        (row[1], name)
+        for row in rows
+        if row and "NEW" not in row[1]
+        for name in re.findall(r"`([A-Z]\w+|_[A-Z]\w+|\w+)(?:\(\))?`", row[2])
+    ]
+    assert named
+    for file, name in named:
+        assert re.search(rf"\b{name}\b", (PROJECT / file).read_text(encoding="utf-8")), (file, name)
+
+
+def test_no_hint_or_template_sends_its_reader_to_the_first_release() -> None:
+    folders = ("mlx_contentvec", "convert", "parity", "scripts")
+    files = [f for folder in folders for f in (PROJECT / folder).rglob("*") if f.is_file()]
+    lines = [
+        (file, line)
+        for file in files
+        if file.suffix != ".pyc"
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+        if re.search(r"pip install.*mlx-contentvec", line)
+    ]
+    assert lines
+    for file, line in lines:
+        assert re.search(r"mlx-contentvec(\[[\w{},]+\])?>=0\.2", line), f"{file}: {line}"

@@ -291,6 +291,9 @@ def _metadata(
 ) -> dict[str, str]:
     """What the output says about itself. ``format`` is what loaders look for."""
     source = source_facts(identity, plan.naming, checkpoint.container, stand_in)
+    # what a file is called is not what it is: the ledger says it, and equal sources
+    # give equal bytes
+    del source["name"]
     metadata = {
         "format": "mlx",
         "config": plan.config.to_json(),

@@ -8,11 +8,15 @@ table of known files.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlx_contentvec.errors import ForeignCheckpoint, IdentityError
+from mlx_contentvec.errors import ContentvecError, ForeignCheckpoint, IdentityError
 
 from .identity import Identity
 from .known_files import CONTENTVEC, KnownFile, named
+
+if TYPE_CHECKING:
+    from .checkpoint import Foreign
 
 
 def accept(
@@ -103,9 +107,11 @@ def _judge(
     if isinstance(problem, ForeignCheckpoint):
         foreign = Foreign(problem.what, problem.hint or "")
     elif problem is None:
-        foreign = foreign_file(path)
+        foreign = foreign_file(path) or _model_inside(path)
     if foreign is not None:
-        return f", {foreign.what}", f"{foreign.hint}\n{again}"
+        # not every wrong file is a failed download, and some hints say what to do instead
+        get = "" if "mlx-contentvec" in foreign.hint else f"\n{_get(wanted or CONTENTVEC)}"
+        return f", {foreign.what}", foreign.hint + get
     if is_cut_short(path):
         advice = f"the download stopped early; {again}"
         if wanted is not None and wanted.size is not None and identity.size < wanted.size:
@@ -118,6 +124,34 @@ def _judge(
     if wanted is not None and identity.size == wanted.size:
         return "", f"its size is right and its bytes are not: it was damaged or altered; {again}"
     return "", f"{unknown}\n--expect-md5 or --expect-sha256 accept exactly one file"
+
+
+def _model_inside(path: Path) -> Foreign | None:
+    """What a sound checkpoint holds, if that is no HuBERT or was converted already."""
+    from .checkpoint import Foreign, open_checkpoint
+    from .recognition import refuse_foreign
+
+    try:
+        with open_checkpoint(path) as checkpoint:
+            refuse_foreign(checkpoint)
+            if "mlx_contentvec_version" in checkpoint.metadata:
+                return Foreign(
+                    "converted by mlx-contentvec already",
+                    "it is ready to be used, by load() and by `mlx-contentvec extract -w`;\n"
+                    "--allow-unknown --dtype FORMAT converts it to another number format",
+                )
+    except ForeignCheckpoint as refusal:
+        return Foreign(refusal.what, refusal.hint or "")
+    except ContentvecError:
+        pass
+    return None
+
+
+def _get(wanted: KnownFile) -> str:
+    """Where a file is that is wanted, to somebody who has another."""
+    if wanted.hub_path is not None:
+        return f"to get {wanted.names[0]}: mlx-contentvec fetch {wanted.key}"
+    return f"{wanted.names[0]} is at {wanted.home}"
 
 
 def _download(wanted: KnownFile) -> str:

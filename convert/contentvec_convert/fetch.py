@@ -20,7 +20,14 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from mlx_contentvec import hub
-from mlx_contentvec.errors import HubError, IdentityError, OutputError, name_list
+from mlx_contentvec.errors import (
+    HubError,
+    IdentityError,
+    OutputError,
+    did_you_mean,
+    name_list,
+    printable,
+)
 from mlx_contentvec.files import cannot_write, explained, lock_now, open_own, place, sync
 
 from .diagnosis import accept
@@ -43,7 +50,11 @@ def known_file(key: str) -> KnownFile:
     row = next((row for row in KNOWN_FILES if row.key == key), None)
     fetchable = [row.key for row in KNOWN_FILES if row.hub_path]
     if row is None:
-        raise HubError(f"no known file is called {key}", expected=name_list(fetchable))
+        raise HubError(
+            f"no known file is called {printable(key)}",
+            expected=name_list(fetchable),
+            hint=did_you_mean(key, fetchable),
+        )
     if row.hub_path is None:
         raise HubError(
             f"{key} cannot be fetched: no checksum of it is known here",

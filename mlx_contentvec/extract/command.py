@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 import click
 
-from ..audio import require_decoders
-from ..errors import printable
+from ..audio import AUDIO_SUFFIXES, require_decoders
+from ..errors import counted, printable
+from ..terminal import Status, say
 from .applio import check_model_info, write_model_info
 from .manifest import Manifest, ignores_case, locked
 from .run import (
@@ -57,7 +59,7 @@ def size(text: str) -> int:
 )  # fmt: skip
 @click.option(
     "-w", "--weights", required=True,
-    help="Converted weights: a file, a folder, or owner/name on the Hugging Face Hub.",
+    help="Converted weights: a file, a folder, owner/name on the Hub, or a known model's name.",
 )  # fmt: skip
 @click.option(
     "--version", "version", type=click.Choice(["v1", "v2"]),
@@ -118,6 +120,7 @@ def extract(paths: tuple[str, ...], folder: Path, weights: str, **options: Any) 
         raise click.UsageError("Applio trains on the last layer: leave out --version and --layer")
     if options["overlap"] is not None and options["window"] is None:
         raise click.UsageError("--overlap needs --window")
+    _require_right_places(paths, weights)
     ranks = Ranks.launched()
     if "-" in paths and ranks.size > 1:
         raise click.UsageError("a list on stdin does not reach every process of mlx.launch")
@@ -127,11 +130,22 @@ def extract(paths: tuple[str, ...], folder: Path, weights: str, **options: Any) 
         if options["as_json"]:
             click.echo(json.dumps({"output": str(folder), **summary.to_dict()}, indent=2))
         else:
-            _report(summary, folder)
+            _report(summary, folder, relative=not any(map(os.path.isabs, paths)))
     # nobody leaves before the first has reported: the launcher stops all when one fails
     ranks.gather(None)
     if summary.failed:
         click.get_current_context().exit(1)
+
+
+def _require_right_places(paths: tuple[str, ...], weights: str) -> None:
+    """Notice audio in the place of weights, and weights in the place of audio."""
+    if Path(weights).suffix.lower() in AUDIO_SUFFIXES:
+        raise click.UsageError(f"-w names the weights, and {printable(weights)} is audio")
+    given = [path for path in paths if Path(path).suffix in (".safetensors", ".pt", ".pth")]
+    if given:
+        raise click.UsageError(
+            f"{printable(given[0])} is no audio: weights are named with -w, audio without"
+        )
 
 
 def _run(
@@ -140,7 +154,8 @@ def _run(
     """Plan, extract this rank's share, and add up what all ranks did."""
     from ..backend import device_kind
     from ..features import BATCH_SECONDS, feature_kind
-    from ..hub import resolve, sha256_of
+    from ..hub import sha256_of
+    from ..loading import find_weights
     from ..model import ContentvecModel
     from .packing import check_packs, pack, part_of
 
@@ -148,7 +163,7 @@ def _run(
     folder, prefix = training_root(folder)
     embedder = options["embedder"] or "contentvec"
     with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
-        weights_file = resolve(weights)
+        weights_file = find_weights(weights)
         model = ContentvecModel.from_file(weights_file)
         kind.check(model.config)
         window = options["window"]
@@ -234,8 +249,32 @@ def _outputs(
 @contextlib.contextmanager
 def _progress(share: list[Job], ranks: Ranks) -> Iterator[Callable[[Job, float], None]]:
     """A bar on stderr with the rate and the time left; the first rank's own share."""
-    if ranks.rank or not share or not sys.stderr.isatty():
+    # a clip of unknown length counts a little, so that the end is reached
+    lengths = {job.output: max(job.seconds, 0.01) for job in share}
+    total = sum(lengths.values())
+    done: dict[str, float] = {}
+    begun = time.monotonic()
+
+    def advanced(job: Job, fraction: float) -> tuple[float, str, str]:
+        """Seconds of audio that are done, clips that are, and the rate."""
+        done[job.output] = fraction
+        seconds = sum(lengths[output] * part for output, part in done.items())
+        elapsed = time.monotonic() - begun
+        finished = sum(part == 1.0 for part in done.values())
+        rate = f"{seconds / elapsed:.1f} audio-s/s" if elapsed > 1 else ""
+        return seconds, f"{finished:,}/{len(share):,}", rate
+
+    if ranks.rank or not share:
         yield lambda job, fraction: None
+        return
+    if not sys.stderr.isatty():
+        with Status() as status:
+
+            def say_how_far(job: Job, fraction: float) -> None:
+                seconds, clips, rate = advanced(job, fraction)
+                status.update(f"{clips} clips, {100 * seconds / total:.0f} %, {rate}".rstrip(" ,"))
+
+            yield say_how_far
         return
     from rich.console import Console
     from rich.progress import (
@@ -254,32 +293,21 @@ def _progress(share: list[Job], ranks: Ranks) -> Iterator[Callable[[Job, float],
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        # a clip of unknown length counts a little, so that the end is reached
-        lengths = {job.output: max(job.seconds, 0.01) for job in share}
-        total = sum(lengths.values())
         task = progress.add_task("", total=total, clips=f"0/{len(share)}", rate="")
-        done: dict[str, float] = {}
 
         def advance(job: Job, fraction: float) -> None:
-            done[job.output] = fraction
-            completed = sum(lengths[output] * part for output, part in done.items())
-            elapsed = progress.tasks[task].elapsed or 0.0
-            finished = sum(part == 1.0 for part in done.values())
-            progress.update(
-                task,
-                completed=completed,
-                clips=f"{finished}/{len(share)}",
-                rate=f"{completed / elapsed:.1f} audio-s/s" if elapsed > 1 else "",
-            )
+            seconds, clips, rate = advanced(job, fraction)
+            progress.update(task, completed=seconds, clips=clips, rate=rate)
 
         yield advance
 
 
-def _report(summary: Summary, folder: Path) -> None:
+def _report(summary: Summary, folder: Path, *, relative: bool) -> None:
     rate = summary.audio_seconds / summary.wall_seconds if summary.wall_seconds else 0.0
-    click.echo(
-        f"extracted  {summary.extracted:,} clips, {_duration(summary.audio_seconds)} of audio "
-        f"in {_duration(summary.wall_seconds)} ({rate:.1f} audio-seconds per second)"
+    say(
+        f"extracted  {counted(summary.extracted, 'clip')}, "
+        f"{_duration(summary.audio_seconds)} of audio in {_duration(summary.wall_seconds)} "
+        f"({rate:.1f} audio-seconds per second)"
     )
     if summary.ranks > 1:
         click.echo(f"processes  {summary.ranks}")
@@ -292,9 +320,10 @@ def _report(summary: Summary, folder: Path) -> None:
         )
     click.echo(f"output     {printable(str(folder))}")
     if summary.failed:
-        click.echo(f"error: {len(summary.failed)} files gave no features", err=True)
+        click.echo(f"error: {counted(len(summary.failed), 'file')} gave no features", err=True)
         for failure in summary.failed:
-            click.echo(f"  {printable(failure.source)}: {failure.reason}", err=True)
+            source = os.path.relpath(failure.source) if relative else failure.source
+            say(f"  {printable(source)}: {failure.reason}", err=True)
 
 
 def _duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import OutputError, name_list
+from ..errors import OutputError, counted, name_list
 from .manifest import Manifest, Record, holds, prepared
 
 PARTS = ".parts"
@@ -65,7 +65,8 @@ def check_packs(parts: list[str], manifest: Manifest, settings: Record, force: b
                 taken.append(f"{pack}: it was made with other settings")
     if taken:
         raise OutputError(
-            f"{len(taken)} files in {manifest.folder} are not of this run",
+            f"{counted(len(taken), 'file')} in {manifest.folder} "
+            f"{'is' if len(taken) == 1 else 'are'} not of this run",
             found=name_list(taken, limit=3),
             hint="choose another folder, or replace them with --force",
         )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
-from ..errors import AudioError, ContentvecError, OutputError, name_list, printable
+from ..errors import AudioError, ContentvecError, OutputError, counted, name_list, printable
 from .manifest import Manifest, Record, State, identity, prepared
 from .sharding import Ranks, shares
 from .sources import Source
@@ -153,7 +153,8 @@ def plan_jobs(
         pending.append(Job(str(source.path), output, guess_seconds(source.path)))
     if taken:
         raise OutputError(
-            f"{len(taken)} outputs in {manifest.folder} are not of this run",
+            f"{counted(len(taken), 'output')} in {manifest.folder} "
+            f"{'is' if len(taken) == 1 else 'are'} not of this run",
             found=name_list(taken, limit=3),
             hint="choose another folder, or replace them with --force",
         )

@@ -238,7 +238,7 @@ def reference_named(given: str | None) -> tuple[str | None, Path | None]:
 @contextlib.contextmanager
 def _progress(first: str) -> Iterator[Progress]:
     """A spinner on stderr that names what is being done, gone when it ends."""
-    from rich.console import Console
+    from mlx_contentvec.terminal import Status
 
-    with Console(stderr=True).status(first) as status:
+    with Status(first) as status:
         yield status.update

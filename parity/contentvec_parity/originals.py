@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import ConfigError, MissingDependency
+from mlx_contentvec.errors import ConfigError, MissingDependency, install_hint
 
 #: as deep and as wide as a path needs to be exercised, and no more
 TINY_CONV = ((48, 10, 5), *(((48, 3, 2),) * 4), *(((64, 2, 2),) * 2))
@@ -45,7 +45,7 @@ def _torch() -> Any:
     except ImportError as error:
         raise MissingDependency(
             "the original models run on PyTorch, which is not installed",
-            hint="pip install 'mlx-contentvec[parity]'",
+            hint=install_hint("parity"),
         ) from error
     return torch
 
@@ -222,7 +222,7 @@ def transformers_hubert(
         import transformers
     except ImportError as error:
         raise MissingDependency(
-            "transformers is not installed", hint="pip install 'mlx-contentvec[parity]'"
+            "transformers is not installed", hint=install_hint("parity")
         ) from error
     torch.manual_seed(seed)
     channels, kernels, strides = zip(*config.conv_layers, strict=True)

@@ -25,7 +25,7 @@ from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.checkpoint.source_file import SourceFile
 from contentvec_convert.conversion import convert, default_output, ledger_path
 from contentvec_convert.precision import PRECISIONS, all_finite, widen
-from contentvec_parity.standin import write as standin_module
+from contentvec_parity.standin import weights as standin_module
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import (
     CheckpointError,
@@ -140,6 +140,19 @@ def test_the_full_size_file_converts_with_214_tensors_accounted_for(
     output.unlink()
 
 
+def test_the_name_of_the_source_changes_the_ledger_and_not_the_output(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    other = tmp_path / "what my friend called it.bin"
+    other.write_bytes(tiny_checkpoint.read_bytes())
+    ledgers = [
+        convert(source, tmp_path / f"{i}.safetensors", allow_unknown=True)
+        for i, source in enumerate((tiny_checkpoint, other))
+    ]
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    assert [ledger.source["name"] for ledger in ledgers] == [tiny_checkpoint.name, other.name]
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, tiny_checkpoint: Path) -> None:
     for folder in ("1", "2"):
         (tmp_path / folder).mkdir()
@@ -156,7 +169,6 @@ def test_the_output_says_where_it_comes_from(converted_tiny: Path, tiny_checkpoi
     assert metadata["dtype"] == "float32"
     assert ModelConfig.from_dict(json.loads(metadata["config"])).encoder_layers == 3
     assert source == {
-        "name": tiny_checkpoint.name,
         "size": len(data),
         "md5": hashlib.md5(data).hexdigest(),
         "sha256": hashlib.sha256(data).hexdigest(),

@@ -214,8 +214,8 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(here: Path) -> None:
 @pytest.mark.parametrize("patience", ["0", "60"])
 def test_a_bar_appears_on_a_terminal_when_it_takes_long(here: Path, patience: str) -> None:
     code = (
-        "import sys; from contentvec_convert.commands import convert as commands\n"
-        "commands._PATIENCE = float(sys.argv[1])\n"
+        "import sys; from mlx_contentvec import terminal\n"
+        "terminal.PATIENCE = float(sys.argv[1])\n"
         "from mlx_contentvec.cli import main\n"
         "main(['convert', 'standin.pt', '--allow-unknown'])"
     )

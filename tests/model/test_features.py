@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contentvec_parity.references.truth import true_double
+from mlx_contentvec.audio import read_audio
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, ConfigError
@@ -58,7 +59,7 @@ def test_features_are_those_that_rvc_gets_from_fairseq(
     fairseq_model, model = original
     waveform = noise(int(seconds * 16000))
     expected = as_rvc_asks(torch, fairseq_model, waveform, version)
-    features = model.extract(waveform, version=version)
+    features = model.extract(waveform, version=version, sample_rate=16000)
     assert features.dtype == np.float32
     assert features.shape == expected.shape
     np.testing.assert_allclose(features, expected, atol=5e-5, rtol=0)
@@ -71,7 +72,7 @@ def test_streamed_features_are_those_of_fairseq(
     fairseq_model, model = original
     waveform = noise(16000 * 7)
     expected = as_rvc_asks(torch, fairseq_model, waveform, version)
-    features = model.extract(waveform, version=version, max_memory=2 << 20)
+    features = model.extract(waveform, version=version, max_memory=2 << 20, sample_rate=16000)
     np.testing.assert_allclose(features, expected, atol=5e-5, rtol=0)
 
 
@@ -96,11 +97,14 @@ def test_a_file_gives_fairseqs_features_of_what_it_holds(
 
 def test_version_two_is_the_default(deep: ContentvecModel) -> None:
     waveform = noise(16000)
-    features = extract(deep, waveform)
-    np.testing.assert_array_equal(features, extract(deep, waveform, version="v2"))
-    np.testing.assert_array_equal(features, extract(deep, waveform, layer=12))
+    features = extract(deep, waveform, sample_rate=16000)
     np.testing.assert_array_equal(
-        extract(deep, waveform, version="v1"), extract(deep, waveform, layer=9, project=True)
+        features, extract(deep, waveform, version="v2", sample_rate=16000)
+    )
+    np.testing.assert_array_equal(features, extract(deep, waveform, layer=12, sample_rate=16000))
+    np.testing.assert_array_equal(
+        extract(deep, waveform, version="v1", sample_rate=16000),
+        extract(deep, waveform, layer=9, project=True, sample_rate=16000),
     )
 
 
@@ -116,32 +120,37 @@ def test_a_waveform_is_mixed_and_resampled(deep: ContentvecModel) -> None:
 
 def test_an_mlx_array_is_a_waveform(deep: ContentvecModel) -> None:
     waveform = noise(8000)
-    np.testing.assert_array_equal(extract(deep, mx.array(waveform)), extract(deep, waveform))
+    np.testing.assert_array_equal(
+        extract(deep, mx.array(waveform), sample_rate=16000),
+        extract(deep, waveform, sample_rate=16000),
+    )
 
 
 def test_a_model_that_wants_normalised_input_gets_it() -> None:
     model = random_model(CONFIGS["large"])
     waveform = noise(48000)
-    features = extract(model, waveform, layer=3)
-    np.testing.assert_allclose(extract(model, waveform * 0.5 + 0.1, layer=3), features, atol=1e-2)
-    streamed = extract(model, waveform, layer=3, max_memory=3 << 20)
+    features = extract(model, waveform, layer=3, sample_rate=16000)
+    np.testing.assert_allclose(
+        extract(model, waveform * 0.5 + 0.1, layer=3, sample_rate=16000), features, atol=1e-2
+    )
+    streamed = extract(model, waveform, layer=3, max_memory=3 << 20, sample_rate=16000)
     np.testing.assert_allclose(streamed, features, atol=2e-5)
 
 
 def test_features_the_model_does_not_have_are_refused() -> None:
     model = random_model(TINY)
     with pytest.raises(ConfigError, match="no layer 12"):
-        extract(model, noise(16000))
+        extract(model, noise(16000), sample_rate=16000)
     with pytest.raises(ConfigError, match="version v1, layer 3"):
-        extract(model, noise(16000), version="v1", layer=3)
+        extract(model, noise(16000), version="v1", layer=3, sample_rate=16000)
     with pytest.raises(ConfigError, match="no version 'v3'"):
-        extract(model, noise(16000), version="v3")
+        extract(model, noise(16000), version="v3", sample_rate=16000)
     with pytest.raises(ConfigError, match="which layer"):
-        extract(model, noise(16000), project=True)
+        extract(model, noise(16000), project=True, sample_rate=16000)
     with pytest.raises(ConfigError, match="no final_proj"):
         FeatureKind(3, project=True).check(ModelConfig(final_dim=None))
     with pytest.raises(AudioError, match="too short"):
-        extract(model, noise(399), layer=3)
+        extract(model, noise(399), layer=3, sample_rate=16000)
 
 
 def test_the_versions_are_rvcs() -> None:
@@ -159,7 +168,7 @@ MIXED = [16000, 5000, 400, 16000, 4600, 17777, 21000, 5119, 720, 16000, 20500]
 def test_a_clip_in_a_batch_is_the_clip_alone(config: ModelConfig) -> None:
     model = random_model(config)
     clips = [noise(samples, seed) * (1 + seed) / 5 for seed, samples in enumerate(MIXED)]
-    batched = list(model.extract_many(clips, layer=3, batch_seconds=10))
+    batched = list(model.extract_many(clips, layer=3, batch_seconds=10, sample_rate=16000))
     for clip, features in zip(clips, batched, strict=True):
         np.testing.assert_allclose(features, in_one_go(model, clip, output_layer=3), atol=2e-5)
 
@@ -169,7 +178,9 @@ def test_batched_features_are_those_of_fairseq_alone(
 ) -> None:
     fairseq_model, model = original
     clips = [noise(samples, seed) for seed, samples in enumerate(MIXED)]
-    for clip, features in zip(clips, model.extract_many(clips, batch_seconds=10), strict=True):
+    for clip, features in zip(
+        clips, model.extract_many(clips, batch_seconds=10, sample_rate=16000), strict=True
+    ):
         expected = as_rvc_asks(torch, fairseq_model, clip, "v2")
         np.testing.assert_allclose(features, expected, atol=5e-5, rtol=0)
 
@@ -187,14 +198,16 @@ def test_padding_as_fairseq_does_it_is_what_fairseq_computes(
         expected, frame_mask = fairseq_model.extract_features(
             source=torch.from_numpy(source), padding_mask=torch.from_numpy(mask), output_layer=12
         )
-    batched = list(model.extract_many(clips, batch_seconds=10, padding="fairseq"))
+    batched = list(
+        model.extract_many(clips, batch_seconds=10, padding="fairseq", sample_rate=16000)
+    )
     for row in range(3):
         valid = expected[row][~frame_mask[row]].numpy()
         np.testing.assert_allclose(batched[row], valid, atol=5e-5, rtol=0)
     # the longest is not padded; the others are heard with their padding
-    alone = model.extract(clips[0])
+    alone = model.extract(clips[0], sample_rate=16000)
     assert np.abs(batched[0][: len(alone)] - alone).max() > 1e-2
-    np.testing.assert_allclose(batched[2], model.extract(clips[2]), atol=5e-5)
+    np.testing.assert_allclose(batched[2], model.extract(clips[2], sample_rate=16000), atol=5e-5)
 
 
 @given(
@@ -214,6 +227,42 @@ def test_clips_of_one_length_share_a_batch() -> None:
     assert batches([5, 9, 5, 5, 9], 20) == [[0, 2, 3], [1, 4]]
 
 
+def test_an_array_must_say_its_sample_rate_and_what_has_one_need_not(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    model, waveform = random_model(TINY), noise(22050)
+    soundfile.write(tmp_path / "song.wav", waveform, 22050, subtype="FLOAT")
+    expected = model.extract(waveform, sample_rate=22050, layer=3)
+    for source in (
+        str(tmp_path / "song.wav"),
+        tmp_path / "song.wav",
+        read_audio(tmp_path / "song.wav"),
+    ):
+        np.testing.assert_array_equal(model.extract(source, layer=3), expected)
+    songs = [tmp_path / "song.wav", waveform]
+    for features in model.extract_many(songs, layer=3, sample_rate=22050):
+        np.testing.assert_allclose(features, expected, atol=2e-5)
+    with pytest.raises(AudioError, match="sample_rate="):
+        model.extract(waveform, layer=3)
+    with pytest.raises(AudioError, match="sample_rate="):
+        next(model.extract_many([waveform], layer=3))
+
+
+def test_arguments_that_mean_nothing_are_errors_of_this_project() -> None:
+    model = random_model(TINY)
+    for arguments in ({"layer": "3"}, {"layer": 2.0}, {"version": 2}):
+        with pytest.raises(ConfigError):
+            model.extract(noise(16000), sample_rate=16000, **arguments)
+    for arguments in ({"max_memory": "800M"}, {"batch_seconds": "10"}):
+        with pytest.raises(ConfigError, match="a number"):
+            next(model.extract_many([noise(16000)], layer=3, sample_rate=16000, **arguments))
+    with pytest.raises(ConfigError, match="several"):
+        next(model.extract_many("song.wav", layer=3))
+    with pytest.raises(AudioError, match=r"array\.T"):
+        model.extract(noise(32000).reshape(2, -1), layer=3, sample_rate=16000)
+    with pytest.raises(ConfigError, match="exact or fairseq"):
+        next(model.extract_many([noise(16000)], layer=3, sample_rate=16000, padding="zeros"))
+
+
 def test_many_clips_are_taken_as_they_are_needed() -> None:
     taken = 0
 
@@ -223,7 +272,7 @@ def test_many_clips_are_taken_as_they_are_needed() -> None:
             taken += 1
             yield noise(400, seed)
 
-    features = random_model(TINY).extract_many(clips(), layer=1)
+    features = random_model(TINY).extract_many(clips(), layer=1, sample_rate=16000)
     next(features)
     assert taken == 64
 
@@ -231,14 +280,18 @@ def test_many_clips_are_taken_as_they_are_needed() -> None:
 def test_features_come_in_the_order_of_their_clips() -> None:
     model = random_model(TINY)
     clips = [noise(n) for n in (9000, 500, 9000, 4000)]
-    shapes = [len(f) for f in model.extract_many(clips, layer=1, batch_seconds=5)]
+    shapes = [
+        len(f) for f in model.extract_many(clips, layer=1, batch_seconds=5, sample_rate=16000)
+    ]
     assert shapes == [TINY.frames(len(clip)) for clip in clips]
 
 
 def test_a_batch_that_does_not_fit_is_taken_clip_by_clip() -> None:
     model = random_model(TINY)
     clips = [noise(16000, seed) for seed in range(3)]
-    tight = list(model.extract_many(clips, layer=3, batch_seconds=60, max_memory=3 << 20))
+    tight = list(
+        model.extract_many(clips, layer=3, batch_seconds=60, max_memory=3 << 20, sample_rate=16000)
+    )
     for clip, features in zip(clips, tight, strict=True):
         np.testing.assert_allclose(features, in_one_go(model, clip, output_layer=3), atol=2e-5)
 
@@ -258,6 +311,8 @@ def test_the_full_size_model_gives_rvcs_features(
         floor = np.abs(as_rvc_asks(torch, original, waveform, version) - exact).max()
         assert floor < 1e-4
         for max_memory in (None, 64 << 20):
-            features = model.extract(waveform, version=version, max_memory=max_memory)
+            features = model.extract(
+                waveform, version=version, max_memory=max_memory, sample_rate=16000
+            )
             assert features.shape == (249, width)
             assert np.abs(features - exact).max() < 1.5 * floor

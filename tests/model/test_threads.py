@@ -96,9 +96,13 @@ load = ContentvecModel.from_file
 
 CALLS: dict[str, Callable[[ContentvecModel], list[Any]]] = {
     "model()": lambda model: [model(CLIP[None], output_layer=9)["x"]],
-    "extract": lambda model: [model.extract(CLIP)],
-    "extract_many": lambda model: list(model.extract_many([CLIP, OTHER], batch_seconds=2)),
-    "streamed": lambda model: [model.extract(np.tile(CLIP, 16), max_memory=3 << 20)],
+    "extract": lambda model: [model.extract(CLIP, sample_rate=16000)],
+    "extract_many": lambda model: list(
+        model.extract_many([CLIP, OTHER], batch_seconds=2, sample_rate=16000)
+    ),
+    "streamed": lambda model: [
+        model.extract(np.tile(CLIP, 16), max_memory=3 << 20, sample_rate=16000)
+    ],
     "fairseq": lambda model: list(Hubert(model).extract_features(CLIP[None], output_layer=9))[:1],
     "transformers": lambda model: list(
         Hubert(model)(CLIP[None], output_hidden_states=True).hidden_states
@@ -159,7 +163,7 @@ def test_a_model_that_was_changed_belongs_to_no_thread_either(change: str, tmp_p
 def test_eight_threads_share_one_model(tmp_path: Path) -> None:
     model = load(random_weights_file(tmp_path / "weights.safetensors", DEEP))
     clips = [noise(3000 + 400 * i, i) for i in range(8)]
-    expected = [model.extract(clip) for clip in clips]
+    expected = [model.extract(clip, sample_rate=16000) for clip in clips]
     end = time.monotonic() + 3
     together = threading.Barrier(8)
 
@@ -167,7 +171,7 @@ def test_eight_threads_share_one_model(tmp_path: Path) -> None:
         together.wait()
         asked = 0
         while time.monotonic() < end or asked < 2:
-            assert_same([model.extract(clips[i])], [expected[i]])
+            assert_same([model.extract(clips[i], sample_rate=16000)], [expected[i]])
             asked += 1
         return asked
 
@@ -177,13 +181,13 @@ def test_eight_threads_share_one_model(tmp_path: Path) -> None:
 
 def test_a_first_call_may_be_made_by_several_threads(tmp_path: Path) -> None:
     path = random_weights_file(tmp_path / "weights.safetensors", DEEP)
-    expected = load(path).extract(CLIP)
+    expected = load(path).extract(CLIP, sample_rate=16000)
     for _ in range(5):
         model, together = load(path), threading.Barrier(4)
 
         def ask(_: int, model: Any = model, together: Any = together) -> Any:
             together.wait()
-            return model.extract(CLIP)
+            return model.extract(CLIP, sample_rate=16000)
 
         with ThreadPoolExecutor(4) as pool:
             assert_same(list(pool.map(ask, range(4))), [expected] * 4)

@@ -212,7 +212,7 @@ def spoil(evidence: Path, how: str) -> None:
         "not a report": lambda: parity.write_text("{}"),
         "not JSON": lambda: ledger.write_text("<html>"),
         "ledger of another source": lambda: edited(
-            ledger, lambda document: document["source"].update(name="other.pt")
+            ledger, lambda document: document["source"].update(sha256="0" * 64)
         ),
     }[how]()
 

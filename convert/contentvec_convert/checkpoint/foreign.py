@@ -24,6 +24,11 @@ HEAD_BYTES = 1024
 
 _GET_THE_FILE = "download the file itself again, and compare its size with the publisher's"
 _EMBEDDER = "what is needed is the embedder that turns speech into features, such as hubert_base.pt"
+_OTHER_HALF = (
+    "this is the other half of a voice converter: it reads what an embedder makes of speech\n"
+    + _EMBEDDER
+)
+_AUDIO = f"its features come from `mlx-contentvec extract`\n{_EMBEDDER}"
 _OTHER_FORM = "get the model as a PyTorch or safetensors file: it cannot be converted from this"
 
 
@@ -49,8 +54,8 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes", _OTHER_FORM),
     (4, b"TFL3", "a TensorFlow Lite model", _OTHER_FORM),
     (0, b"\x08\x01\x12\x0btf", "a TensorFlow graph", _OTHER_FORM),
-    (0, b"IxF", "a faiss index, the companion of an RVC voice model", _EMBEDDER),
-    (0, b"IwF", "a faiss index, the companion of an RVC voice model", _EMBEDDER),
+    (0, b"IxF", "a faiss index, the companion of an RVC voice model", _OTHER_HALF),
+    (0, b"IwF", "a faiss index, the companion of an RVC voice model", _OTHER_HALF),
     (0, b"\x1f\x8b", "a gzip file", "unpack it first"),
     (0, b"BZh", "a bzip2 file", "unpack it first"),
     (0, b"\xfd7zXZ\x00", "a xz file", "unpack it first"),
@@ -60,11 +65,11 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (257, b"ustar", "a tar archive", "unpack it first; if torch before 0.1.10 wrote it, load it "
      "with torch and save it again"),
     (0, b"PK\x05\x06", "an empty zip archive", _GET_THE_FILE),
-    (0, b"RIFF", "audio or video", _EMBEDDER),
-    (0, b"fLaC", "audio", _EMBEDDER),
-    (0, b"OggS", "audio", _EMBEDDER),
-    (0, b"ID3", "audio", _EMBEDDER),
-    (4, b"ftyp", "audio or video", _EMBEDDER),
+    (0, b"RIFF", "audio or video", _AUDIO),
+    (0, b"fLaC", "audio", _AUDIO),
+    (0, b"OggS", "audio", _AUDIO),
+    (0, b"ID3", "audio", _AUDIO),
+    (4, b"ftyp", "audio or video", _AUDIO),
     (0, b"\x89PNG\r\n\x1a\n", "an image", _EMBEDDER),
     (0, b"\xff\xd8\xff", "an image", _EMBEDDER),
     (0, b"%PDF-", "a PDF document", _GET_THE_FILE),
@@ -152,9 +157,7 @@ def foreign_value(value: Any) -> Foreign | None:
         and any(isinstance(part, TensorView) for part in weight.values())
         and ("config" in value or "info" in value or "f0" in value)
     ):
-        return Foreign(
-            "an RVC voice model", "a voice model speaks and an embedder listens; " + _EMBEDDER
-        )
+        return Foreign("an RVC voice model", _OTHER_HALF)
     if type(value.get("generator")) is dict:
         return Foreign("a vocoder's checkpoint (HiFi-GAN)", _EMBEDDER)
     return None

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_contentvec.errors import name_list
+from mlx_contentvec.errors import IdentityError, did_you_mean, name_list
+from mlx_contentvec.terminal import labelled, late_bar, say
 
 # Nothing here imports numpy: hashing the source takes longest and begins first.
 from ..identity import Identification, Identity
@@ -22,10 +20,6 @@ from ..known_files import KNOWN_FILES
 if TYPE_CHECKING:
     from ..inspection import Inspection
     from ..ledger import Ledger
-    from ..transfer import Progress
-
-#: a bar appears when something takes longer than this, in seconds
-_PATIENCE = 1.0
 
 
 def _digits(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -104,7 +98,7 @@ def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **opti
         if dtype not in PRECISIONS:
             raise click.BadParameter(f"not one of {', '.join(PRECISIONS)}", param_hint="--dtype")
         output = output if output is not None else conversion.default_output(source)
-        progress = stack.enter_context(_late_bar())
+        progress = stack.enter_context(late_bar())
         ledger = conversion.convert(source, output, dtype=dtype, progress=progress, **options)
     if as_json:
         click.echo(json.dumps({"path": _shown(output), **ledger.to_dict()}, ensure_ascii=False))
@@ -124,7 +118,7 @@ def inspect(
     """Say what FILE is, a checkpoint or a converted file: nothing is converted or written."""
     from ..inspection import inspect as inspect_file
 
-    with _late_bar() as progress:
+    with late_bar() as progress:
         found = inspect_file(path, heads=heads, normalize=normalize, progress=progress)
     if as_json:
         click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
@@ -134,12 +128,27 @@ def inspect(
 
 def _fetched(source: Path) -> Path:
     """``source``, or the known file of that name, fetched where there is no such path."""
-    if source.exists() or str(source) not in {row.key for row in KNOWN_FILES}:
+    keys = [row.key for row in KNOWN_FILES]
+    if source.exists():
         return source
+    if str(source) not in keys:
+        raise IdentityError(
+            f"cannot read {_shown(source)}: No such file or directory",
+            expected="a checkpoint, a Hugging Face folder, or a name that `mlx-contentvec models` "
+            "lists",
+            hint=did_you_mean(str(source), [*keys, *_beside(source)]),
+        )
     from ..fetch import fetch
 
     click.echo(f"fetching {source}", err=True)
     return fetch(str(source))[0]
+
+
+def _beside(missing: Path) -> list[str]:
+    """What lies where ``missing`` does not, as it would be typed."""
+    with contextlib.suppress(OSError):
+        return [str(missing.with_name(path.name)) for path in missing.parent.iterdir()]
+    return []
 
 
 def _shown(path: Path) -> str:
@@ -148,8 +157,7 @@ def _shown(path: Path) -> str:
 
 
 def _line(label: str, text: str) -> None:
-    """One row of a summary; further lines of ``text`` line up below the first."""
-    click.echo(f"  {label:<10}{text.replace(chr(10), chr(10) + ' ' * 12)}")
+    say(labelled(label, text))
 
 
 def _show_identity(identity: Identity, stand_in: str | None) -> None:
@@ -232,45 +240,9 @@ def _show_provenance(found: Inspection) -> None:
     if found.stand_in is not None:
         _line("is", "made from a STAND-IN with synthetic weights, not a trained model")
     else:
-        _line(
-            "is",
-            f"converted, as it says itself, from {source.get('known_as') or source.get('name')}",
-        )
+        known = source.get("known_as") or "a checkpoint that is not a known one"
+        _line("is", f"converted, as it says itself, from {known}")
     _line("source", f"md5 {source.get('md5')}, {source.get('size')} bytes")
     _line("format", f"{said.get('dtype')}, by mlx-contentvec {said['mlx_contentvec_version']}")
     _line("sha256", found.identity.sha256)
     _line("ledger", str(found.ledger))
-
-
-@contextlib.contextmanager
-def _late_bar() -> Iterator[Progress | None]:
-    """A bar on stderr, if that is a terminal and the work takes longer than _PATIENCE."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    begun = time.monotonic()
-    bar: Any = None
-    tasks: dict[str, Any] = {}
-
-    def advance(doing: str, done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None and time.monotonic() - begun > _PATIENCE:
-            bar = _bar()
-            bar.start()
-        if bar is not None:
-            if doing not in tasks:
-                tasks[doing] = bar.add_task(doing, total=total)
-            bar.update(tasks[doing], completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    return Bar(transient=True, console=Console(stderr=True))

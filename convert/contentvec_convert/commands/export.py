@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from mlx_contentvec.terminal import say
+
 from ..export import FORMATS
 from ..export import export as export_file
 
@@ -42,6 +44,6 @@ def export(converted: Path, to: str, output: Path | None, force: bool, as_json: 
         }
         click.echo(json.dumps(document, indent=2))
         return
-    click.echo(f"{result.path}  {result.tensors} tensors, for {result.format}")
+    say(f"{result.path}  {result.tensors} tensors, for {result.format}")
     for note in result.notes:
-        click.echo(f"  {note}")
+        say(f"  {note}")

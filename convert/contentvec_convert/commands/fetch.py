@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import click
+
+from mlx_contentvec.terminal import labelled, late_bar, say
 
 from ..fetch import fetch as fetch_file
 from ..known_files import KNOWN_FILES
@@ -32,31 +33,17 @@ def fetch(key: str, output: Path | None, force: bool, listed: bool, as_json: boo
     if listed:
         _list(as_json)
         return
-    path, identity = fetch_file(key, output, force=force, progress=_checking())
+    with late_bar() as progress:
+        path, identity = fetch_file(
+            key, output, force=force, progress=lambda done, total: progress("checking", done, total)
+        )
     if as_json:
         click.echo(json.dumps({"path": str(path), **identity.to_dict()}, indent=2))
         return
     click.echo(f"{path}  {identity.size:,} bytes")
-    click.echo(f"  is      {identity.known.what if identity.known else 'unknown'}")
-    click.echo(f"  md5     {identity.md5}")
-    click.echo(f"  sha256  {identity.sha256}")
-
-
-def _checking() -> Callable[[int, int], None]:
-    """A bar on stderr that appears with the first byte checked and goes with the last."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bar = Progress(transient=True, console=Console(stderr=True))
-    task = bar.add_task("checking")
-
-    def checked(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
-        if done >= total:
-            bar.stop()
-
-    return checked
+    say(labelled("is", identity.known.what if identity.known else "unknown", width=8))
+    say(labelled("md5", identity.md5, width=8))
+    say(labelled("sha256", identity.sha256, width=8))
 
 
 def _list(as_json: bool) -> None:
@@ -67,4 +54,4 @@ def _list(as_json: bool) -> None:
     width = max(len(row.key) for row in rows)
     for row in rows:
         size = f"{row.size / 1e6:,.0f} MB" if row.size else "size not known"
-        click.echo(f"{row.key:{width}}  {row.what} ({size})")
+        say(f"{row.key:{width}}  {row.what} ({size})")

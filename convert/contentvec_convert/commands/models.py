@@ -8,6 +8,7 @@ import json
 import click
 
 from mlx_contentvec.config import PRESETS
+from mlx_contentvec.terminal import say
 
 from ..known_files import KNOWN_FILES, KnownFile
 
@@ -28,12 +29,12 @@ def models(as_json: bool) -> None:
     for row in KNOWN_FILES:
         preset = PRESETS[row.architecture]
         click.echo(f"{row.key}")
-        click.echo(f"  {row.what}")
-        click.echo(
+        say(f"  {row.what}")
+        say(
             f"  {row.architecture}: {preset.encoder_layers} layers, {preset.encoder_embed_dim} "
             f"wide; input {_INPUT[row.normalize]}"
         )
-        click.echo(f"  {row.home}  ({_availability(row)})")
+        say(f"  {row.home}  ({_availability(row)})")
 
 
 def _availability(row: KnownFile) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_contentvec.errors import MissingDependency
+from mlx_contentvec.errors import MissingDependency, install_hint
 
 Document = Mapping[str, Any]
 
@@ -162,7 +162,7 @@ def plot(document: Document, path: Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise MissingDependency(
-            "drawing a plot needs matplotlib", hint="pip install 'mlx-contentvec[report]'"
+            "drawing a plot needs matplotlib", hint=install_hint("report")
         ) from None
 
     figure, (time, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")

@@ -130,7 +130,7 @@ def _extract(path: str, settings: dict[str, Any]) -> Run:
     model = ContentvecModel.from_file(path)
 
     def run(source: Waveform) -> NDArray[np.float32]:
-        return np.stack(list(model.extract_many(source)))
+        return np.stack(list(model.extract_many(source, sample_rate=model.config.sample_rate)))
 
     return run
 

@@ -127,6 +127,7 @@ def bench(
     from rich.console import Console
 
     from mlx_contentvec.backend import device_kind
+    from mlx_contentvec.terminal import Status
 
     from ..bench.measure import Settings
     from ..bench.measure import bench as measure
@@ -141,7 +142,7 @@ def bench(
         device=device or ("cpu" if device_kind() == "cpu" else "gpu"),
         live=live,
     )
-    with Console(stderr=True).status("starting") as status:
+    with Status("starting") as status:
         document = measure(
             checkpoint,
             converted,

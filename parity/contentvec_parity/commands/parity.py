@@ -121,6 +121,8 @@ def run(
     name, recording = reference_named(reference)
     if len(files) > 2 or (len(files) == 1 and recording is None):
         raise click.UsageError("give CHECKPOINT and CONVERTED")
+    if len(files) == 2 and files[0].suffix == ".safetensors" != files[1].suffix:
+        raise click.UsageError(f"CHECKPOINT comes first: {files[1]} {files[0]}")
     gates = _gates(delivery)
     if recording is not None:
         if audio or quick or thorough:
@@ -156,11 +158,11 @@ def record_command(checkpoint: Path, output: Path, reference: str | None, force:
     OUTPUT is a safetensors file of a few megabytes. Whoever has it can run
     `mlx-contentvec parity CONVERTED --reference OUTPUT` without PyTorch.
     """
-    from rich.console import Console
+    from mlx_contentvec.terminal import Status
 
     from ..references.recording import record
 
-    with Console(stderr=True).status(f"recording {checkpoint.name}") as status:
+    with Status(f"recording {checkpoint.name}") as status:
         header = record(
             checkpoint, output, reference=reference, force=force, progress=status.update
         )

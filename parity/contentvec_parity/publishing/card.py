@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from contentvec_convert.known_files import KNOWN_FILES, KnownFile
-from mlx_contentvec.errors import MissingDependency
+from mlx_contentvec.errors import MissingDependency, install_hint
 
 from ..report import document as report
 from . import evidence as files
@@ -174,9 +174,7 @@ def fill(template: str, **facts: Any) -> str:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
-        raise MissingDependency(
-            "a model card needs jinja2", hint="pip install 'mlx-contentvec[report]'"
-        ) from error
+        raise MissingDependency("a model card needs jinja2", hint=install_hint("report")) from error
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         undefined=StrictUndefined,

@@ -38,9 +38,9 @@ class Evidence:
 
     @property
     def source(self) -> dict[str, Any]:
-        """What the weights say they were made from."""
-        source: dict[str, Any] = json.loads(self.metadata["source"])
-        return source
+        """What the weights say they were made from, by the name that the ledger gives it."""
+        name = (self.ledger.get("source") or {}).get("name")
+        return {"name": name, **json.loads(self.metadata["source"])}
 
     @property
     def size(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import MissingDependency, ParityError
+from mlx_contentvec.errors import MissingDependency, ParityError, install_hint
 
 from ..inputs import Clip
 
@@ -87,8 +87,8 @@ def choose(path: Path) -> str:
         "there is nothing here to compare with: the original needs "
         + " or ".join(f"{name}" for name in wanted)
         + ", and torch",
-        hint=f"{FAIRSEQ_RECIPE}\n"
-        "or: pip install 'mlx-contentvec[parity]' for transformers\n"
+        hint=f"for transformers: {install_hint('parity')}\n"
+        f"for fairseq: {FAIRSEQ_RECIPE}\n"
         "or: --reference recording.safetensors, which needs neither",
     )
 
@@ -100,7 +100,7 @@ def open_reference(name: str, path: Path) -> Reference:
     implementation refuses the file.
     """
     if not available(name):
-        hint = FAIRSEQ_RECIPE if name == "fairseq" else "pip install 'mlx-contentvec[parity]'"
+        hint = FAIRSEQ_RECIPE if name == "fairseq" else install_hint("parity")
         raise MissingDependency(f"the reference {name} is not installed", hint=hint)
     if not path.exists():
         raise ParityError(f"no such checkpoint: {path}")

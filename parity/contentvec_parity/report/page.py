@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_contentvec.errors import MissingDependency
+from mlx_contentvec.errors import MissingDependency, install_hint
 
 from ..inputs import INPUT_SETS, SAMPLE_RATE
 from ..references.recording import small
@@ -76,7 +76,7 @@ def require_packages() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise MissingDependency(
-                f"the page needs {name}: {error}", hint="pip install 'mlx-contentvec[report]'"
+                f"the page needs {name}: {error}", hint=install_hint("report")
             ) from error
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_contentvec.errors import ConfigError, MissingDependency
+from mlx_contentvec.errors import ConfigError, MissingDependency, install_hint
 
 #: Counts up whenever the same seed would give other bytes.
 GENERATOR_VERSION = 1
@@ -337,7 +337,7 @@ def import_torch() -> Any:
     except ImportError:
         raise MissingDependency(
             "a stand-in is written by torch, whose file format it has",
-            hint="pip install 'mlx-contentvec[parity]'",
+            hint=install_hint("parity"),
         ) from None
     return torch
 

@@ -1,0 +1,167 @@
+"""The command as people meet it: lines that fit, misspelled words, streams that are gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_contentvec import terminal
+from mlx_contentvec.errors import ContentvecError, counted, did_you_mean
+from mlx_contentvec.terminal import Status, labelled, late_bar, wrapped
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def shell(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``script`` by sh, with the command's name in $M."""
+    return subprocess.run(
+        ["sh", "-c", script],
+        env={
+            **os.environ,
+            "M": f"{sys.executable} -m mlx_contentvec",
+            "PYTHONPATH": os.pathsep.join(
+                map(str, (PROJECT, PROJECT / "convert", PROJECT / "parity"))
+            ),
+            **environment,
+        },
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+# lines --------------------------------------------------------------------------------
+
+
+def test_later_lines_stand_below_the_text_of_the_first() -> None:
+    row = labelled("model", "HuBERT base, 12 layers, 768 wide, 12 heads\nand more")
+    assert wrapped(row, 40).split("\n") == [
+        "  model     HuBERT base, 12 layers, 768",
+        "            wide, 12 heads",
+        "            and more",
+    ]
+    error = str(ContentvecError("a b", found="c " * 20, hint="d " * 20)).split("\n")
+    for line in wrapped("\n".join(error), 30).split("\n"):
+        assert len(line) <= 30
+        assert (
+            line.startswith(("a b", "  found     c", "            c", "hint: d", "      d"))
+            or not line
+        )
+
+
+def test_no_word_is_broken() -> None:
+    path = "a/" * 60
+    assert path in wrapped(labelled("ledger", f"see {path} there"), 40)
+
+
+def test_one_is_not_several() -> None:
+    assert [counted(n, "clip") for n in (0, 1, 2, 1000)] == [
+        "0 clips", "1 clip", "2 clips", "1,000 clips",
+    ]  # fmt: skip
+
+
+def test_only_what_resembles_a_word_is_suggested() -> None:
+    assert did_you_mean("convrt", ["convert", "verify"]) == "did you mean convert?"
+    assert did_you_mean("zzz", ["convert", "verify"]) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("convrt x", "did you mean convert?"),
+        ("here.pt", "mlx-contentvec convert here.pt"),
+        ("convert here.pt --dtyp q8", "--dtype"),
+        ("convert heer.pt", "did you mean here.pt"),
+        ("convert contentve", "did you mean contentvec"),
+        ("fetch contentve", "did you mean contentvec"),
+        ("extract . -o out -w contentve", "did you mean contentvec"),
+        ("extract . -o out -w song.wav", "song.wav is audio"),
+        ("extract here.pt -o out -w .", "here.pt is no audio"),
+        ("parity a.safetensors here.pt", "here.pt a.safetensors"),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(tmp_path: Path, words: str, said: str) -> None:
+    (tmp_path / "here.pt").write_bytes(b"")
+    run = shell(f"$M {words}", tmp_path)
+    assert run.returncode in (1, 2) and said in run.stderr and "Traceback" not in run.stderr
+
+
+# progress -----------------------------------------------------------------------------
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.05)
+    with late_bar() as advance:
+        advance("hashing", 1, 4)
+        time.sleep(0.3)
+    with Status("loading"):
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= lines.count("hashing 25 %") <= 6 and 2 <= lines.count("loading") <= 6
+
+
+def test_quick_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    with late_bar() as advance:
+        advance("hashing", 1, 4)
+    assert capsys.readouterr().err == ""
+
+
+# streams ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["models", "--help", "convert --help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_gives_one_line(tmp_path: Path, command: str, unbuffered: str) -> None:
+    done = shell(f"$M {command} >/dev/full", tmp_path, PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 1
+    assert done.stderr == "error: results cannot be written: No space left on device\n"
+
+
+def test_a_closed_standard_output_gives_one_line(tmp_path: Path) -> None:
+    done = shell("$M models >&-", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output is closed: results have nowhere to go\n"
+
+
+@pytest.mark.parametrize("where", ["2>&-", "2>/dev/full"])
+def test_without_standard_error_results_still_come(tmp_path: Path, where: str) -> None:
+    done = shell(f"$M models {where} && ! $M convert none.pt {where}", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "contentvec" in done.stdout
+
+
+def test_a_reader_that_leaves_early_hears_no_complaint(tmp_path: Path) -> None:
+    done = shell("$M models | head -n 1", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# the last resort ----------------------------------------------------------------------
+
+FAULT = """
+import sys, click
+from mlx_contentvec import cli
+cli.COMMANDS["break"] = ("__main__:broken", "")
+@click.command()
+def broken():
+    raise KeyError("nobody thought of this")
+sys.argv = ["mlx-contentvec", "break"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_what_nobody_thought_of_says_what_to_report(tmp_path: Path, wanted: str) -> None:
+    (tmp_path / "fault.py").write_text(FAULT)
+    done = shell(f"{sys.executable} fault.py", tmp_path, MLX_CONTENTVEC_TRACEBACK=wanted)
+    assert done.returncode == 1
+    assert "KeyError: 'nobody thought of this'" in done.stderr
+    assert "report" in done.stderr and "Python 3" in done.stderr
+    assert ("Traceback" in done.stderr) == bool(wanted)
