@@ -82,7 +82,8 @@ def size(text: str) -> int:
 )  # fmt: skip
 @click.option(
     "--max-memory", type=size,
-    help="Memory beside the model, like 800M or 1.5G; longer clips are streamed, exactly.",
+    help="Memory beside the model, like 800M or 1.5G, on a GPU with what MLX keeps of it; "
+    "longer clips are streamed, exactly.",
 )  # fmt: skip
 @click.option(
     "--window", type=float, metavar="SECONDS",
@@ -94,7 +95,7 @@ def size(text: str) -> int:
 )  # fmt: skip
 @click.option(
     "--batch-seconds", type=click.FloatRange(min=0), metavar="SECONDS",
-    help="Audio in one batch.  [default: 0 on a CPU, 60 on Metal, 120 on CUDA]",
+    help="Audio in one batch.  [default: 60 on a GPU, 0 on a CPU]",
 )  # fmt: skip
 @click.option(
     "--padding", type=click.Choice(["exact", "fairseq"]), default="exact", show_default=True,

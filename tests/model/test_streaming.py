@@ -126,10 +126,31 @@ def test_a_gpu_is_given_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch, ke
     assert plan_chunks(base, 16000 * 60, None) is None
 
 
-def test_half_an_hour_is_planned_into_one_and_a_half_gigabytes() -> None:
+@pytest.mark.parametrize(("width", "fused"), [(64, True), (80, True), (96, False), (128, True)])
+def test_metals_fused_attention_holds_no_scores(
+    monkeypatch: pytest.MonkeyPatch, width: int, fused: bool
+) -> None:
+    config = ModelConfig(encoder_embed_dim=4 * width, encoder_attention_heads=4)
+    minute = 16000 * 60
+    monkeypatch.setattr(memory, "device_kind", lambda: "metal")
+    monkeypatch.setattr(memory.mx, "device_info", lambda: {"memory_size": 64 << 30}, raising=False)
+    # quadratic in the length only where scores are held
+    growth = whole_clip_bytes(config, 16 * minute) / whole_clip_bytes(config, minute)
+    assert (growth < 17) is fused
+    plan = plan_chunks(config, 16 * minute, 1 << 30)
+    assert plan is not None
+    assert (plan.queries == memory.QUERIES[-1] and plan.heads == 4) is fused
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 1.5e9), ("metal", 4e9), ("cuda", 4e9)])
+def test_half_an_hour_is_planned_into_what_its_device_is_given(
+    monkeypatch: pytest.MonkeyPatch, device: str, most: float
+) -> None:
+    monkeypatch.setattr(memory, "device_kind", lambda: device)
+    monkeypatch.setattr(memory.mx, "device_info", lambda: {"memory_size": 16 << 30}, raising=False)
     base = ModelConfig()
     samples = 16000 * 1800
     pieces = plan_chunks(base, samples, None)
     assert pieces is not None
-    assert streamed_bytes(base, samples, pieces) + 4 * samples < 1.5e9
+    assert streamed_bytes(base, samples, pieces) + 4 * samples < most
     assert whole_clip_bytes(base, samples) > 10e9

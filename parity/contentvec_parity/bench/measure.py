@@ -110,6 +110,7 @@ class Worker:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "MLX_ENABLE_TF32": "0",
+            "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
             **dict.fromkeys(
                 (
                     "OMP_NUM_THREADS",
