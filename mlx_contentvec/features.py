@@ -18,8 +18,7 @@ from .memory import (
     bounded,
     is_exhausted,
     limit_of,
-    limits_in_turn,
-    plan_chunks,
+    plans_in_turn,
     release,
     whole_clip_bytes,
 )
@@ -226,8 +225,7 @@ def features_of(
     """
     config = model.config
     said = ""
-    for limit in limits_in_turn(config, len(waveform), max_memory):
-        plan = plan_chunks(config, len(waveform), limit)
+    for plan, limit in plans_in_turn(config, len(waveform), max_memory):
         try:
             with bounded(limit):
                 if plan is None:

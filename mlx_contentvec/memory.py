@@ -129,15 +129,24 @@ def _least_plan() -> ChunkPlan:
     return ChunkPlan(frames=FRAMES[device_kind()][0], heads=1, queries=QUERIES[0])
 
 
-def limits_in_turn(config: ModelConfig, samples: int, max_memory: int | None) -> list[int | None]:
-    """What a clip may take, in turn, as long as the device has not enough for it.
+def plans_in_turn(
+    config: ModelConfig, samples: int, max_memory: int | None
+) -> Iterator[tuple[ChunkPlan | None, int]]:
+    """How to compute a clip, in turn, as long as the device has not enough for it.
 
-    ``max_memory`` twice, since MLX lets go of its freed buffers after the first try, then
-    a quarter of what that needed, then the least that there is.
+    As ``plan_chunks`` has it, twice, since MLX lets go of its freed buffers after the first
+    try; then with a quarter of what that needed; then in the smallest pieces that there are.
+
+    Yields the plan, None for one go, and the bytes that it may take.
     """
-    needed = min(limit_of(max_memory), whole_clip_bytes(config, samples))
-    least = streamed_bytes(config, samples, _least_plan())
-    return [max_memory, max_memory, *(max(least, part) for part in (needed // 4, 0))]
+    plan, limit = plan_chunks(config, samples, max_memory), limit_of(max_memory)
+    yield plan, limit
+    yield plan, limit
+    smallest = _least_plan()
+    least = streamed_bytes(config, samples, smallest)
+    quarter = max(least, min(limit, whole_clip_bytes(config, samples)) // 4)
+    yield plan_chunks(config, samples, quarter) or smallest, quarter
+    yield smallest, least
 
 
 #: what a device's errors say where less at once, or fewer kept buffers, may be enough
@@ -149,13 +158,16 @@ _EXHAUSTED = (
     "alloc_failed",
     "cache thrashing",
     "gpu timeout",
+    "gpu hang",
+    "innocentvictim",
 )
 
 
 def is_exhausted(error: Exception) -> bool:
     """Whether an error says that a device has too little of something for work of this size.
 
-    Memory, time for one command (Metal) or room for plans of convolutions (CUDA).
+    Memory, time for one command or peace from another program's (Metal), or room for
+    plans of convolutions (CUDA).
     """
     said = str(error).lower()
     return isinstance(error, MemoryError) or any(phrase in said for phrase in _EXHAUSTED)

@@ -139,6 +139,10 @@ def _run(
     paths: tuple[str, ...], folder: Path, weights: str, ranks: Ranks, options: dict[str, Any]
 ) -> Summary:
     """Plan, extract this rank's share, and add up what all ranks did."""
+    # MLX on CUDA counts the plans of convolutions, attention and graphs that it had to make
+    # since it started, and refuses every other once there were many: a folder of many
+    # lengths must not end there. Source: mlx/backend/cuda/lru_cache.h
+    os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
     from ..backend import device_kind
     from ..features import BATCH_SECONDS, feature_kind
     from ..hub import resolve, sha256_of

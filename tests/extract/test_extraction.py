@@ -406,6 +406,41 @@ def test_a_clip_that_spoils_its_batch_is_found(
     assert [Path(failure.source).name for failure in summary.failed] == ["1.wav"]
 
 
+def test_a_device_that_refuses_a_clip_in_one_go_loses_none(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        write_clip(tmp_path / f"in/{i}.wav", 8000 + i, seed=i)
+    run(model, tmp_path / "expected", [tmp_path / "in"])
+
+    def thrashing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Cache thrashing is happening, please set MLX_CUDA_CONV_CACHE_SIZE")
+
+    monkeypatch.setattr(ContentvecModel, "__call__", thrashing)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "in"], batch_seconds=60)
+    assert (summary.extracted, summary.failed) == (3, [])
+    for path in (tmp_path / "expected").glob("*.npy"):
+        np.testing.assert_allclose(np.load(tmp_path / "out" / path.name), np.load(path), atol=2e-5)
+    monkeypatch.setattr(ContentvecModel, "walk", thrashing)
+    summary, _ = run(model, tmp_path / "none", [tmp_path / "in/0.wav"])
+    assert summary.failed[0].reason.startswith("the device has not enough for 0.5 s of audio")
+
+
+def test_an_error_of_the_device_is_one_line_in_the_list(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clip(tmp_path / "x.wav")
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("cudaLaunchKernel failed: unspecified\n  at eval.cpp:12\n  and more")
+
+    monkeypatch.setattr(ContentvecModel, "__call__", failing)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "x.wav"])
+    assert summary.failed[0].reason == (
+        "the device could not compute its features (cudaLaunchKernel failed: unspecified)"
+    )
+
+
 def test_an_output_folder_that_cannot_be_written_stops_the_run(
     model: ContentvecModel, tmp_path: Path
 ) -> None:
