@@ -15,19 +15,20 @@ from typing import Any
 import click
 
 from ..audio import require_decoders
-from ..errors import printable
+from ..errors import ConfigError, printable
 from .applio import check_model_info, write_model_info
 from .manifest import Manifest, ignores_case, locked
 from .run import (
     DTYPES,
     Extraction,
+    Failure,
     Job,
     Settings,
     Summary,
     plan_jobs,
     share_of_rank,
 )
-from .sharding import Ranks
+from .sharding import Ranks, Shard
 from .sources import (
     Source,
     find_sources,
@@ -47,6 +48,20 @@ def size(text: str) -> int:
     if match is None:
         raise click.BadParameter(f"{text!r} is not a size like 800M or 1.5G")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+#: in the place of a shard: nothing is extracted, what is missing is said
+SUMMARY = "summary"
+
+
+def shard(text: str) -> Shard | str:
+    """A shard as INDEX/COUNT, or ``summary``."""
+    if text == SUMMARY:
+        return text
+    try:
+        return Shard.parse(text)
+    except ConfigError as error:
+        raise click.BadParameter(f"{text!r}: {error.expected}, or {SUMMARY}") from None
 
 
 @click.command()
@@ -101,6 +116,11 @@ def size(text: str) -> int:
     "--padding", type=click.Choice(["exact", "fairseq"]), default="exact", show_default=True,
     help="In a batch: each clip as if alone, or as the original pads them.",
 )  # fmt: skip
+@click.option(
+    "--shard", type=shard, metavar="I/N",
+    help="Do one of N equal parts, counted from 0, beside other processes; then once "
+    "`summary`, to say what is missing.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace outputs that are not of this run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def extract(paths: tuple[str, ...], folder: Path, weights: str, **options: Any) -> None:
@@ -108,7 +128,8 @@ def extract(paths: tuple[str, ...], folder: Path, weights: str, **options: Any) 
 
     Finished outputs are skipped, so the same command goes on where one was
     stopped. Files that cannot be used are listed at the end, and the exit
-    status is 1. Under mlx.launch the work is shared among its processes.
+    status is 1. Under mlx.launch the work is shared among its processes; whatever
+    else starts processes gives each its --shard.
     """
     layouts = [name for name in ("rvc", "applio", "safetensors") if options[name]]
     if len(layouts) > 1:
@@ -122,13 +143,15 @@ def extract(paths: tuple[str, ...], folder: Path, weights: str, **options: Any) 
     ranks = Ranks.launched()
     if "-" in paths and ranks.size > 1:
         raise click.UsageError("a list on stdin does not reach every process of mlx.launch")
+    if options["shard"] is not None and ranks.size > 1:
+        raise click.UsageError("--shard is for processes that mlx.launch did not start")
     require_decoders()
     summary = _run(paths, folder, weights, ranks, options)
     if ranks.rank == 0:
         if options["as_json"]:
             click.echo(json.dumps({"output": str(folder), **summary.to_dict()}, indent=2))
         else:
-            _report(summary, folder)
+            _report(summary, folder, options["shard"])
     # nobody leaves before the first has reported: the launcher stops all when one fails
     ranks.gather(None)
     if summary.failed:
@@ -152,7 +175,10 @@ def _run(
     kind = feature_kind(options["version"], options["layer"], options["project"])
     folder, prefix = training_root(folder)
     embedder = options["embedder"] or "contentvec"
-    with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
+    shard = options["shard"]
+    part = shard if isinstance(shard, Shard) else None
+    name = None if part is None else f"shard-{part.index}-of-{part.count}"
+    with locked(folder, name) if ranks.rank == 0 else contextlib.nullcontext():
         weights_file = resolve(weights)
         model = ContentvecModel.from_file(weights_file)
         kind.check(model.config)
@@ -167,7 +193,8 @@ def _run(
             window=window,
             overlap=None if window is None else overlap,
         )
-        manifest = Manifest(folder, ranks.rank)
+        # each process writes records of its own: rank 0 those of whoever works alone
+        manifest = Manifest(folder, ranks.rank if part is None else part.index + 1)
         pending: list[Job] = []
         outputs: list[str] = []
         finished = 0
@@ -181,12 +208,19 @@ def _run(
             ]
             if options["applio"]:
                 check_model_info(folder, embedder, force=options["force"])
+            if part is not None:
+                mine = part.of([source.path for source in sources])
+                sources, outputs = [sources[i] for i in mine], [outputs[i] for i in mine]
             if options["safetensors"]:
                 outputs = [part_of(output) for output in outputs]
                 check_packs(outputs, manifest, asdict(settings), options["force"])
             pending, finished = plan_jobs(
                 sources, outputs, manifest, settings, force=options["force"]
             )
+        missing: list[Failure] = []
+        if shard == SUMMARY:
+            missing = [Failure(job.source, "has no features yet") for job in pending]
+            pending = []
         batch_seconds = options["batch_seconds"]
         extraction = Extraction(
             model,
@@ -208,10 +242,11 @@ def _run(
             raise click.exceptions.Exit(130) from None
         summary = Summary.joined(ranks.gather(extraction.summary.to_dict()))
         summary.skipped = finished
-        summary.failed.sort(key=lambda failure: failure.source)
-        if ranks.rank == 0 and options["safetensors"]:
+        summary.failed = sorted([*summary.failed, *missing], key=lambda failure: failure.source)
+        # what belongs to no single shard is left to the summary
+        if ranks.rank == 0 and options["safetensors"] and part is None:
             pack(outputs, Manifest(folder), asdict(settings))
-        if ranks.rank == 0 and options["applio"]:
+        if ranks.rank == 0 and options["applio"] and part is None:
             write_model_info(folder, embedder)
         return summary
 
@@ -280,15 +315,21 @@ def _progress(share: list[Job], ranks: Ranks) -> Iterator[Callable[[Job, float],
         yield advance
 
 
-def _report(summary: Summary, folder: Path) -> None:
+def _report(summary: Summary, folder: Path, shard: Shard | str | None) -> None:
     rate = summary.audio_seconds / summary.wall_seconds if summary.wall_seconds else 0.0
-    click.echo(
-        f"extracted  {summary.extracted:,} clips, {_duration(summary.audio_seconds)} of audio "
-        f"in {_duration(summary.wall_seconds)} ({rate:.1f} audio-seconds per second)"
-    )
+    if shard == SUMMARY:
+        everything = summary.skipped + len(summary.failed)
+        click.echo(f"finished   {summary.skipped:,} of {everything:,} clips")
+    else:
+        click.echo(
+            f"extracted  {summary.extracted:,} clips, {_duration(summary.audio_seconds)} of audio "
+            f"in {_duration(summary.wall_seconds)} ({rate:.1f} audio-seconds per second)"
+        )
+    if isinstance(shard, Shard):
+        click.echo(f"shard      {shard}; when all are done: --shard {SUMMARY}")
     if summary.ranks > 1:
         click.echo(f"processes  {summary.ranks}")
-    if summary.skipped:
+    if summary.skipped and shard != SUMMARY:
         click.echo(f"skipped    {summary.skipped:,} finished before")
     if summary.seams:
         click.echo(

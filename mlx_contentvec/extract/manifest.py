@@ -183,21 +183,36 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, shard: str | None = None) -> Iterator[None]:
     """Hold ``folder`` for this process; a killed process lets go of it.
+
+    shard: a name of the part that this process does, held beside other processes' parts
 
     Raises OutputError if another process holds it.
     """
+    if shard is None:
+        with _held(folder, LOCK, share=False):
+            yield
+    else:
+        with (
+            _held(folder, LOCK, share=True),
+            _held(folder, f".{NAME}.{shard}.lock", share=False),
+        ):
+            yield
+
+
+@contextlib.contextmanager
+def _held(folder: Path, name: str, *, share: bool) -> Iterator[None]:
     import fcntl
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(_opened(folder / LOCK, os.O_RDWR), "wb")
+        file = os.fdopen(_opened(folder / name, os.O_RDWR), "wb")
     except OSError as error:
         raise cannot_write(folder, error) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if share else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
                 f"another extraction is writing to {folder}",
