@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import ConfigError
+from .json_text import JsonError, parse_object
 
 #: the layer whose output RVC v1 projects
 V1_LAYER = 9
@@ -18,6 +20,22 @@ V1_LAYER = 9
 EPS = 1e-5
 
 BASE_CONV_LAYERS = ((512, 10, 5), *(((512, 3, 2),) * 4), *(((512, 2, 2),) * 2))
+
+#: far above every real model: xlarge has 48 layers and 7 convolutions
+MAX_LAYERS, MAX_CONV_LAYERS = 1_000, 64
+#: no width, kernel, stride or rate reaches this
+MAX_SIZE = 2**24
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < MAX_SIZE
+
+
+def _shown(value: object) -> str:
+    """A value as a file states it, however long or deeply nested it is."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return reprlib.repr(value)
 
 
 @dataclass(frozen=True)
@@ -58,15 +76,25 @@ class ModelConfig:
         def refuse(problem: str) -> None:
             raise ConfigError(f"impossible model configuration: {problem}")
 
-        layers = tuple(tuple(layer) for layer in self.conv_layers)
-        object.__setattr__(self, "conv_layers", layers)
+        try:
+            layers = tuple(tuple(layer) for layer in self.conv_layers)
+        except TypeError:
+            layers = ()
+        if len(layers) > MAX_CONV_LAYERS:
+            refuse(f"{len(layers)} convolutions, at most {MAX_CONV_LAYERS} are possible")
         if not layers or any(
-            len(layer) != 3 or any(not isinstance(n, int) or n < 1 for n in layer)
-            for layer in layers
+            len(layer) != 3 or not all(_is_size(n) for n in layer) for layer in layers
         ):
-            refuse(f"conv_layers must be (channels, kernel, stride) triples, not {layers!r}")
+            refuse(
+                "conv_layers must be (channels, kernel, stride) triples, "
+                f"not {_shown(self.conv_layers)}"
+            )
+        object.__setattr__(self, "conv_layers", layers)
         if self.extractor_norm not in ("group", "layer"):
-            refuse(f"extractor_norm must be 'group' or 'layer', not {self.extractor_norm!r}")
+            refuse(f"extractor_norm must be 'group' or 'layer', not {_shown(self.extractor_norm)}")
+        for field in ("conv_bias", "layer_norm_first", "conv_pos_batch_norm", "normalize"):
+            if not isinstance(getattr(self, field), bool):
+                refuse(f"{field} must be true or false, not {_shown(getattr(self, field))}")
         for field in (
             "encoder_embed_dim",
             "encoder_ffn_embed_dim",
@@ -78,14 +106,21 @@ class ModelConfig:
             "sample_rate",
         ):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                refuse(f"{field} must be a positive integer, not {value!r}")
-        if not isinstance(self.encoder_layers_1, int) or self.encoder_layers_1 < 0:
-            refuse(f"encoder_layers_1 must be 0 or more, not {self.encoder_layers_1!r}")
-        if self.final_dim is not None and (
-            not isinstance(self.final_dim, int) or self.final_dim < 1
-        ):
-            refuse(f"final_dim must be a positive integer or None, not {self.final_dim!r}")
+            if not _is_size(value):
+                refuse(
+                    f"{field} must be a positive integer below {MAX_SIZE:,}, not {_shown(value)}"
+                )
+        conditioned = self.encoder_layers_1
+        if not (_is_size(conditioned) or (type(conditioned) is int and conditioned == 0)):
+            refuse(f"encoder_layers_1 must be 0 or more, not {_shown(conditioned)}")
+        # before anything is expanded layer by layer
+        if self.encoder_layers + conditioned > MAX_LAYERS:
+            refuse(
+                f"{self.encoder_layers + conditioned:,} encoder layers, "
+                f"at most {MAX_LAYERS:,} are possible"
+            )
+        if self.final_dim is not None and not _is_size(self.final_dim):
+            refuse(f"final_dim must be a positive integer or None, not {_shown(self.final_dim)}")
         if self.encoder_embed_dim % self.encoder_attention_heads:
             refuse(
                 f"{self.encoder_attention_heads} heads do not divide "
@@ -133,10 +168,19 @@ class ModelConfig:
         if unknown or missing:
             raise ConfigError(
                 "the stored configuration does not fit this version",
-                found=f"unknown fields {unknown}, missing fields {missing}",
+                found=f"unknown fields {_shown(unknown)}, missing fields {_shown(missing)}",
                 hint="convert the checkpoint again with this version of mlx-contentvec",
             )
         return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """The inverse of :meth:`to_json`. Raises ConfigError for what is none."""
+        try:
+            fields = parse_object(text)
+        except JsonError as error:
+            raise ConfigError("the stored configuration cannot be read", found=str(error)) from None
+        return cls.from_dict(fields)
 
     def to_json(self) -> str:
         """:meth:`to_dict` as one line of JSON with sorted keys."""

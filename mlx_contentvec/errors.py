@@ -4,6 +4,7 @@
     |-- CheckpointError          a source file cannot be read
     |   |-- CorruptCheckpoint    it is damaged, truncated or contradicts itself
     |   `-- UnsupportedCheckpoint  it is sound, but not something that can be converted
+    |       `-- ForeignCheckpoint  it is known to be something else
     |-- IdentityError            a file is not the one it should be
     |-- ConfigError              a configuration is impossible, or does not fit the tensors
     |-- MappingError             tensors are unmapped, missing or of the wrong shape
@@ -65,6 +66,14 @@ class CorruptCheckpoint(CheckpointError):
 
 class UnsupportedCheckpoint(CheckpointError):
     """A source file is sound, but not something that can be converted."""
+
+
+class ForeignCheckpoint(UnsupportedCheckpoint):
+    """A source file is known to be something else: ``what``, such as "a web page"."""
+
+    def __init__(self, problem: str, *, what: str, **details: str | None) -> None:
+        super().__init__(problem, **details)
+        self.what = what
 
 
 class IdentityError(ContentvecError):

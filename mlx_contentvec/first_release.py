@@ -20,6 +20,7 @@ import numpy as np
 
 from .config import BASE_CONV_LAYERS, ModelConfig
 from .errors import ConfigError, WeightsError
+from .weight_norm import dead_taps, fold_weight_norm
 
 Array = Any
 
@@ -46,17 +47,15 @@ def is_first_release(names: Container[str]) -> bool:
     return any(name in names for name in (DIRECTION, COMPUTED_KERNEL, LOST_MAGNITUDE))
 
 
-def fold_weight_norm(magnitude: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """The kernel that a weight-normalised convolution computes, channels last.
+def folded_kernel(magnitude: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """The kernel that the weight norm of that release computes, channels last.
 
     magnitude: (1, kernel, 1)    direction: (out, kernel, in / groups)
     returns:   (out, kernel, in / groups), float32, computed in float64
 
-    One norm per kernel tap, over output and input channels, as fairseq has it
-    (dim=2 of a channels-first kernel). The first release also raised norms
-    below 1e-5 to that value, which PyTorch does not, and neither does this.
-    Source: torch/nn/utils/weight_norm.py; fairseq/models/wav2vec/wav2vec2.py,
-    ``make_conv_pos``. Raises WeightsError if the shapes do not fit.
+    The release also raised norms below 1e-5 to that value, which PyTorch does
+    not, and neither does this. Raises WeightsError if the shapes do not fit, or
+    a tap has a norm of zero.
     """
     if direction.ndim != 3 or magnitude.shape != (1, direction.shape[1], 1):
         raise WeightsError(
@@ -64,15 +63,13 @@ def fold_weight_norm(magnitude: np.ndarray, direction: np.ndarray) -> np.ndarray
             found=f"g {magnitude.shape}, v {direction.shape}",
             expected="g (1, kernel, 1), v (out, kernel, in / groups)",
         )
-    direction = direction.astype(np.float64)
-    norm = np.sqrt((direction * direction).sum(axis=(0, 2), keepdims=True))
-    if not norm.all():
+    direction = direction.swapaxes(1, 2)
+    if dead := dead_taps(direction):
         raise WeightsError(
             "the weight norm of the positional convolution divides by zero",
-            found=f"{np.count_nonzero(norm == 0)} taps of v are all zero",
+            found=f"{dead} taps of v are all zero",
         )
-    kernel: np.ndarray = (direction * (magnitude.astype(np.float64) / norm)).astype(np.float32)
-    return kernel
+    return fold_weight_norm(magnitude, direction)
 
 
 def renamed(weights: Mapping[str, Array]) -> dict[str, Array]:
@@ -98,7 +95,7 @@ def renamed(weights: Mapping[str, Array]) -> dict[str, Array]:
     magnitude, direction = (
         np.array(weights[name].astype(mx.float32)) for name in (MAGNITUDE, DIRECTION)
     )
-    kept["encoder.pos_conv.weight"] = mx.array(fold_weight_norm(magnitude, direction))
+    kept["encoder.pos_conv.weight"] = mx.array(folded_kernel(magnitude, direction))
     kept["encoder.pos_conv.bias"] = weights[BIAS]
     return kept
 

@@ -68,8 +68,9 @@ class ConvBlock(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """(batch, time, channels in) to (batch, time / stride, channels)."""
-        y = ops.conv1d(x, self.conv.weight, self.conv.get("bias"), self.stride)
-        return ops.gelu(self.norm(y) if "norm" in self else y)
+        normed = "norm" in self
+        y = ops.conv1d(x, self.conv.weight, self.conv.get("bias"), self.stride, not normed)
+        return ops.gelu(self.norm(y)) if normed else y
 
     def from_waveform(
         self, waveform: Array, lengths: Array | None, moments: Sequence[Moments] | None

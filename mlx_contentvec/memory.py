@@ -42,8 +42,9 @@ FRAMES = {"cpu": (32, 64, 128, 256), "metal": (32, 128, 512, 2048), "cuda": (32,
 QUERIES = (16, 64, 256, 1024)
 #: arrays as large as its largest that front end or feed-forward hold at their peak, and
 #: copies of the scores that attention holds (measured; assumed for Metal). A CPU works
-#: in tiles, so that most of its arrays are small
-COPIES = {"cpu": 3, "metal": 5, "cuda": 5}
+#: in tiles, so that most of its arrays are small. On a GPU the second convolution holds
+#: its input, the 12 parts of its sums at half that size each, and their sum
+COPIES = {"cpu": 3, "metal": 8, "cuda": 8}
 SCORES = {"cpu": 0.0, "metal": 2.25, "cuda": 2.25}
 #: widths of a head for which Metal's attention is one kernel that never holds its scores,
 #: in every type and with a mask. Source: mlx/backend/metal/scaled_dot_product_attention.cpp

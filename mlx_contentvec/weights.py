@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 from . import first_release, ops
 from .backend import mx, nn
 from .config import ModelConfig
-from .errors import ConfigError, WeightsError, name_list
+from .errors import WeightsError, name_list
 from .hubert import Hubert, Linear
+from .json_text import JsonError, parse_object
 from .ops.mlx import to_gemm_layout
 
 Arrays = dict[str, mx.array]
@@ -49,16 +49,12 @@ def stored_config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
     Raises WeightsError if it cannot be read, ConfigError if it cannot be.
     """
     try:
-        fields = json.loads(metadata["config"])
-        if not isinstance(fields, dict):
-            raise TypeError(f"{type(fields).__name__} instead of an object")
-        return ModelConfig.from_dict(fields)
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        fields = parse_object(metadata["config"])
+    except JsonError as error:
         raise WeightsError(
             f"the configuration stored in {Path(path).name} cannot be read", found=str(error)
         ) from error
+    return ModelConfig.from_dict(fields)
 
 
 def flat_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
@@ -107,7 +103,13 @@ def match(
     if "config" in metadata:
         _require_same_config(model.config, stored_config(origin, metadata), origin)
     if "quantization" in metadata:
-        _quantize(model, json.loads(metadata["quantization"]), arrays)
+        try:
+            stored = parse_object(metadata["quantization"])
+        except JsonError as error:
+            raise WeightsError(
+                f"the quantization stored in {origin} cannot be read", found=str(error)
+            ) from error
+        _quantize(model, stored, arrays)
     headless = False
     if first_release.is_first_release(arrays):
         arrays = first_release.renamed(arrays)
@@ -160,8 +162,18 @@ def _require_same_config(ours: ModelConfig, stored: ModelConfig, origin: str) ->
         )
 
 
+#: what mlx.core.quantize takes
+_BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
+
+
 def _quantize(model: Hubert, quantization: dict[str, Any], arrays: Arrays) -> None:
     """Exchange the linear layers that ``arrays`` quantises for ones that still lack weights."""
+    if quantization.get("bits") not in _BITS or quantization.get("group_size") not in _GROUPS:
+        raise WeightsError(
+            "the weights are quantised in a way that MLX does not compute",
+            found=f"{quantization!r:.200}",
+            expected=f"bits one of {_BITS}, group_size one of {_GROUPS}",
+        )
     nn.quantize(
         model,
         group_size=quantization["group_size"],

@@ -11,17 +11,11 @@ from pathlib import Path
 
 from mlx_contentvec import __version__
 from mlx_contentvec.errors import CheckpointError, ConfigError, MappingError, OutputError
+from mlx_contentvec.files import Draft, check_target
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .identity import (
-    Hashed,
-    Identification,
-    Identity,
-    accept,
-    is_known_size,
-    name_of,
-    stand_in_refused,
-)
+from .diagnosis import accept, stand_in_refused
+from .identity import Hashed, Identification, Identity, folder_states, is_known_size, name_of
 from .known_files import CONTENTVEC
 from .ledger import DropRow, Ledger, TensorRow, account, source_facts, source_tensor
 from .precision import Precision, precision_named
@@ -29,7 +23,7 @@ from .rules import Plan
 from .sources import plan_for
 from .sources.shapes import Unstated
 from .transfer import Part, Progress, parts_of, read_back, write_tensors
-from .writer import Draft, check_target, header, lay_out, publish
+from .writer import header, lay_out, publish
 
 #: files of a Hugging Face folder that shape the result without holding tensors
 _BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json")
@@ -52,14 +46,15 @@ class Expectation:
         """Whether one particular file is expected, by checksum."""
         return self.md5 is not None or self.sha256 is not None
 
-    def check(self, source: Path, identity: Identity) -> None:
-        """Raise IdentityError, with a diagnosis, for another source."""
+    def check(self, source: Path, identity: Identity, problem: Exception | None = None) -> None:
+        """Raise IdentityError, with a diagnosis, for another source; see :func:`accept`."""
         accept(
             source,
             identity,
             allow_unknown=self.allow_unknown,
             expect_md5=self.md5,
             expect_sha256=self.sha256,
+            problem=problem,
         )
 
 
@@ -187,9 +182,12 @@ def opened(
     """
     with contextlib.ExitStack() as stack:
         if source.is_dir():
+            before = folder_states(source)
             checkpoint = stack.enter_context(open_checkpoint(source))
-            beside = [source / name for name in _BESIDE if (source / name).is_file()]
-            identification = stack.enter_context(Identification(source, checkpoint.files, beside))
+            beside = [source / name for name in _BESIDE if source / name in before]
+            identification = stack.enter_context(
+                Identification(source, checkpoint.files, beside, since=before)
+            )
         else:
             identification = stack.enter_context(identification or Identification(source))
             hoped_for = is_known_size(identification.size) or expectation.stated
@@ -207,8 +205,8 @@ def identity_first(
     """Say that a file is the wrong one before complaining of what is wrong inside it."""
     try:
         yield
-    except (CheckpointError, ConfigError, MappingError):
-        expectation.check(source, identification.result())
+    except (CheckpointError, ConfigError, MappingError) as problem:
+        expectation.check(source, identification.result(), problem)
         raise
 
 
@@ -262,17 +260,19 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
             expected="a name that ends in .safetensors",
         )
     _check_not_source(output, (source,))
-    check_target(output, force=force)
-    check_target(ledger_path(output), force=True)
+    for path in (output, ledger_path(output)):
+        check_target(path, force=force)
 
 
 def _check_not_source(output: Path, files: Iterable[Path]) -> None:
+    """Neither the output nor its ledger may replace a file that the conversion reads."""
     for file in files:
-        with contextlib.suppress(OSError):
-            if output.samefile(file):
-                raise OutputError(
-                    f"{output} is the source itself", hint="name another file with -o"
-                )
+        for path in (output, ledger_path(output)):
+            with contextlib.suppress(OSError, ValueError):
+                if path.samefile(file):
+                    raise OutputError(
+                        f"{path} is the source itself", hint="name another file with -o"
+                    )
 
 
 def _verify(checkpoint: Checkpoint, expectation: Expectation) -> None:

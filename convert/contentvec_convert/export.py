@@ -21,6 +21,7 @@ import numpy as np
 from mlx_contentvec import __version__
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint, name_list
+from mlx_contentvec.files import left_by_the_system
 
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .rules import TRANSFORMS, Array, Rule
@@ -310,7 +311,11 @@ def _check_output(output: Path, force: bool) -> None:
         raise OutputError(f"{output} exists", hint="--force replaces it, -o names another place")
     if output.is_dir():
         own = {"config.json", "preprocessor_config.json", "model.safetensors"}
-        foreign = sorted(entry.name for entry in output.iterdir() if entry.name not in own)
+        foreign = sorted(
+            entry.name
+            for entry in output.iterdir()
+            if entry.name not in own and not left_by_the_system(entry.name)
+        )
         if foreign:
             raise OutputError(
                 f"{output} holds more than an export writes, and is not replaced",

@@ -12,20 +12,26 @@ no partial file between two runs, which is why the ``.part`` is kept here.)
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from mlx_contentvec import hub
 from mlx_contentvec.errors import HubError, IdentityError, OutputError, name_list
+from mlx_contentvec.files import cannot_write, explained, lock_now, open_own, place, sync
 
-from .identity import Identification, Identity, accept
+from .diagnosis import accept
+from .identity import Identification, Identity
 from .known_files import KNOWN_FILES, KnownFile
 
 #: called with the bytes checked so far and the bytes there are
 Checked = Callable[[int, int], None]
 
+#: what every usual file system allows a name
+_NAME_BYTES = 255
 _HUB = "https://huggingface.co/"
 
 
@@ -79,18 +85,43 @@ def fetch(
         if right:
             _fetch_beside(row, path.parent)
             return path.parent if row.beside else path, there
-    part = path.with_name(path.name + ".part")
-    resumed = part.exists() and part.stat().st_size > 0
-    try:
-        identity = _obtain(row, part, progress)
-    except IdentityError:
-        if not resumed:
-            raise
-        # the part may have been the beginning of something else
-        identity = _obtain(row, part, progress)
-    _fetch_beside(row, path.parent)
-    part.replace(path)
+    part = _part_of(path)
+    with explained(part):
+        file = os.fdopen(open_own(part), "r+b")
+    with file:
+        if not lock_now(file.fileno()):
+            raise OutputError(
+                f"another process is downloading {path}",
+                hint="wait for it, or give another --output",
+            )
+        resumed = _size(file) > 0
+        try:
+            try:
+                identity = _obtain(row, part, file, progress)
+            except IdentityError:
+                if not resumed:
+                    raise
+                # the part may have been the beginning of something else
+                identity = _obtain(row, part, file, progress)
+            _fetch_beside(row, path.parent)
+            with explained(path):
+                place(part, path, force=force)
+        finally:
+            if not _size(file):
+                part.unlink(missing_ok=True)
     return path.parent if row.beside else path, identity
+
+
+def _part_of(path: Path) -> Path:
+    """Where an unfinished download is kept: NAME.part, or shorter if that name is too long."""
+    name = f"{path.name}.part"
+    if len(os.fsencode(name)) > _NAME_BYTES:
+        name = f"{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.part"
+    return path.with_name(name)
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def _target(row: KnownFile, output: str | Path | None) -> Path:
@@ -120,25 +151,30 @@ def _fetch_beside(row: KnownFile, folder: Path) -> None:
         shutil.copyfile(found, folder / name)
 
 
-def _obtain(row: KnownFile, part: Path, progress: Checked | None) -> Identity:
+def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None) -> Identity:
     """Complete ``part`` and prove it; a file that is not the one is not kept."""
     cached = _in_cache(row)
     try:
         if cached is not None:
-            shutil.copyfile(cached, part)
+            file.truncate(0)
+            file.seek(0)
+            with cached.open("rb") as copy:
+                shutil.copyfileobj(copy, file, 1 << 20)
         else:
-            _download(row, part)
+            _download(row, file)
+        file.flush()
+        sync(file.fileno())
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise OutputError(f"cannot write {part}: {error.strerror}") from error
+        raise cannot_write(part, error) from error
     identity = _identity(part, progress)
     if row.is_file(identity.size, identity.md5, identity.sha256):
         return identity
     try:
         accept(part, identity, expect_md5=row.md5, expect_sha256=row.sha256)
     except IdentityError as error:
-        part.unlink()
+        file.truncate(0)
         raise IdentityError(
             f"what {_repository(row)} served is not {row.key}, and was thrown away",
             found=error.found,
@@ -149,32 +185,34 @@ def _obtain(row: KnownFile, part: Path, progress: Checked | None) -> Identity:
     return identity
 
 
-def _download(row: KnownFile, part: Path) -> None:
-    """Go on from what ``part`` holds, again and again as long as something arrives."""
+def _download(row: KnownFile, file: BinaryIO) -> None:
+    """Go on from what ``file`` holds, again and again as long as something arrives."""
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        before = _size(file)
         if row.size is not None and before > row.size:
-            part.unlink()
+            file.truncate(0)
             before = 0
         if before and before == row.size:
             return
+        file.seek(before)
         try:
-            _download_from(row, part, before)
+            _download_from(row, file, before)
         except HubError:
-            if part.stat().st_size <= before:
+            file.flush()
+            if _size(file) <= before:
                 raise
         else:
             return
 
 
-def _download_from(row: KnownFile, part: Path, done: int) -> None:
+def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     repo_id = _repository(row)
-    with part.open("ab") as file, hub.plain_words(repo_id, f"download {row.hub_path} from"):
+    with hub.plain_words(repo_id, f"download {row.hub_path} from"):
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled
         http_get(
@@ -182,10 +220,8 @@ def _download_from(row: KnownFile, part: Path, done: int) -> None:
             file,
             resume_size=done,
             headers=build_hf_headers(library_name="mlx-contentvec"),
-            displayed_filename=part.stem,
+            displayed_filename=row.names[0],
         )
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _in_cache(row: KnownFile) -> Path | None:

@@ -11,16 +11,19 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.errors import IdentityError
+from mlx_contentvec.files import is_file, open_regular
 
-from .known_files import CONTENTVEC, KNOWN_FILES, KnownFile, known_as, named
+from .known_files import KNOWN_FILES, KnownFile, known_as
 
+#: size, time of modification, time of change of status, device, inode
+FileState = tuple[int, int, int, int, int]
 #: called with the bytes hashed so far and the bytes there are
 Hashed = Callable[[int, int], None]
 
@@ -28,11 +31,6 @@ Hashed = Callable[[int, int], None]
 BLOCK_BYTES = 8 << 20
 #: seconds between two looks at how far hashing has come
 _LOOK_EVERY = 0.1
-_ZIP_MAGIC = b"PK\x03\x04"
-_ZIP_END_MAGIC = b"PK\x05\x06"
-#: a zip's end record is the last thing in it: 22 bytes and a comment of at most 65,535
-_ZIP_END_BYTES = 22 + 65_535
-_LFS_MAGIC = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,7 @@ class Identification:
     source: the file or folder, for its name.
     weights: the files that hold the tensors, in order; the source itself when it is a file.
     beside: further files of a folder that shape the result (``config.json``).
+    since: states of the files before they were first read, where that was earlier.
 
     As a context manager it stops hashing when the block is left early. Raises
     IdentityError, from the constructor or from ``result``, if a file is not a
@@ -93,6 +92,7 @@ class Identification:
         weights: Sequence[Path] | None = None,
         beside: Sequence[Path] = (),
         progress: Hashed | None = None,
+        since: Mapping[Path, FileState] | None = None,
     ) -> None:
         self._source = source
         self._weights = tuple(weights if weights is not None else (source,))
@@ -100,7 +100,8 @@ class Identification:
         self._progress = progress
         self._stop = threading.Event()
         self._done = 0
-        self._states = {path: _file_state(path) for path in (*self._weights, *self._beside)}
+        paths = (*self._weights, *self._beside)
+        self._states = {path: (since or {}).get(path) or file_state(path) for path in paths}
         self.size = sum(self._states[path][0] for path in self._weights)
         self._outcome: Identity | BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="identity", daemon=True)
@@ -150,7 +151,7 @@ class Identification:
     def check_unchanged(self) -> None:
         """Raise IdentityError if a file is no longer the one that was hashed."""
         for path, state in self._states.items():
-            if _file_state(path) != state:
+            if file_state(path) != state:
                 raise IdentityError(
                     f"{path} changed while it was being read",
                     hint="wait until nothing writes to it any more, then try again",
@@ -177,7 +178,7 @@ class Identification:
                 also = not single and is_weight
                 pending = None
                 try:
-                    with path.open("rb", buffering=0) as stream:
+                    with os.fdopen(open_regular(path), "rb", buffering=0) as stream:
                         while not self._stop.is_set():
                             # the other buffer may still be in the hands of the second thread
                             turn = 1 - turn
@@ -196,8 +197,9 @@ class Identification:
                             self._done += count
                             if self._progress is not None:
                                 self._progress(self._done, total)
-                except OSError as error:
-                    raise IdentityError(f"cannot read {path}: {error.strerror}") from error
+                except (OSError, ValueError) as error:
+                    reason = error.strerror if isinstance(error, OSError) else str(error)
+                    raise IdentityError(f"cannot read {path}: {reason}") from error
                 if pending is not None:
                     pending.result()
                 if self._stop.is_set():
@@ -229,8 +231,13 @@ def identify(path: str | Path) -> Identity:
         return identification.result()
 
 
-def _file_state(path: Path) -> tuple[int, int, int, int]:
-    """Size, modification time, device and inode: what changes when a file does."""
+def file_state(path: Path) -> FileState:
+    """What changes when a file does: size, times, device and inode.
+
+    The time of the last change of status is among them, because a program that
+    writes into a file can put the modification time back and not this one.
+    Raises IdentityError for what is no regular file.
+    """
     try:
         state = path.stat()
     except (OSError, ValueError) as error:
@@ -238,149 +245,17 @@ def _file_state(path: Path) -> tuple[int, int, int, int]:
         raise IdentityError(f"cannot read {path}: {reason}") from error
     if not stat.S_ISREG(state.st_mode):
         raise IdentityError(f"{path} is not a file", expected="a checkpoint file")
-    return state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino
+
+
+def folder_states(folder: Path) -> dict[Path, FileState]:
+    """The state of every regular file of a folder."""
+    try:
+        return {path: file_state(path) for path in sorted(folder.iterdir()) if is_file(path)}
+    except OSError as error:
+        raise IdentityError(f"cannot read {folder}: {error.strerror}") from error
 
 
 def is_known_size(size: int) -> bool:
     """Whether some known file has exactly this size, so that hashing is likely to confirm it."""
     return any(row.verifiable and row.size == size for row in KNOWN_FILES)
-
-
-def accept(
-    path: Path,
-    identity: Identity,
-    *,
-    allow_unknown: bool = False,
-    expect_md5: str | None = None,
-    expect_sha256: str | None = None,
-) -> None:
-    """Refuse a file that is not the one it should be.
-
-    Accepted are: a file with the checksums expected, when any are given; a
-    known file that does not bear another known file's name; and anything at
-    all with ``allow_unknown``. Raises IdentityError with a diagnosis.
-    """
-    for kind, expected, found in (
-        ("md5", expect_md5, identity.md5),
-        ("sha256", expect_sha256, identity.sha256),
-    ):
-        if expected is not None and expected.strip().lower() != found:
-            raise IdentityError(
-                f"{identity.name} is not the file expected",
-                found=f"{kind} {found} ({identity.size:,} bytes{_nature(path, identity)})",
-                expected=f"{kind} {expected.strip().lower()}",
-                hint=_advice(path, identity, None),
-            )
-    if allow_unknown or expect_md5 is not None or expect_sha256 is not None:
-        return
-    promised = named(identity.name)
-    if identity.known is not None and (not promised or identity.known in promised):
-        return
-    raise diagnosis(path, identity)
-
-
-def diagnosis(path: Path, identity: Identity) -> IdentityError:
-    """The error that says what a file that was not accepted is, and what to do about it."""
-    promised = named(identity.name)
-    wanted = promised[0] if promised else CONTENTVEC
-    found = f"md5 {identity.md5} ({identity.size:,} bytes{_nature(path, identity)})"
-    expected = (f"md5 {wanted.md5}" if wanted.md5 is not None else f"sha256 {wanted.sha256}") + (
-        f" ({wanted.size:,} bytes)" if wanted.size is not None else ""
-    )
-    if promised:
-        problem = f"{identity.name} is not the file it is named after"
-    else:
-        problem = f"{identity.name} is not a file that is known here"
-        expected = f"one of the known files, such as {wanted.names[0]}: {expected}"
-    return IdentityError(
-        problem, found=found, expected=expected, hint=_advice(path, identity, wanted)
-    )
-
-
-def stand_in_refused(identity: Identity, sentence: str) -> IdentityError:
-    """The error for a stand-in that nobody asked for by checksum or with ``allow_unknown``."""
-    return IdentityError(
-        f"{identity.name} is a stand-in, not trained weights",
-        found=f"md5 {identity.md5}: {sentence}",
-        hint="--allow-unknown converts it knowingly; its output says that it is a stand-in",
-    )
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return stream.read(1024)
-
-
-def _is_cut_zip(path: Path) -> bool:
-    """Whether a file begins as a zip archive and lacks the record that ends every one."""
-    with path.open("rb") as stream:
-        if stream.read(4) != _ZIP_MAGIC:
-            return False
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, size - _ZIP_END_BYTES))
-        return _ZIP_END_MAGIC not in stream.read()
-
-
-def _foreign(path: Path) -> str | None:
-    """What a file is that is no checkpoint at all, in a few words."""
-    from .checkpoint import describe_foreign
-
-    return describe_foreign(path)
-
-
-def _nature(path: Path, identity: Identity) -> str:
-    """What can be said about a file's content in a clause, with a comma in front."""
-    if identity.known is not None:
-        return f", which is {identity.known.key}"
-    if not path.is_file():
-        return ""
-    if identity.size == 0:
-        return ", empty"
-    foreign = _foreign(path)
-    if foreign is not None:
-        return f", {foreign}"
-    if _is_cut_zip(path):
-        return ", a checkpoint cut short"
-    return ""
-
-
-def _download(wanted: KnownFile) -> str:
-    """How to get a file that is wanted."""
-    if wanted.hub_path is not None:
-        return f"download it again with `mlx-contentvec fetch {wanted.key}`"
-    return f"download it again from {wanted.home}"
-
-
-def _advice(path: Path, identity: Identity, wanted: KnownFile | None) -> str:
-    """What to do about a file that was not accepted."""
-    again = _download(wanted or CONTENTVEC)
-    if identity.known is not None:
-        return (
-            f"this is {identity.known.what}\n"
-            "rename it to what it is, or convert it knowingly with --allow-unknown"
-        )
-    if not path.is_file():
-        return "--allow-unknown converts a checkpoint that is not in the table of known files"
-    if identity.size == 0:
-        return f"the download left nothing behind; {again}"
-    if _head(path).startswith(_LFS_MAGIC):
-        return (
-            "this is a Git LFS pointer, the note that git keeps in place of the file\n"
-            f"fetch the file itself with `git lfs pull`, or {again}"
-        )
-    if _foreign(path) is not None:
-        return f"something else was saved instead of the weights; {again}"
-    if _is_cut_zip(path):
-        if wanted is not None and wanted.size is not None and identity.size < wanted.size:
-            missing = wanted.size - identity.size
-            return (
-                f"the download stopped early: {missing:,} of the {wanted.size:,} bytes of "
-                f"{wanted.names[0]} are missing\n{again}"
-            )
-        return f"the download stopped early; {again}"
-    if wanted is not None and identity.size == wanted.size:
-        return f"its size is right and its bytes are not: it was damaged or altered; {again}"
-    return (
-        "--allow-unknown converts a checkpoint that is not in the table of known files\n"
-        "--expect-md5 or --expect-sha256 accept exactly one file"
-    )

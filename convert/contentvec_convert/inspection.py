@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
@@ -11,6 +10,7 @@ from typing import Any
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, ContentvecError
+from mlx_contentvec.json_text import JsonError, parse_object, read_object
 
 from .checkpoint import Checkpoint
 from .conversion import Expectation, hashing, ledger_path, opened, planned, stand_in_of
@@ -144,8 +144,8 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
     decoded: dict[str, Any] = dict(checkpoint.metadata)
     for key in ("config", "source", "quantization"):
         try:
-            decoded[key] = json.loads(decoded[key])
-        except (KeyError, ValueError):
+            decoded[key] = parse_object(decoded[key])
+        except (KeyError, JsonError):
             continue
     return decoded
 
@@ -154,10 +154,9 @@ def _ledger_state(path: Path, identity: Identity) -> str:
     """Whether the ledger beside a converted file is there, and is this file's."""
     paper = ledger_path(path)
     try:
-        written = json.loads(paper.read_text(encoding="utf-8"))
-        said = written["output"]["sha256"]
+        said = read_object(paper)["output"]["sha256"]
     except FileNotFoundError:
         return f"none: there is no {paper.name}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, JsonError, KeyError, TypeError):
         return f"unreadable: {paper.name}"
     return "matches" if said == identity.sha256 else f"of another file: {paper.name}"

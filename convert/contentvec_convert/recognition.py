@@ -10,7 +10,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from mlx_contentvec.config import PRESETS, ModelConfig
-from mlx_contentvec.errors import UnsupportedCheckpoint, name_list
+from mlx_contentvec.errors import ForeignCheckpoint, UnsupportedCheckpoint, name_list
 
 from .checkpoint import Checkpoint
 
@@ -97,13 +97,14 @@ FOREIGN: tuple[Foreign, ...] = (
 
 
 def refuse_foreign(checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedCheckpoint if the tensors are those of a model that is not HuBERT."""
+    """Raise ForeignCheckpoint if the tensors are those of a model that is not HuBERT."""
     row = _foreign(checkpoint.tensors)
     if row is None:
         return
     mark = next(mark for mark in row.marks if mark in checkpoint.tensors)
-    raise UnsupportedCheckpoint(
+    raise ForeignCheckpoint(
         f"{checkpoint.path.name} is {row.what}, not HuBERT or ContentVec",
+        what=row.what,
         found=f"a tensor named {mark}{_voice_width(checkpoint, mark)}",
         hint=row.hint,
     )

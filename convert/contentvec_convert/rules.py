@@ -15,12 +15,10 @@ import numpy.typing as npt
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import MappingError
+from mlx_contentvec.weight_norm import dead_taps, fold_weight_norm
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
-
-#: rows of a weight-normalised kernel taken to float64 at a time
-_FOLD_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -74,37 +72,8 @@ class Transform:
     apply: Callable[..., Array]
     #: target array -> source arrays, or None
     undo: Callable[[Array], tuple[Array, ...] | None]
-
-
-def fold_weight_norm(magnitude: Array, direction: Array) -> Array:
-    """The plain kernel that a weight-normalised Conv1d computes with.
-
-    magnitude: (1, 1, kernel), ``weight_g``
-    direction: (out, in / groups, kernel), ``weight_v``, any float dtype
-    returns:   (out, kernel, in / groups) float32, channels last
-
-    kernel = magnitude * direction / norm(direction), where the norm runs over
-    out and in and leaves one number per tap, because fairseq normalises with
-    dim=2. A norm over any other axes has a shape that fits as well, and wrong
-    values. Norm and product are float64, rounded once.
-
-    Source: fairseq/models/wav2vec/wav2vec2.py, make_conv_pos;
-    torch/nn/utils/weight_norm.py. Raises MappingError if the shapes do not go
-    together.
-    """
-    out, taps, channels = _folded_shape(magnitude.shape, direction.shape)
-    squares = np.zeros(taps, np.float64)
-    for row in range(0, out, _FOLD_ROWS):
-        block = direction[row : row + _FOLD_ROWS].astype(np.float64)
-        squares += np.einsum("oik,oik->k", block, block)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = magnitude.astype(np.float64).reshape(taps) / np.sqrt(squares)
-    kernel = np.empty((out, taps, channels), np.float32)
-    for row in range(0, out, _FOLD_ROWS):
-        block = direction[row : row + _FOLD_ROWS].astype(np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):
-            kernel[row : row + _FOLD_ROWS] = (block * scale).transpose(0, 2, 1)
-    return kernel
+    #: finite source arrays -> why they cannot give a finite target, None if they can
+    damage: Callable[..., str | None] = lambda *sources: None
 
 
 def _folded_shape(magnitude: Shape, direction: Shape) -> Shape:
@@ -115,6 +84,11 @@ def _folded_shape(magnitude: Shape, direction: Shape) -> Shape:
             expected="magnitude (1, 1, kernel), direction (out, in / groups, kernel)",
         )
     return direction[0], direction[2], direction[1]
+
+
+def _dead_taps(magnitude: Array, direction: Array) -> str | None:
+    dead = dead_taps(direction)
+    return f"{dead} kernel taps with a norm of zero, which cannot be normalised" if dead else None
 
 
 def _kernel_shape(kernel: Shape) -> Shape:
@@ -151,6 +125,7 @@ TRANSFORMS: dict[str, Transform] = {
         shape=_folded_shape,
         apply=fold_weight_norm,
         undo=lambda target: None,
+        damage=_dead_taps,
     ),
     # the first release of mlx-contentvec kept the two parts, channels last
     "fold_weight_norm_channels_last": Transform(
@@ -162,5 +137,6 @@ TRANSFORMS: dict[str, Transform] = {
             _swap_last_axes(magnitude), _swap_last_axes(direction)
         ),
         undo=lambda target: None,
+        damage=lambda magnitude, direction: _dead_taps(magnitude, _swap_last_axes(direction)),
     ),
 }

@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from mlx_contentvec.config import parameter_shapes
 from mlx_contentvec.errors import CorruptCheckpoint, MappingError, OutputError
+from mlx_contentvec.files import Draft
 
 from .checkpoint import StoredTensor
 from .precision import Precision, all_finite, quantize, widen
 from .rules import TRANSFORMS, Plan, Rule, Shape
-from .writer import Draft, Entry, Layout
+from .writer import Entry, Layout
 
 Array = npt.NDArray[Any]
 
@@ -255,10 +256,12 @@ def _require_finite(block: Array, dtype: str, rule: Rule, stored: list[StoredTen
                 found="NaN or infinity",
                 hint="the checkpoint is damaged, or its training had diverged",
             )
-    if rule.transform == "fold_weight_norm":
+    damage = TRANSFORMS[rule.transform].damage(*(tensor.float64() for tensor in stored))
+    if damage is not None:
         raise CorruptCheckpoint(
             f"{' and '.join(rule.sources)} give a kernel with values that are not numbers",
-            hint="the checkpoint is damaged: a kernel tap whose norm is zero cannot be normalised",
+            found=damage,
+            hint="the checkpoint is damaged: get it again from where it came from",
         )
     raise MappingError(
         f"{rule.target} has weights too large for the output format",

@@ -1,47 +1,19 @@
-"""Safetensors written by ourselves: header first, then data at known places, then the name.
+"""The layout of a safetensors file, and how an output appears together with its ledger.
 
-A file under construction bears a temporary name in the folder it is meant for.
-It gets its own name when it is complete, flushed and re-read, in one step that
-either has happened or has not. Source of the format:
-github.com/huggingface/safetensors, README, "Format".
+Source of the format: github.com/huggingface/safetensors, README, "Format".
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from types import TracebackType
-
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks of this kind; leftovers then stay
-    fcntl = None  # type: ignore[assignment]
 
 from mlx_contentvec.errors import OutputError
+from mlx_contentvec.files import Draft, check_target, explained, folder_lock, sync_folder
 
-from .checkpoint.source_file import read_at
 from .precision import STORED_BYTES
-
-_SUFFIX = ".partial"
-
-_HINTS = {
-    errno.ENOSPC: "free some space there, or write to another folder with -o",
-    errno.EDQUOT: "free some space there, or write to another folder with -o",
-    errno.EFBIG: "the folder's file system or a limit of this session allows no file so large",
-    errno.EROFS: "write to another folder with -o",
-    errno.EACCES: "write to another folder with -o",
-    errno.EPERM: "write to another folder with -o",
-    errno.ENOENT: "make the folder first, or write to another one with -o",
-    errno.ENOTDIR: "write to another folder with -o",
-}
 
 
 @dataclass(frozen=True)
@@ -116,188 +88,24 @@ def _header(ordered: Sequence[Entry], metadata: dict[str, str]) -> bytes:
     return len(body).to_bytes(8, "little") + body
 
 
-def check_target(final: Path, *, force: bool, needed: int = 0) -> None:
-    """Raise OutputError if a file cannot appear at ``final``: before any work is done.
-
-    ``needed``: bytes that have to fit into its folder.
-    """
-    folder = final.parent
-    with _explained(final):
-        if not folder.is_dir():
-            problem = "is not a folder" if folder.exists() else "does not exist"
-            raise OutputError(
-                f"cannot write {final.name}: the folder {folder} {problem}",
-                hint=_HINTS[errno.ENOENT],
-            )
-        if final.is_dir():
-            raise OutputError(
-                f"cannot write {final}: it is a folder", hint="name a file inside it with -o"
-            )
-        if os.path.lexists(final) and not force:
-            raise OutputError(
-                f"{final} already exists", hint="--force replaces it, -o names another file"
-            )
-        space = shutil.disk_usage(folder)
-    if space.total and space.free < needed:
-        raise OutputError(
-            f"cannot write {final.name}: the disk is too full",
-            found=f"{space.free:,} bytes free in {folder}",
-            expected=f"{needed:,} bytes",
-            hint=_HINTS[errno.ENOSPC],
-        )
-
-
-class Draft:
-    """A file on its way to ``final``: there is a temporary one until :func:`publish`.
-
-    A context manager: leaving the block removes the temporary file unless it
-    was published, whatever ended the block. A process that is killed cannot do
-    that; its leftover is removed by the next draft of the same name, which
-    knows it by its lock being free. Every method raises OutputError.
-    """
-
-    def __init__(self, final: Path) -> None:
-        self.final = final
-        self._descriptor = -1
-        self._temporary = final
-
-    def __enter__(self) -> Draft:
-        with _explained(self.final):
-            _remove_leftovers(self.final)
-            while self._descriptor < 0:
-                name = f".{self.final.name}.{secrets.token_hex(4)}{_SUFFIX}"
-                self._temporary = self.final.with_name(name)
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
-                self._descriptor = os.open(self._temporary, flags, 0o666)
-                if not self._lock():
-                    os.close(self._descriptor)
-                    self._descriptor = -1
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._temporary != self.final:
-            with contextlib.suppress(OSError):
-                self._temporary.unlink()
-        os.close(self._descriptor)
-
-    def _lock(self) -> bool:
-        """Mark the file as in use; False if another run took it for a leftover just before."""
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                # waits for a run that is just looking whether this is a leftover
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        try:
-            return os.path.samestat(self._temporary.stat(), os.fstat(self._descriptor))
-        except FileNotFoundError:
-            return False
-
-    def write(self, offset: int, data: memoryview | bytes) -> None:
-        """Put ``data`` at ``offset``, all of it."""
-        view = memoryview(data).cast("B")
-        with _explained(self.final):
-            while view:
-                count = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[count:], offset + count
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill ``target`` (bytes) with what was written from ``offset`` on."""
-        with _explained(self.final):
-            while target:
-                count = read_at(self._descriptor, target, offset)
-                if not count:
-                    raise OutputError(
-                        f"{self.final.name} came back shorter than it was written",
-                        found=f"{offset:,} bytes",
-                    )
-                target, offset = target[count:], offset + count
-
-    def sync(self) -> None:
-        """Have everything written so far on the disk itself."""
-        with _explained(self.final):
-            os.fsync(self._descriptor)
-
-    def rename(self, *, force: bool) -> None:
-        """Give the file its own name in one step; without ``force`` only if that name is free."""
-        with _explained(self.final):
-            if not force and self._link():
-                self._temporary.unlink()
-            else:
-                self._temporary.replace(self.final)
-            self._temporary = self.final
-
-    def _link(self) -> bool:
-        """Add the final name, if it is free; False if the file system has no second names."""
-        try:
-            os.link(self._temporary, self.final)
-        except FileExistsError:
-            raise OutputError(
-                f"{self.final} appeared while it was being written",
-                hint="another conversion may be at work; --force replaces it",
-            ) from None
-        except OSError as error:
-            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                return False
-            raise
-        return True
-
-
 def publish(output: Draft, ledger: Draft, *, force: bool) -> None:
     """Let an output and its ledger appear under their names.
 
     An older ledger goes first and the new one comes last. Whenever this is
     interrupted there is an output without a ledger, or one with its own: never
-    one beside the ledger of another file.
+    one beside the ledger of another file. Of two processes that publish into
+    one folder the second waits. Without ``force`` both names must be free.
     """
     output.sync()
     ledger.sync()
-    with _explained(ledger.final):
-        ledger.final.unlink(missing_ok=True)
-    _sync_folder(ledger.final.parent)
-    output.rename(force=force)
-    _sync_folder(output.final.parent)
-    ledger.rename(force=True)
-    _sync_folder(ledger.final.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the folder's names on the disk, where the system can do that."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _remove_leftovers(final: Path) -> None:
-    """Remove temporary files of ``final`` that no process works on any more."""
-    if fcntl is None:
-        return
-    prefix = f".{final.name}."
-    for path in final.parent.iterdir():
-        if not (path.name.startswith(prefix) and path.name.endswith(_SUFFIX)):
-            continue
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _explained(final: Path) -> Iterator[None]:
-    """Turn the operating system's refusal into one OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {final}: {error.strerror or error}",
-            hint=_HINTS.get(error.errno or 0),
-        ) from error
+    with folder_lock(output.final.parent):
+        # in the lock: another conversion may have been faster
+        check_target(output.final, force=force)
+        check_target(ledger.final, force=force)
+        with explained(ledger.final):
+            ledger.final.unlink(missing_ok=True)
+        sync_folder(ledger.final.parent)
+        output.rename(force=force)
+        sync_folder(output.final.parent)
+        ledger.rename(force=force)
+        sync_folder(ledger.final.parent)

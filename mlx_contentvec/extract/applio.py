@@ -12,7 +12,7 @@ from typing import Any
 
 from ..audio import open_regular
 from ..errors import AudioError, OutputError, printable
-from .manifest import publish, write_atomically
+from .manifest import prepared
 
 FILE = "model_info.json"
 #: a file of a few short entries; more is not Applio's
@@ -39,8 +39,8 @@ def write_model_info(folder: Path, embedder: str) -> None:
     stated = _read(folder)
     if stated.get("embedder_model") != embedder:
         text = json.dumps({**stated, "embedder_model": embedder}, indent=4)
-        write_atomically(folder / FILE, [text.encode()])
-        publish(folder / FILE)
+        with prepared(folder / FILE, [text.encode()]) as (draft, _):
+            draft.rename(force=True)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..files import Draft, cannot_write, lock_now, open_own, remove_leftovers
 
 NAME = "mlx-contentvec"
 LOCK = f".{NAME}.lock"
@@ -105,7 +106,7 @@ class Manifest:
         Raises OutputError if it cannot be written.
         """
         try:
-            with os.fdopen(_opened(self.path, os.O_WRONLY | os.O_APPEND), "ab") as file:
+            with os.fdopen(open_own(self.path, os.O_WRONLY | os.O_APPEND), "ab") as file:
                 # a line that a power cut tore must not swallow this one
                 start = b"" if not file.tell() or _ends_a_line(self.path) else b"\n"
                 file.write(start + json.dumps(record, sort_keys=True).encode() + b"\n")
@@ -144,42 +145,37 @@ def checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
-def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> Record:
-    """Write ``parts`` to a hidden file beside ``path``, ready to take its place.
+@contextlib.contextmanager
+def prepared(path: Path, parts: Iterable[bytes | memoryview]) -> Iterator[tuple[Draft, Record]]:
+    """Write ``parts`` to a temporary file beside ``path``; its ``rename`` gives it that name.
 
-    The file is flushed to the disk and read back. Returns its ``bytes`` and
-    ``crc32``; :func:`publish` gives it its name.
+    The file is flushed to the disk and read back. Yields the draft with its
+    ``bytes`` and ``crc32``.
 
     Raises OutputError if it cannot be written or does not read back.
     """
-    hidden = _hidden(path)
-    value = size = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with hidden.open("wb") as file:
-            for part in parts:
-                value = zlib.crc32(part, value)
-                size += file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        written = {"bytes": size, "crc32": f"{value:08x}"}
-        if not holds(hidden, written):
-            raise OutputError(f"{path} does not read back as it was written")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            hidden.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
-    return written
-
-
-def publish(path: Path) -> None:
-    """Give the file that :func:`write_atomically` prepared its final name."""
-    _hidden(path).replace(path)
-
-
-def cannot_write(path: Path, error: OSError) -> OutputError:
-    """An OSError in this project's words."""
-    return OutputError(f"{path} cannot be written: {error.strerror or error}")
+    # a run removes what killed ones left, see locked()
+    with Draft(path, clean=False) as draft:
+        value = size = 0
+        for part in parts:
+            value = zlib.crc32(part, value)
+            draft.write(size, part)
+            size += memoryview(part).nbytes
+        draft.sync()
+        found, start = 0, 0
+        buffer = bytearray(min(size, 1 << 20))
+        while start < size:
+            piece = memoryview(buffer)[: size - start]
+            draft.read_into(start, piece)
+            found = zlib.crc32(piece, found)
+            start += len(piece)
+        if found != value:
+            raise OutputError(f"{path} does not read back as it was written")
+        yield draft, {"bytes": size, "crc32": f"{value:08x}"}
 
 
 @contextlib.contextmanager
@@ -191,50 +187,34 @@ def locked(folder: Path, shard: str | None = None) -> Iterator[None]:
     Raises OutputError if another process holds it.
     """
     if shard is None:
-        with _held(folder, LOCK, share=False):
+        with _held(folder, LOCK):
+            remove_leftovers(folder)
             yield
     else:
-        with (
-            _held(folder, LOCK, share=True),
-            _held(folder, f".{NAME}.{shard}.lock", share=False),
-        ):
+        with _held(folder, LOCK, share=True), _held(folder, f".{NAME}.{shard}.lock"):
+            remove_leftovers(folder)
             yield
 
 
 @contextlib.contextmanager
-def _held(folder: Path, name: str, *, share: bool) -> Iterator[None]:
-    import fcntl
-
+def _held(folder: Path, name: str, *, share: bool = False) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(_opened(folder / name, os.O_RDWR), "wb")
+        file = os.fdopen(open_own(folder / name), "wb")
     except OSError as error:
         raise cannot_write(folder, error) from error
     with file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if share else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_now(file.fileno(), share=share):
             raise OutputError(
                 f"another extraction is writing to {folder}",
                 hint="wait for it, or give this one another folder",
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         yield
 
 
 def ignores_case(folder: Path) -> bool:
     """Whether ``a`` and ``A`` are one file in a folder that is :func:`locked`."""
     return (folder / LOCK.upper()).exists()
-
-
-def _opened(path: Path, flags: int) -> int:
-    """A file of ours, made if it is not there; a link in its place is an error, not followed."""
-    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
 
 
 def _lines(path: Path) -> Iterator[Record]:

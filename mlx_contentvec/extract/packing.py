@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputError, name_list
-from .manifest import Manifest, Record, holds, publish, write_atomically
+from .manifest import Manifest, Record, holds, prepared
 
 PARTS = ".parts"
 FILE = "features.safetensors"
@@ -92,9 +92,9 @@ def pack(parts: list[str], manifest: Manifest, settings: Record) -> list[str]:
         for part, record in present.items():
             tensors[part] = _in_part(manifest.folder / part, record)
         path = manifest.folder / target
-        written = write_atomically(path, _file(tensors, settings))
-        manifest.add({"output": target, "settings": settings, "clips": clips, **written})
-        publish(path)
+        with prepared(path, _file(tensors, settings)) as (draft, written):
+            manifest.add({"output": target, "settings": settings, "clips": clips, **written})
+            draft.rename(force=True)
         for part in present:
             (manifest.folder / part).unlink()
     _remove_empty(manifest.folder / PARTS)

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
 from ..errors import AudioError, ContentvecError, OutputError, name_list, printable
-from .manifest import Manifest, Record, State, identity, publish, write_atomically
+from .manifest import Manifest, Record, State, identity, prepared
 from .sharding import Ranks, shares
 from .sources import Source
 from .windows import Seams
@@ -313,28 +313,28 @@ class Extraction:
             return
         path = self.manifest.folder / job.output
         try:
-            written = write_atomically(path, npy_parts(features))
+            with prepared(path, npy_parts(features)) as (draft, written):
+                self.manifest.add(
+                    {
+                        "output": job.output,
+                        "source": decoded.source,
+                        "settings": asdict(self.settings),
+                        "frames": features.shape[0],
+                        "width": features.shape[1],
+                        "seconds": clip.seconds,
+                        "source_rate": clip.source_rate,
+                        "channels": clip.channels,
+                        "decoder": clip.decoder,
+                        "resampler": clip.resampler,
+                        **written,
+                    }
+                )
+                draft.rename(force=True)
         except OutputError as error:
             if getattr(error.__cause__, "errno", None) not in _NAME_ERRORS:
                 raise
             self._fail(job, error)
             return
-        self.manifest.add(
-            {
-                "output": job.output,
-                "source": decoded.source,
-                "settings": asdict(self.settings),
-                "frames": features.shape[0],
-                "width": features.shape[1],
-                "seconds": clip.seconds,
-                "source_rate": clip.source_rate,
-                "channels": clip.channels,
-                "decoder": clip.decoder,
-                "resampler": clip.resampler,
-                **written,
-            }
-        )
-        publish(path)
         self._written.append((job, written["bytes"], clip.seconds))
         self.summary.extracted += 1
         self.summary.audio_seconds += clip.seconds

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contentvec_convert.checkpoint import describe_foreign, open_checkpoint
+from contentvec_convert.checkpoint import foreign_file, open_checkpoint
 from mlx_contentvec.errors import CheckpointError
 from tests.checkpoint_files import (
     Call,
@@ -109,7 +109,7 @@ def test_a_file_cut_anywhere_is_refused(written: Path) -> None:
         with pytest.raises(CheckpointError):
             open_checkpoint(written)
         if length < 200:
-            describe_foreign(written)
+            foreign_file(written)
 
 
 def test_a_stand_in_cut_anywhere_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_any_instructions_are_refused_or_read(
         read(path)
     except CheckpointError as error:
         assert str(error).replace("\n", "").isprintable()
-    describe_foreign(path)
+    foreign_file(path)
 
 
 @settings(
@@ -254,4 +254,4 @@ def test_any_safetensors_header_is_refused_or_read(
         read(path)
     except CheckpointError as error:
         assert str(error).replace("\n", "").isprintable()
-    describe_foreign(path)
+    foreign_file(path)

@@ -16,9 +16,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from contentvec_convert.checkpoint import describe_foreign, open_checkpoint
+from contentvec_convert.checkpoint import foreign_file, open_checkpoint
 from mlx_contentvec.errors import UnsupportedCheckpoint
 from tests.checkpoint_files import assemble, safetensors, tensor, torch_legacy, torch_zip
+
+
+def what(path: Path) -> str | None:
+    found = foreign_file(path)
+    return None if found is None else found.what
 
 
 def packed(write: Callable[[io.BytesIO], object]) -> bytes:
@@ -89,7 +94,7 @@ def test_what_is_no_checkpoint_is_called_what_it_is(name: str, tmp_path: Path) -
     content, phrase = FOREIGN[name]
     path = tmp_path / "hubert_base.pt"
     path.write_bytes(content)
-    described = describe_foreign(path)
+    described = what(path)
     assert described is not None
     assert described.startswith(phrase)
     with pytest.raises(UnsupportedCheckpoint) as refused:
@@ -104,7 +109,7 @@ def test_a_voice_model_is_called_one_and_can_be_looked_into(
 ) -> None:
     path = tmp_path / "voice.pth"
     path.write_bytes(write(assemble(VOICE)))
-    assert describe_foreign(path) == "an RVC voice model"
+    assert what(path) == "an RVC voice model"
     with open_checkpoint(path) as checkpoint:
         assert list(checkpoint.tensors) == ["enc_p.emb_phone.weight"]
 
@@ -113,7 +118,7 @@ def test_a_voice_model_is_called_one_and_can_be_looked_into(
 def test_a_torchscript_program_is_called_one(torch: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
-    assert describe_foreign(path) == "a TorchScript program"
+    assert what(path) == "a TorchScript program"
 
 
 @pytest.mark.parametrize(
@@ -132,13 +137,13 @@ def test_a_torchscript_program_is_called_one(torch: ModuleType, tmp_path: Path) 
 def test_a_checkpoint_sound_or_damaged_is_not_foreign(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    assert describe_foreign(path) is None
+    assert foreign_file(path) is None
 
 
 def test_nothing_is_said_of_what_cannot_be_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "missing"):
-        assert describe_foreign(path) is None
+        assert foreign_file(path) is None
 
 
 def test_an_unknown_file_is_refused_with_its_first_bytes(tmp_path: Path) -> None:
@@ -152,6 +157,6 @@ def test_an_unknown_file_is_refused_with_its_first_bytes(tmp_path: Path) -> None
 def test_a_text_with_control_characters_is_shown_without_them(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(b"{\x1b]0;title\x07 evil \xe2\x80\xae text")
-    described = describe_foreign(path)
+    described = what(path)
     assert described is not None
     assert described.isprintable()

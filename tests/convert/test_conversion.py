@@ -25,7 +25,6 @@ from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.checkpoint.source_file import SourceFile
 from contentvec_convert.conversion import convert, default_output, ledger_path
 from contentvec_convert.precision import PRECISIONS, all_finite, widen
-from contentvec_convert.writer import Draft
 from contentvec_parity.standin import write as standin_module
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import (
@@ -37,6 +36,8 @@ from mlx_contentvec.errors import (
     MappingError,
     OutputError,
 )
+from mlx_contentvec.files import Draft
+from mlx_contentvec.first_release import DIRECTION
 
 MakeStandin = Callable[..., Path]
 
@@ -49,6 +50,8 @@ RENAMED = {
     f"feature_extractor.conv_layers.{i}.conv.weight": f"feature_extractor.conv_layers.{i}.0.weight"
     for i in range(7)
 }
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture
@@ -541,9 +544,35 @@ def test_a_weight_norm_of_zero_is_refused(
         state["encoder.pos_conv.0.weight_v"][:, :, 7] = 0
 
     source = rewritten(tiny_checkpoint, tmp_path / "a.pt", torch, spoil)
-    with pytest.raises(CorruptCheckpoint, match="norm is zero") as caught:
+    with pytest.raises(CorruptCheckpoint, match="not numbers") as caught:
         convert(source, tmp_path / "out.safetensors", allow_unknown=True)
     assert "encoder.pos_conv.0.weight_v" in str(caught.value)
+
+
+def test_a_weight_norm_of_zero_in_a_file_of_the_first_release_is_refused_too(
+    tmp_path: Path,
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(DATA / "first_release.safetensors")
+    tensors[DIRECTION][:, 3] = 0
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(CorruptCheckpoint, match="not numbers") as caught:
+        convert(
+            tmp_path / "a.safetensors", tmp_path / "out.safetensors", allow_unknown=True, heads=4
+        )
+    assert "1 kernel taps" in str(caught.value)
+
+
+def test_a_folded_kernel_too_large_for_float16_is_not_called_damaged(
+    tmp_path: Path, make_standin: MakeStandin, fairseq: Any, torch: Any
+) -> None:
+    def spoil(state: Any) -> None:
+        state["encoder.pos_conv.0.weight_g"][..., 3] = 1e8
+
+    source = rewritten(make_standin("tiny", dtype="float32"), tmp_path / "a.pt", torch, spoil)
+    with pytest.raises(MappingError, match="too large"):
+        convert(source, tmp_path / "out.safetensors", dtype="float16", allow_unknown=True)
 
 
 def test_weights_too_large_for_float16_are_refused_by_name(

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.conversion import convert
 from contentvec_convert.export import export, split_weight_norm
-from contentvec_convert.rules import fold_weight_norm
 from contentvec_parity.originals import (
     TINY_BASE,
     TINY_LARGE,
@@ -27,6 +26,7 @@ from contentvec_parity.originals import (
 )
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint
+from mlx_contentvec.weight_norm import fold_weight_norm
 
 DATA = Path(__file__).parents[1] / "data"
 QUICK = settings(
@@ -280,6 +280,14 @@ def test_a_folder_with_something_else_in_it_is_never_replaced(
         export(converted_tiny, room / "out", to="transformers", force=True)
     assert "thesis.txt" in str(caught.value)
     assert (room / "out" / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_what_finder_leaves_in_an_export_does_not_keep_it(converted_tiny: Path, room: Path) -> None:
+    export(converted_tiny, room / "out", to="transformers")
+    for name in (".DS_Store", "._config.json"):
+        (room / "out" / name).write_bytes(b"Bud1")
+    export(converted_tiny, room / "out", to="transformers", force=True)
+    assert "config.json" in {path.name for path in (room / "out").iterdir()}
 
 
 def test_a_missing_folder_is_said(converted_tiny: Path, room: Path) -> None:

@@ -263,3 +263,32 @@ def test_whatever_can_be_fetched_can_be_proven() -> None:
         if row.hub_path is not None:
             assert row.verifiable
             assert row.home.startswith("https://huggingface.co/")
+
+
+def test_a_link_planted_at_the_unfinished_download_is_not_followed(
+    fetch: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "precious").write_text("kept")
+    for plant in (os.symlink, os.link):
+        plant(tmp_path / "precious", tmp_path / "hubert_base.pt.part")
+        done = fetch()
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert (tmp_path / "precious").read_text() == "kept"
+        (tmp_path / "hubert_base.pt.part").unlink()
+
+
+def test_a_name_as_long_as_can_be_is_downloaded_to(fetch: Run, tmp_path: Path) -> None:
+    name = "n" * 250 + ".pt"
+    done = fetch("-o", name)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} - {"home"} == {name}
+
+
+def test_two_downloads_of_one_file_do_not_mix(fetch: Run, tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / "hubert_base.pt.part").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        done = fetch()
+    assert done.returncode == 1
+    assert "another process is downloading" in done.stderr

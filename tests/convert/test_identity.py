@@ -11,13 +11,8 @@ from typing import Any
 import pytest
 
 from contentvec_convert import identity as identity_module
-from contentvec_convert.identity import (
-    BLOCK_BYTES,
-    Identification,
-    accept,
-    identify,
-    stand_in_refused,
-)
+from contentvec_convert.diagnosis import accept, stand_in_refused
+from contentvec_convert.identity import BLOCK_BYTES, Identification, identify
 from contentvec_convert.known_files import CONTENTVEC, KNOWN_FILES, KnownFile, known_as
 from mlx_contentvec.errors import IdentityError
 

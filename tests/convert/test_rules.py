@@ -13,10 +13,11 @@ import pytest
 
 from contentvec_convert.checkpoint import Checkpoint
 from contentvec_convert.ledger import account
-from contentvec_convert.rules import TRANSFORMS, fold_weight_norm
+from contentvec_convert.rules import TRANSFORMS
 from contentvec_convert.sources import fairseq, plan_for
 from mlx_contentvec.config import PRESETS, ModelConfig, parameter_shapes
 from mlx_contentvec.errors import ConfigError, MappingError, UnsupportedCheckpoint
+from mlx_contentvec.weight_norm import fold_weight_norm
 
 BASE_MODEL = {
     "_name": "hubert",
@@ -137,10 +138,10 @@ def test_the_norm_runs_over_out_and_in_and_over_no_other_axes() -> None:
 
 def test_the_parts_of_a_weight_norm_must_go_together() -> None:
     with pytest.raises(MappingError, match="weight norm"):
-        fold_weight_norm(np.ones((1, 1, 5)), np.ones((8, 4, 6)))
+        TRANSFORMS["fold_weight_norm"].shape((1, 1, 5), (8, 4, 6))
     with pytest.raises(MappingError, match="weight norm"):
         # dim=0, as a plain torch weight norm has it
-        fold_weight_norm(np.ones((8, 1, 1)), np.ones((8, 4, 6)))
+        TRANSFORMS["fold_weight_norm"].shape((8, 1, 1), (8, 4, 6))
 
 
 def test_what_only_moves_can_be_undone_and_what_is_computed_says_it_cannot() -> None:

@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import resource
+import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contentvec_convert.writer import Draft, Entry, check_target, header, lay_out, publish
+from contentvec_convert.writer import Entry, header, lay_out, publish
 from mlx_contentvec.errors import OutputError
+from mlx_contentvec.files import Draft, check_target, folder_lock
 
 METADATA = {"format": "mlx", "note": 'ä "quoted" \n'}
 
@@ -111,7 +114,7 @@ def test_nothing_is_visible_before_it_is_published(tmp_path: Path) -> None:
     with Draft(final) as draft:
         draft.write(0, b"half")
         assert not final.exists()
-        assert names(tmp_path)[0].startswith(".out.safetensors.")
+        assert [name.startswith(".") for name in names(tmp_path)] == [True]
     assert names(tmp_path) == []
 
 
@@ -130,7 +133,7 @@ def test_what_a_killed_run_left_behind_is_removed_by_the_next(tmp_path: Path) ->
     final = tmp_path / "out.safetensors"
     code = (
         "import os, sys, signal; from pathlib import Path\n"
-        "from contentvec_convert.writer import Draft\n"
+        "from mlx_contentvec.files import Draft\n"
         "draft = Draft(Path(sys.argv[1])).__enter__(); draft.write(0, b'half')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -138,10 +141,12 @@ def test_what_a_killed_run_left_behind_is_removed_by_the_next(tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", code, final], env=environment, check=False)
     (leftover,) = names(tmp_path)
     assert leftover.endswith(".partial")
-    (tmp_path / ".other.safetensors.0.partial").touch()
+    with Draft(tmp_path / "other.safetensors"):
+        (other,) = {*names(tmp_path)} - {leftover}
+    (tmp_path / other).touch()
     write(final, ARRAYS)
     assert names(tmp_path) == [
-        ".other.safetensors.0.partial",
+        other,
         "out.ledger.json",
         "out.safetensors",
     ]
@@ -345,3 +350,100 @@ def test_large_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         found = bytearray(100)
         draft.read_into(3, memoryview(found))
     assert found == data
+
+
+# ---- names, links and other processes
+
+
+def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path: Path) -> None:
+    final = tmp_path / ("n" * 253)
+    with Draft(final) as draft:
+        draft.write(0, b"long")
+        draft.rename(force=False)
+    assert final.read_bytes() == b"long"
+
+
+def test_a_planted_link_at_a_temporary_name_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "0000")
+    with Draft(tmp_path / "out"):
+        (planted,) = set(names(tmp_path)) - {"victim"}
+    (tmp_path / planted).symlink_to(victim)
+    with pytest.raises(OutputError, match="File exists"), Draft(tmp_path / "out") as draft:
+        draft.write(0, b"overwritten")
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_pipe_at_a_temporary_name_blocks_nothing(tmp_path: Path) -> None:
+    with Draft(tmp_path / "out"):
+        (temporary,) = names(tmp_path)
+    os.mkfifo(tmp_path / temporary)
+    signal.alarm(10)
+    try:
+        with Draft(tmp_path / "out") as draft:
+            draft.rename(force=False)
+    finally:
+        signal.alarm(0)
+    assert "out" in names(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, 45, 102])
+def test_without_second_names_nothing_is_replaced_unasked_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_links(*_: Any) -> None:
+        raise OSError(number, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with Draft(tmp_path / "free") as draft:
+        draft.rename(force=False)
+    final = tmp_path / "out"
+    with Draft(final) as draft:
+        final.write_bytes(b"somebody else's")
+        with pytest.raises(OutputError, match="appeared"):
+            draft.rename(force=False)
+    assert final.read_bytes() == b"somebody else's"
+
+
+def test_a_pipe_is_not_replaced_by_an_output(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="pipe or a device"):
+        check_target(tmp_path / "pipe", force=True)
+
+
+def test_two_publications_to_one_name_never_mix(tmp_path: Path) -> None:
+    """Each of two processes publishes its own pair again and again; every pair seen fits."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from contentvec_convert.writer import publish\n"
+        "from mlx_contentvec.files import Draft\n"
+        "folder, mine = Path(sys.argv[1]), sys.argv[2].encode()\n"
+        "for _ in range(150):\n"
+        "    with Draft(folder / 'out') as output, Draft(folder / 'ledger') as ledger:\n"
+        "        output.write(0, mine); ledger.write(0, mine)\n"
+        "        publish(output, ledger, force=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = [sys.executable, "-c", code, str(tmp_path)]
+    workers = [subprocess.Popen([*arguments, name], env=environment) for name in "ab"]
+    pairs = set()
+    while any(worker.poll() is None for worker in workers):
+        with folder_lock(tmp_path):
+            if names(tmp_path) and (tmp_path / "out").exists():
+                pairs.add(((tmp_path / "out").read_bytes(), (tmp_path / "ledger").read_bytes()))
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert pairs <= {(b"a", b"a"), (b"b", b"b")} and pairs
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "ledger").read_bytes()
+
+
+def test_a_publication_that_came_second_leaves_the_first_whole(tmp_path: Path) -> None:
+    final = tmp_path / "out.safetensors"
+    with Draft(final) as draft, Draft(tmp_path / "out.ledger.json") as paper:
+        write(final, ARRAYS)
+        before = [path.read_bytes() for path in sorted(tmp_path.glob("out.*"))]
+        with pytest.raises(OutputError, match="already exists"):
+            publish(draft, paper, force=False)
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("out.*"))] == before

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from contentvec_convert.checkpoint import open_checkpoint
+from contentvec_convert.checkpoint.pickle_machine import PickleMachine
 from contentvec_convert.conversion import convert
 from contentvec_convert.recognition import FOREIGN, refuse_foreign
 from contentvec_convert.sources import plan_for
@@ -23,6 +24,7 @@ from mlx_contentvec.errors import (
     UnsupportedCheckpoint,
     WeightsError,
 )
+from tests.checkpoint_files import assemble, tensor, torch_zip
 
 
 def _refusal(path: Path) -> str:
@@ -218,3 +220,22 @@ def test_a_file_of_nothing_but_a_head_is_not_taken_for_a_model(tmp_path: Path, t
     torch.save({"model": {"final_proj.weight": torch.zeros(256, 768)}}, path)
     with open_checkpoint(path) as checkpoint, pytest.raises(UnsupportedCheckpoint):
         plan_for(checkpoint)
+
+
+@pytest.mark.parametrize("options", [{}, {"expect_md5": "0" * 32}, {"allow_unknown": True}])
+def test_a_pickle_is_read_once_even_where_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    source = tmp_path / "hubert_base.pt"
+    source.write_bytes(torch_zip(assemble({"generator": {"conv.weight": tensor()}})))
+    load, loads = PickleMachine.load, []
+
+    def counted(machine: PickleMachine, start: int = 0) -> Any:
+        loads.append(start)
+        return load(machine, start)
+
+    monkeypatch.setattr(PickleMachine, "load", counted)
+    with pytest.raises(ContentvecError, match="hubert_base") as refused:
+        convert(source, tmp_path / "out.safetensors", **options)
+    assert "a vocoder's checkpoint" in str(refused.value)
+    assert loads == [0]

@@ -21,8 +21,7 @@ from mlx_contentvec.extract.manifest import (
     Manifest,
     ignores_case,
     locked,
-    publish,
-    write_atomically,
+    prepared,
 )
 from mlx_contentvec.extract.packing import FILE, check_packs, pack, part_of
 from mlx_contentvec.extract.run import Extraction, Job, Settings, Summary, plan_jobs
@@ -447,7 +446,7 @@ def test_an_output_folder_that_cannot_be_written_stops_the_run(
     clip = write_clip(tmp_path / "in/a/x.wav")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a").write_text("a file where a folder must be")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot write"):
         run(model, tmp_path / "out", [tmp_path / "in"])
     assert clip.exists()
 
@@ -557,10 +556,10 @@ def test_every_rank_writes_its_own_file_and_reads_all(tmp_path: Path) -> None:
 
 def test_nothing_has_its_name_until_it_is_published(tmp_path: Path) -> None:
     path = tmp_path / "a/x.npy"
-    written = write_atomically(path, [b"abc", b"def"])
-    assert written == {"bytes": 6, "crc32": "4b8e39ef"}
-    assert not path.exists()
-    publish(path)
+    with prepared(path, [b"abc", b"def"]) as (draft, written):
+        assert written == {"bytes": 6, "crc32": "4b8e39ef"}
+        assert not path.exists()
+        draft.rename(force=True)
     assert path.read_bytes() == b"abcdef"
     assert [p.name for p in path.parent.iterdir()] == ["x.npy"]
 
@@ -572,7 +571,7 @@ def test_a_link_planted_among_the_outputs_is_not_followed(tmp_path: Path, name: 
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / name).symlink_to(precious)
-    with pytest.raises(OutputError, match="cannot be written"), locked(folder):
+    with pytest.raises(OutputError, match="cannot write"), locked(folder):
         Manifest(folder).add({"output": "a.npy"})
     assert precious.read_text() == "kept"
 

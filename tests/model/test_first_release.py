@@ -20,7 +20,7 @@ from mlx_contentvec import ContentvecModel, first_release
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig, parameter_shapes, stage_names
 from mlx_contentvec.errors import AudioError, ConfigError, CorruptCheckpoint, WeightsError
-from mlx_contentvec.first_release import config_fields, config_of, fold_weight_norm, ignore_speaker
+from mlx_contentvec.first_release import config_fields, config_of, folded_kernel, ignore_speaker
 from mlx_contentvec.rvc import Hubert
 from tests.hub_server import HubServer
 from tests.small_models import TINY, noise, random_weights
@@ -142,7 +142,7 @@ def test_loading_and_converting_fold_alike() -> None:
     rng = np.random.default_rng(0)
     magnitude = rng.uniform(0.5, 2.0, (1, 16, 1)).astype(np.float32)
     direction = rng.standard_normal((32, 16, 8)).astype(np.float32)
-    folded = fold_weight_norm(magnitude, direction)
+    folded = folded_kernel(magnitude, direction)
     converted = TRANSFORMS["fold_weight_norm_channels_last"].apply(magnitude, direction)
     assert np.abs(folded.view(np.int32) - converted.view(np.int32)).max() <= 1
     # one norm per tap: the kernel's own norms are the magnitudes
@@ -152,14 +152,14 @@ def test_loading_and_converting_fold_alike() -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 1), (32, 1, 1), (16,)])
 def test_a_magnitude_of_another_axis_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(WeightsError, match="impossible shapes"):
-        fold_weight_norm(np.ones(shape, np.float32), np.ones((32, 16, 8), np.float32))
+        folded_kernel(np.ones(shape, np.float32), np.ones((32, 16, 8), np.float32))
 
 
 def test_a_dead_tap_is_refused() -> None:
     direction = np.ones((32, 16, 8), np.float32)
     direction[:, 3] = 0
     with pytest.raises(WeightsError, match="divides by zero"):
-        fold_weight_norm(np.ones((1, 16, 1), np.float32), direction)
+        folded_kernel(np.ones((1, 16, 1), np.float32), direction)
 
 
 # the model that a file holds ------------------------------------------------------

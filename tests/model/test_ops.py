@@ -43,8 +43,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The form of MLX's operations for each kind of device, computed on the one that is here."""
     monkeypatch.setattr(mlx_ops, "device_kind", lambda: request.param)
     # here it would be compiled for the CPU, by a C++ compiler that need not be there
-    monkeypatch.setattr(mlx_ops, "_fused_gelu", mlx_ops._gelu)
-    monkeypatch.setattr(mlx_ops, "_fused_normalize_and_gelu", mlx_ops._normalize_and_gelu)
+    monkeypatch.setattr(mlx_ops, "_compiled", lambda function: function)
     param: str = request.param
     return param
 
@@ -75,6 +74,36 @@ class TestEveryForm:
         assert got.shape == (2, count, 40)
         assert closeness(got, plain + bias) < 1e-5
         assert closeness(mlx_ops.conv1d(array(x), arranged, None, stride), plain) < 1e-5
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_a_convolution_of_real_width_is_taken_in_parts(
+        self, form: str, bias: bool, rng: np.random.Generator
+    ) -> None:
+        x = rng.standard_normal((2, 61, 512)).astype(np.float32)
+        weight = (rng.standard_normal((24, 3, 512)) / 39).astype(np.float32)
+        shift = rng.standard_normal(24).astype(np.float32)
+        windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.float64), 3, axis=1)[:, ::2]
+        expected = np.einsum("btik,oki->bto", windows, weight.astype(np.float64))
+        expected += shift if bias else 0
+        given = array(x), array(weight), array(shift) if bias else None, 2
+        bound = 2e-5 if form == "cpu" else 5e-6
+        assert closeness(mlx_ops.conv1d(*given), expected) < bound
+        assert closeness(mlx_ops.conv1d(*given, then_gelu=True), exact_gelu(expected)) < bound
+
+    @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1003])
+    def test_a_sum_over_time_is_in_short_sums(self, count: int, rng: np.random.Generator) -> None:
+        x = rng.standard_normal((2, count, 3))
+        assert closeness(mlx_ops._sum_over_time(array(x)), x.astype(np.float32).sum(1)) < 1e-4
+
+    def test_silence_does_not_lose_a_variance(self, rng: np.random.Generator) -> None:
+        """Added one after the other, many small squares are lost beside a large sum."""
+        clip = np.zeros((1, 9000), np.float32)
+        clip[0, :400] = 0.3 * rng.standard_normal(400)
+        weight = rng.standard_normal((64, 10)).astype(np.float32)
+        windows = np.lib.stride_tricks.sliding_window_view(clip[0].astype(np.float64), 10)[::5]
+        exact = (windows @ weight.T.astype(np.float64)).var(axis=0)
+        _, _, variance = mlx_ops._channel_statistics(array(clip), array(weight), 5, None)
+        assert np.abs(np.array(variance)[0] / exact - 1).max() < 1.2e-6
 
     @pytest.mark.parametrize("frames", [1, 2, 63, 64, 65, 130, 700])
     @pytest.mark.parametrize("kernel", [64, 15])

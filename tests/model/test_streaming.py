@@ -76,10 +76,17 @@ def test_quantised_weights_are_streamed() -> None:
     from mlx import nn
 
     model = random_model(TINY)
-    nn.quantize(model, group_size=32, bits=8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
     waveform = noise(40000)
+    exact = in_one_go(model, waveform, output_layer=3)
+    nn.quantize(model, group_size=32, bits=8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
     whole = in_one_go(model, waveform, output_layer=3)
-    np.testing.assert_allclose(streamed(model, waveform, 3, False, PLAN), whole, atol=2e-5, rtol=0)
+    # a quantised product on CUDA has another precision for another number of rows: what
+    # that makes must stay below what quantising costs
+    cost = np.abs(whole - exact).max()
+    allowed = 2e-5 if memory.device_kind() == "cpu" else cost / 2
+    assert cost > 1e-2
+    pieces = streamed(model, waveform, 3, False, PLAN)
+    np.testing.assert_allclose(pieces, whole, atol=allowed, rtol=0)
 
 
 def test_progress_rises_to_the_end() -> None:
@@ -123,7 +130,7 @@ def test_a_gpu_is_given_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch, ke
     assert long.frames == memory.FRAMES["metal"][-1]
     assert streamed_bytes(base, 16000 * 600, long) < 5 << 30
     monkeypatch.setattr(memory.mx, "device_info", dict, raising=False)
-    assert plan_chunks(base, 16000 * 60, None) is None
+    assert plan_chunks(base, 16000 * 30, None) is None
 
 
 @pytest.mark.parametrize(("width", "fused"), [(64, True), (80, True), (96, False), (128, True)])

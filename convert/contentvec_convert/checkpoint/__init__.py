@@ -7,8 +7,17 @@ the standard library.
 
 from __future__ import annotations
 
-from .opening import Checkpoint, describe_foreign, open_checkpoint
+from .foreign import Foreign
+from .opening import Checkpoint, foreign_file, is_cut_short, open_checkpoint
 from .records import InertRecord
 from .tensors import StoredTensor
 
-__all__ = ["Checkpoint", "InertRecord", "StoredTensor", "describe_foreign", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Foreign",
+    "InertRecord",
+    "StoredTensor",
+    "foreign_file",
+    "is_cut_short",
+    "open_checkpoint",
+]

@@ -31,6 +31,9 @@ STORAGE_DTYPES: dict[str, str] = {
 }
 UNTYPED_STORAGES = frozenset({("torch.storage", "UntypedStorage"), ("torch", "UntypedStorage")})
 
+#: instructions that a copied entry counts as: it takes memory as well as time
+_ENTRY_WORK = 8
+
 
 class TypedStorage:
     """A storage as a persistent id names it: bytes, and their dtype if the id gives one."""
@@ -94,12 +97,13 @@ def _dict(machine: PickleMachine, args: tuple[Any, ...]) -> dict[Any, Any]:
     if len(args) > 1:
         machine.corrupt("it makes a dict of more than one thing")
     if type(args[0]) is dict:
-        machine.worked(len(args[0]))
-        made.update(args[0])
+        # key by key, because comparing them again is counted as at the first time
+        machine.worked(_ENTRY_WORK * len(args[0]))
+        machine.store(made, [part for pair in args[0].items() for part in pair])
         return made
     if not isinstance(args[0], (list, tuple)):
         machine.corrupt("it makes a dict of what is none", found=brief(args[0]))
-    machine.worked(len(args[0]))
+    machine.worked(_ENTRY_WORK * len(args[0]))
     for pair in args[0]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             machine.corrupt("it makes a dict of what are not pairs")
@@ -117,7 +121,7 @@ def _members(machine: PickleMachine, args: tuple[Any, ...]) -> list[Any]:
         return []
     if len(args) > 1 or not isinstance(args[0], (list, tuple, set, frozenset)):
         machine.corrupt("it makes a collection of what is none")
-    machine.worked(len(args[0]))
+    machine.worked(_ENTRY_WORK * len(args[0]))
     return list(args[0])
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.errors import CheckpointError, UnsupportedCheckpoint, name_list
+from mlx_contentvec.files import is_file
+from mlx_contentvec.json_text import JSON_BYTES
 
 from . import limits
 from .json_text import parse_object
-from .source_file import SourceFile, is_file
+from .source_file import SourceFile
 from .tensors import brief
 
 #: names under which transformers saves weights, in the order in which it looks for them
@@ -21,7 +24,8 @@ CONFIG_FILE = "config.json"
 def folder_config(folder: Path) -> dict[str, Any] | None:
     """The folder's config.json, None if it has none. Raises CorruptCheckpoint if it is no JSON."""
     path = folder / CONFIG_FILE
-    return _json(path) if is_file(path) else None
+    # a pipe or a dead link is not taken for a folder without one
+    return _json(path) if os.path.lexists(path) else None
 
 
 def folder_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
@@ -87,10 +91,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _parsed(file: SourceFile) -> dict[str, Any]:
-    if file.size > limits.JSON_BYTES:
+    if file.size > file.budget.json_bytes:
         raise file.corrupt(
             "it is too large",
             found=f"{file.size:,} bytes",
-            expected=f"at most {limits.JSON_BYTES:,}",
+            expected=f"at most {JSON_BYTES:,}",
         )
     return parse_object(file, file.read(0, file.size), "it")

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_contentvec.errors import UnsupportedCheckpoint, name_list
+from mlx_contentvec.errors import ForeignCheckpoint, name_list
 
 from .source_file import SourceFile
 from .tensors import TensorView, brief
@@ -34,10 +34,10 @@ class Foreign:
     what: str
     hint: str
 
-    def error(self, file: SourceFile) -> UnsupportedCheckpoint:
+    def error(self, file: SourceFile) -> ForeignCheckpoint:
         """The error that says so, to be raised by the caller."""
-        return UnsupportedCheckpoint(
-            f"{file.name} is not a checkpoint but {self.what}", hint=self.hint
+        return ForeignCheckpoint(
+            f"{file.name} is not a checkpoint but {self.what}", what=self.what, hint=self.hint
         )
 
 

@@ -8,16 +8,17 @@ from types import TracebackType
 from typing import Any
 
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, name_list
+from mlx_contentvec.files import is_folder
 
 from . import limits
 from .folder import WEIGHT_FILES, folder_config, folder_weights
 from .foreign import HEAD_BYTES, Foreign, foreign_archive, foreign_bytes, foreign_value
 from .safetensors_file import looks_like_safetensors, read_safetensors
-from .source_file import DOWNLOAD_AGAIN, SourceFile, is_folder
+from .source_file import DOWNLOAD_AGAIN, SourceFile
 from .state_dict import Contents, contents
 from .tensors import StoredTensor, brief
 from .torch_file import looks_like_torch_legacy, read_torch_legacy, read_torch_zip
-from .zip_archive import LOCAL_SIGNATURE, ZipArchive
+from .zip_archive import LOCAL_SIGNATURE, ZipArchive, has_end
 
 TORCH_ZIP, TORCH_LEGACY, SAFETENSORS = "torch zip", "torch legacy", "safetensors"
 
@@ -93,10 +94,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         files, places = (path,), None
         config = folder_config(path.parent) if path.name in WEIGHT_FILES else None
     sources: list[SourceFile] = []
+    budget = limits.Budget()
     try:
         parts: list[tuple[str, Contents]] = []
         for name in files:
-            sources.append(SourceFile(name))
+            sources.append(SourceFile(name, budget))
             parts.append(_read(sources[-1]))
             if sum(len(part.tensors) for _, part in parts) > limits.TENSORS:
                 raise sources[-1].corrupt(
@@ -121,11 +123,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def describe_foreign(path: str | Path) -> str | None:
+def foreign_file(path: str | Path) -> Foreign | None:
     """What a file is when it is nothing that :func:`open_checkpoint` reads.
 
-    A phrase such as "a web page, saved instead of the weights", "an RVC voice
-    model" or "an empty file"; None for a checkpoint, a folder, a file that
+    "A web page, saved instead of the weights", "an RVC voice model" or "an
+    empty file", with a hint; None for a checkpoint, a folder, a file that
     cannot be read, or one that nothing is known of.
     """
     try:
@@ -133,12 +135,25 @@ def describe_foreign(path: str | Path) -> str | None:
     except CheckpointError:
         return None
     try:
-        foreign = _foreign(file)
+        return _foreign(file)
     except CheckpointError:
         return None
     finally:
         file.close()
-    return None if foreign is None else foreign.what
+
+
+def is_cut_short(path: str | Path) -> bool:
+    """Whether a file begins as a zip archive and lacks the record that ends every one."""
+    try:
+        file = SourceFile(Path(path))
+    except CheckpointError:
+        return False
+    try:
+        return file.head(4) == LOCAL_SIGNATURE and not has_end(file)
+    except CheckpointError:
+        return False
+    finally:
+        file.close()
 
 
 def _foreign(file: SourceFile) -> Foreign | None:

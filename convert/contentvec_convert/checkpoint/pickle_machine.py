@@ -86,11 +86,7 @@ class PickleMachine:
         self._data = data
         self._constructors = constructors
         self._persistent_load = persistent_load
-        self._operations_left = limits.PICKLE_OPERATIONS
-        self._containers_left = limits.PICKLE_CONTAINERS
-        self._bytes_left = limits.PICKLE_BYTES
-        self._tensors_left = limits.TENSORS
-        self._tuple_keys_left = limits.TUPLE_KEYS
+        self._budget = file.budget
         self._names: dict[tuple[str, str], GlobalName] = {}
         self._position = 0
         self._stack: list[Any] = []
@@ -101,7 +97,7 @@ class PickleMachine:
         self._position = start
         self._stack = []
         self._memo = {}
-        data, end = self._data, len(self._data)
+        data, end, budget = self._data, len(self._data), self._budget
         while True:
             position = self._position
             if position >= end:
@@ -110,8 +106,8 @@ class PickleMachine:
             self._position = position + 1
             if opcode == _STOP:
                 break
-            self._operations_left -= 1
-            if self._operations_left < 0:
+            budget.operations -= 1
+            if budget.operations < 0:
                 self._endless()
             handler = _DISPATCH[opcode]
             if handler is None:
@@ -191,8 +187,8 @@ class PickleMachine:
 
     def made_container(self, count: int = 1) -> None:
         """Count containers against the limit; constructors call it for each one they make."""
-        self._containers_left -= count
-        if self._containers_left < 0:
+        self._budget.containers -= count
+        if self._budget.containers < 0:
             raise self.file.corrupt(
                 "its pickle builds without end",
                 found=f"more than {limits.PICKLE_CONTAINERS:,} lists, dicts and objects",
@@ -200,29 +196,29 @@ class PickleMachine:
 
     def made_bytes(self, count: int) -> None:
         """Count the bytes of texts against the limit."""
-        self._bytes_left -= count
-        if self._bytes_left < 0:
+        self._budget.text_bytes -= count
+        if self._budget.text_bytes < 0:
             raise self.file.corrupt(
                 "its pickle is too long",
                 expected=f"at most {limits.PICKLE_BYTES:,} bytes of text",
             )
 
     def worked(self, count: int) -> None:
-        """Count ``count`` values copied by one call as so many instructions."""
-        self._operations_left -= count
-        if self._operations_left < 0:
+        """Count what one call does, such as copying ``count`` values, as so many instructions."""
+        self._budget.operations -= count
+        if self._budget.operations < 0:
             self._endless()
 
     def _endless(self) -> NoReturn:
         raise self.file.corrupt(
             "its pickle is endless",
-            found=f"more than {limits.PICKLE_OPERATIONS:,} instructions",
+            found=f"more work than {limits.PICKLE_OPERATIONS:,} instructions",
         )
 
     def made_tensor(self) -> None:
         """Count a tensor against the limit."""
-        self._tensors_left -= 1
-        if self._tensors_left < 0:
+        self._budget.tensors -= 1
+        if self._budget.tensors < 0:
             raise self.file.corrupt(
                 "it has too many tensors", expected=f"at most {limits.TENSORS:,}"
             )
@@ -230,16 +226,28 @@ class PickleMachine:
     # ---- keys of dicts and members of sets
 
     def key(self, value: Any) -> Any:
-        """``value``, if hashing and comparing it is safe and cheap."""
+        """``value``, if hashing and comparing it is safe and cheap.
+
+        Hashes of texts are seeded; those of tuples and floats are not, so that a
+        file can choose any number of such keys with one hash. Each may then be
+        compared with all before it: that many comparisons are counted as work,
+        each as dear as its longest one, whether or not the hashes collide.
+        """
+        cost = self._key_cost(value)
+        if cost:
+            self.worked(cost * self._budget.slow_keys)
+            self._budget.slow_keys += 1
+        return value
+
+    def _key_cost(self, value: Any) -> int:
+        """How dear one comparison of a key is that hashes predictably; 0 for other keys."""
+        if isinstance(value, float):
+            return 1
         if not isinstance(value, tuple):
             self._scalar_key(value)
-            return value
-        # the hash of a tuple walks everything below it, shared parts again and
-        # again, and is not seeded: bound the walk, and the number of such keys
-        self._tuple_keys_left -= 1
-        if self._tuple_keys_left < 0:
-            self.corrupt("it has too many keys that are tuples")
-        parts, pending = 0, [value]
+            return 0
+        # the hash of a tuple walks everything below it, shared parts again and again
+        cost, parts, pending = 1, 0, [value]
         while pending:
             for part in pending.pop():
                 parts += 1
@@ -249,7 +257,8 @@ class PickleMachine:
                     pending.append(part)
                 else:
                     self._scalar_key(part)
-        return value
+                    cost += 1 + (len(part) // 16 if isinstance(part, (str, bytes)) else 0)
+        return cost
 
     def _scalar_key(self, value: Any) -> None:
         if isinstance(value, (float, GlobalName, InertRecord)) or value is None:
@@ -301,6 +310,9 @@ class PickleMachine:
             )
         ):
             raise self._program(f"{module}.{name}")
+        self._budget.names -= 1
+        if self._budget.names < 0:
+            self.corrupt("it names too many classes and functions")
         made = GlobalName(module, name)
         self._names[module, name] = made
         return made
@@ -416,6 +428,9 @@ class PickleMachine:
     def _unicode(self, raw: bytes) -> None:
         # a path that was no text in its file system comes as lone surrogates,
         # which nothing could print: they become replacement characters
+        if not raw.isascii():
+            # one character outside the basic plane gives every other one four bytes
+            self.made_bytes(3 * len(raw))
         self._stack.append(raw.decode("utf-8", "replace"))
 
     def _op_short_binunicode(self) -> None:

@@ -10,6 +10,8 @@ import struct
 from math import prod
 from typing import Any
 
+from mlx_contentvec.json_text import JSON_BYTES
+
 from . import limits
 from .json_text import parse_object
 from .source_file import DOWNLOAD_AGAIN, SourceFile
@@ -55,17 +57,18 @@ def read_safetensors(file: SourceFile) -> Contents:
     Raises UnsupportedCheckpoint for a dtype that has no name here.
     """
     length = _LENGTH.unpack(file.read(0, _LENGTH.size))[0]
-    if length > limits.JSON_BYTES:
+    if length > file.budget.json_bytes:
         raise file.corrupt(
             "its header is too long",
             found=f"{length:,} bytes",
-            expected=f"at most {limits.JSON_BYTES:,}",
+            expected=f"at most {JSON_BYTES:,}",
         )
     header = parse_object(file, file.read(_LENGTH.size, length), "its header")
     # mlx.core.save_safetensors writes null where there is none
     stored = header.pop("__metadata__", None)
     metadata = {} if stored is None else _metadata(file, stored)
-    if len(header) > limits.TENSORS:
+    file.budget.tensors -= len(header)
+    if file.budget.tensors < 0:
         raise file.corrupt("it has too many tensors", expected=f"at most {limits.TENSORS:,}")
     start = _LENGTH.size + length
     placed = sorted(

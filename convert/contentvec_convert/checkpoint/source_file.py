@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
-from collections.abc import Callable
 from pathlib import Path
 
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
+from mlx_contentvec.files import open_regular, read_at
+
+from .limits import Budget
 
 _CHUNK = 1024 * 1024
 
 DOWNLOAD_AGAIN = (
     "download the file again, and compare its size and checksum with those its publisher gives"
 )
-
-
-def is_file(path: Path) -> bool:
-    """Whether ``path`` is a regular file that can be seen; never an exception."""
-    return _kind(path, stat.S_ISREG)
-
-
-def is_folder(path: Path) -> bool:
-    """Whether ``path`` is a folder that can be seen; never an exception."""
-    return _kind(path, stat.S_ISDIR)
-
-
-def _kind(path: Path, is_kind: Callable[[int], bool]) -> bool:
-    try:
-        return is_kind(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def read_at(descriptor: int, target: memoryview, offset: int) -> int:
-    """Read at most ``len(target)`` bytes at ``offset`` into ``target``; how many there were.
-
-    The descriptor's position is neither used nor moved, so threads can share it.
-    """
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [target], offset)
-    piece = os.pread(descriptor, len(target), offset)
-    target[: len(piece)] = piece
-    return len(piece)
 
 
 class SourceFile:
@@ -53,18 +25,19 @@ class SourceFile:
     (a pipe or a device could block or never end) or it may not be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, budget: Budget | None = None) -> None:
         self.path = path
+        #: what reading may cost, shared by the files of one checkpoint
+        self.budget = budget or Budget()
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise CheckpointError(
-                    f"{path} is not a file",
-                    expected="a regular file, or a folder in the Hugging Face layout",
-                )
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise CheckpointError(f"cannot open {path}: {reason}") from error
+            self._descriptor = open_regular(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"cannot open {path}: {error}",
+                expected="a regular file, or a folder in the Hugging Face layout",
+            ) from error
         self._map: mmap.mmap | None = None
         self._open = True
         self.size = os.fstat(self._descriptor).st_size

@@ -55,6 +55,10 @@ def contents(file: SourceFile, value: Any) -> Contents:
     for key, stored in state.items():
         if isinstance(stored, TensorView):
             tensors[key] = checked_tensor(tensor_name(file, key), stored)
+            if len(tensors) > limits.TENSORS:
+                raise file.corrupt(
+                    "it has too many tensors", expected=f"at most {limits.TENSORS:,}"
+                )
         elif isinstance(stored, InertRecord) and stored.module.startswith("torch._"):
             raise file.unsupported(
                 f"the tensor {brief(key)} is of a kind that cannot be read",
@@ -124,7 +128,7 @@ def _no_state_dict(file: SourceFile, value: Any) -> UnsupportedCheckpoint:
         )
     found = brief(value)
     if type(value) is dict:
-        found = f"a dict of {name_list(map(brief, value)) or 'nothing'}"
+        found = f"a dict of {name_list(brief(key, 40) for key in value) or 'nothing'}"
     return file.unsupported(
         "it holds no state dict",
         found=found,
@@ -158,17 +162,16 @@ class _Settler:
         #: id -> (copy, values reachable from it, levels below it); the originals stay alive
         self._done: dict[int, tuple[Any, int, int]] = {}
         self._open: set[int] = set()
-        self._total = 0
 
     def settle(self, value: Any, name: str) -> Any:
         """The copy of ``value``; a tensor inside gets a name that starts with ``name``."""
         copy, count, _ = self._copy(value, name, 0)
-        self._total += count
-        self._check(self._total, 0)
+        self._file.budget.values -= count
+        self._check(0, 0)
         return copy
 
     def _check(self, count: int, depth: int) -> None:
-        if count > limits.VALUES:
+        if count > self._file.budget.values:
             raise self._file.corrupt(
                 "its pickle refers to the same values again and again",
                 found=f"more than {limits.VALUES:,} values",

@@ -132,10 +132,7 @@ class ZipArchive:
     def _end(self) -> tuple[int, int, int]:
         """Where the table of contents starts, its length, and its number of entries."""
         file = self.file
-        tail_length = min(file.size, _END.size + 0xFFFF)
-        tail_at = file.size - tail_length
-        tail = file.read(tail_at, tail_length)
-        found = tail.rfind(_END_SIGNATURE)
+        tail_at, tail, found = _find_end(file)
         if found < 0 or len(tail) - found < _END.size:
             raise file.corrupt(
                 "it begins as a zip archive and does not end as one",
@@ -173,7 +170,8 @@ class ZipArchive:
             )
         if disk or start_disk or here != count:
             raise file.unsupported("it is one part of a split zip archive")
-        if count > limits.ZIP_ENTRIES:
+        file.budget.zip_entries -= count
+        if file.budget.zip_entries < 0:
             raise file.corrupt(
                 "its zip archive has too many entries",
                 found=f"{count:,}",
@@ -283,3 +281,18 @@ class ZipArchive:
         if missing:
             raise self.file.corrupt(f"the entry {brief(name)} lacks its size")
         return length, packed, header_at
+
+
+def has_end(file: SourceFile) -> bool:
+    """Whether a file has the record that ends every zip archive."""
+    return _find_end(file)[2] >= 0
+
+
+def _find_end(file: SourceFile) -> tuple[int, bytes, int]:
+    """Where a file's last 64 KiB begin, these bytes, and the end record's place in them or -1.
+
+    The record is the last thing in an archive but for a comment of at most 65,535 bytes.
+    """
+    length = min(file.size, _END.size + 0xFFFF)
+    tail = file.read(file.size - length, length)
+    return file.size - length, tail, tail.rfind(_END_SIGNATURE)

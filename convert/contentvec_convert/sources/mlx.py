@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from mlx_contentvec.config import ModelConfig, parameter_shapes
-from mlx_contentvec.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from mlx_contentvec.errors import ConfigError, CorruptCheckpoint, UnsupportedCheckpoint
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.tensors import brief
 from ..rules import Plan, Rule
 from .shapes import told
 
@@ -31,15 +30,17 @@ def plan(
     if "quantization" in metadata:
         raise UnsupportedCheckpoint(
             f"{checkpoint.path.name} is quantised",
-            found=metadata["quantization"],
+            found=brief(metadata["quantization"]),
             expected="float32, float16 or bfloat16 weights",
             hint="what quantising rounded away cannot be restored: start from the original file",
         )
     try:
-        config = ModelConfig.from_dict(json.loads(metadata["config"]))
-    except (ValueError, TypeError) as error:
+        config = ModelConfig.from_json(metadata["config"])
+    except ConfigError as error:
         raise CorruptCheckpoint(
-            f"the configuration stored in {checkpoint.path.name} cannot be read", found=str(error)
+            f"the configuration stored in {checkpoint.path.name} cannot be used",
+            found=error.found or error.problem,
+            hint=error.hint,
         ) from error
     told("heads", heads, config.encoder_attention_heads)
     told("normalize", normalize, config.normalize)

@@ -7,12 +7,15 @@ configuration_hubert.py.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Container, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, CorruptCheckpoint, UnsupportedCheckpoint
+from mlx_contentvec.json_text import JsonError, read_object
 
 from ..checkpoint import Checkpoint
 from ..rules import Drop, Plan, Rule
@@ -214,16 +217,19 @@ def _stored_normalization(checkpoint: Checkpoint) -> bool | None:
     folder = checkpoint.files[0].parent
     for name, section in _EXTRACTOR_FILES.items():
         path: Path = folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            extractor = fields.get(section) if section else fields
-            if extractor is not None:
-                # the extractor normalises unless it is told not to
-                return _flag(name, "do_normalize", extractor.get("do_normalize", True))
-        except (ValueError, AttributeError) as error:
+            fields = read_object(path)
+        except (JsonError, OSError) as error:
             raise CorruptCheckpoint(f"{name} cannot be read", found=str(error)) from error
+        extractor = fields.get(section) if section else fields
+        if extractor is None:
+            continue
+        if not isinstance(extractor, dict):
+            raise CorruptCheckpoint(f"{name} cannot be read", found=f"{section} is not an object")
+        # the extractor normalises unless it is told not to
+        return _flag(name, "do_normalize", extractor.get("do_normalize", True))
     return None
 
 
@@ -301,10 +307,10 @@ def _require_layers(config: ModelConfig, names: Container[str], prefix: str) -> 
         return f"{prefix}encoder.layers.{layer}.final_layer_norm.weight" in names
 
     if held(config.encoder_layers) or not held(config.encoder_layers - 1):
-        count = next(i for i in range(10_000) if not held(i))
+        held_layers = next(i for i in count() if not held(i))
         raise ConfigError(
             "config.json contradicts the tensors",
-            found=f"{count} encoder layers in the weights",
+            found=f"{held_layers} encoder layers in the weights",
             expected=f'"num_hidden_layers": {config.encoder_layers}',
             hint="config.json and the weights belong to different models",
         )

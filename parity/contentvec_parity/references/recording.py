@@ -34,9 +34,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from contentvec_convert.writer import Draft, Entry, check_target, header, lay_out
+from contentvec_convert.writer import Entry, header, lay_out
 from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 from mlx_contentvec.errors import OutputError, ParityError
+from mlx_contentvec.files import Draft, check_target
 
 from .. import machine
 from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows

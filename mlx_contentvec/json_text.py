@@ -1,0 +1,111 @@
+"""JSON from files nobody vouches for: bounded, without duplicate keys, without surprises.
+
+Every JSON text that comes from outside is parsed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .files import open_regular
+
+#: bytes of a text: a safetensors header of the largest models has some megabytes
+JSON_BYTES = 16 * 1024 * 1024
+#: values and keys: about 10 for each tensor of a safetensors header
+JSON_VALUES = 1_000_000
+#: objects and lists inside each other
+NESTING = 64
+_INTEGER_DIGITS = 20
+
+
+class JsonError(ValueError):
+    """Why a text is not taken, as a clause: "it nests too deeply"."""
+
+
+def count_values(raw: bytes) -> int:
+    """An upper bound of the values and keys in a JSON text, without parsing it."""
+    return 1 + sum(map(raw.count, (b",", b":", b"[", b"{")))
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text, or its UTF-8 bytes, holds.
+
+    Raises JsonError for one that is no JSON or no object, beyond a limit of
+    this module, uses a key twice, or has NaN or infinity, which JSON has not.
+    """
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if len(raw) > JSON_BYTES or count_values(raw) > JSON_VALUES:
+        raise JsonError("it is too large")
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_constant=_constant,
+        )
+    except JsonError:
+        raise
+    except UnicodeDecodeError:
+        raise JsonError("it is not UTF-8") from None
+    except RecursionError:
+        raise JsonError("it nests too deeply") from None
+    except ValueError:
+        raise JsonError("it is not JSON") from None
+    if type(value) is not dict:
+        raise JsonError("it is not an object")
+    if _depth(value) > NESTING:
+        raise JsonError("it nests too deeply")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises JsonError for one that :func:`parse_object` does not take or that is
+    no regular file, OSError for one that cannot be read.
+    """
+    try:
+        descriptor = open_regular(path)
+    except ValueError as error:
+        raise JsonError(f"it is {error}") from None
+    with os.fdopen(descriptor, "rb") as file:
+        return parse_object(file.read(JSON_BYTES + 1))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                shown = ascii(key[:80])[1:-1][:80]
+                raise JsonError(f"the name {shown} occurs twice in it")
+            seen.add(key)
+    return made
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _INTEGER_DIGITS:
+        raise JsonError("it has an integer that is too long")
+    return int(digits)
+
+
+def _constant(name: str) -> NoReturn:
+    raise JsonError(f"it has a {name}")
+
+
+def _depth(value: Any) -> int:
+    """Levels of dicts and lists in ``value``, counted no further than the limit."""
+    depth, level = 0, [value]
+    while level and depth <= NESTING:
+        depth += 1
+        level = [
+            part
+            for container in level
+            for part in (container.values() if isinstance(container, dict) else container)
+            if isinstance(part, (dict, list))
+        ]
+    return depth
