@@ -55,6 +55,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "contentvec_parity.commands.bench:bench",
         "Measure speed and memory beside the original.",
     ),
+    "doctor": (
+        "contentvec_parity.commands.doctor:doctor",
+        "Say what this machine has, for an issue.",
+    ),
     "standin": (
         "contentvec_parity.commands.standin:standin",
         "Make a checkpoint with synthetic weights.",

@@ -11,7 +11,7 @@
     |-- OutputError              a result cannot be written where it was asked for
     |-- WeightsError             weights do not fit the model they are loaded into
     |-- AudioError               audio cannot be decoded or is not usable input
-    |-- BackendError             MLX or one of its backends is missing
+    |-- BackendError             MLX or a backend is missing, or its device has not enough
     |-- MissingDependency        an optional package is needed for what was asked
     |-- ParityError              a comparison cannot be made (one that fails is a result)
     `-- HubError                 a repository cannot be read, verified or published
@@ -102,7 +102,7 @@ class AudioError(ContentvecError):
 
 
 class BackendError(ContentvecError):
-    """MLX or one of its backends is missing."""
+    """MLX or one of its backends is missing, or its device has too little memory."""
 
 
 class MissingDependency(ContentvecError):

@@ -16,8 +16,15 @@ import numpy.typing as npt
 from .audio import SAMPLE_RATE, Clip, Waveform, as_waveform, read_audio
 from .backend import device_kind, mx
 from .config import ModelConfig
-from .errors import AudioError, ConfigError
-from .memory import plan_chunks, whole_clip_bytes
+from .errors import AudioError, BackendError, ConfigError
+from .memory import (
+    bounded,
+    is_exhausted,
+    limit_of,
+    plans_in_turn,
+    release,
+    whole_clip_bytes,
+)
 from .streaming import Walk, streamed
 
 Features = npt.NDArray[np.float32]
@@ -27,6 +34,8 @@ class FeatureModel(Protocol):
     """What is needed of ``model.ContentvecModel``, which stands above this module."""
 
     config: ModelConfig
+    #: a layer whose weight has the type that the model's have
+    layer_norm: Any
 
     def walk(self) -> Walk: ...
 
@@ -41,8 +50,14 @@ Padding = Literal["exact", "fairseq"]
 MOST_PADDING = 0.25
 #: clips that :func:`extract_many` looks at together to find batches
 LOOK_AHEAD = 64
-#: seconds of audio in one batch. On a CPU batches are no faster than single clips
-BATCH_SECONDS = {"cpu": 0.0, "metal": 60.0, "cuda": 120.0}
+#: seconds of audio in one batch, which fit into ``memory.GPU_ROOM``. On a CPU batches are
+#: no faster than single clips
+BATCH_SECONDS = {"cpu": 0.0, "metal": 60.0, "cuda": 60.0}
+#: lengths between one and its double to which clips are padded in half precision on CUDA.
+#: A convolution of each length needs a plan of its own, which takes longer to make than
+#: the clip to compute, and 29 of 600 clips of as many lengths were lost to MLX's bound on
+#: plans. A clip is padded by a sixteenth at most and keeps its features
+LENGTHS_PER_OCTAVE = 16
 
 
 @dataclass(frozen=True)
@@ -126,13 +141,15 @@ def extract(
     max_memory: bytes that may be used beside the model and the waveform. A clip
                 that needs more in one go is streamed (``mlx_contentvec.streaming``):
                 the same features within float32 noise. By default 256 MiB on a CPU
-                and a quarter of a GPU's memory, and for a streamed clip 6 KiB a frame.
+                and a quarter of a GPU's memory, 3 GiB at most, and for a streamed clip
+                6 KiB a frame. On a GPU the freed buffers that MLX keeps count as well.
 
     returns: (frames, width) float32, about 50 frames a second
 
     Raises AudioError for audio that cannot be read or used, and for an array without
     ``sample_rate``; ConfigError for features the model does not have or a ``max_memory``
-    that is too small.
+    that is too small; BackendError if the device has too little memory for the smallest
+    pieces.
     """
     kind = feature_kind(version, layer, project)
     kind.check(model.config)
@@ -155,7 +172,7 @@ def extract_many(
     """Features of many clips, in their order, computed in batches where that pays.
 
     Clips of like length share a batch of at most ``batch_seconds`` of audio (by
-    default 60 or 120 on a GPU, and none on a CPU, where batches gain nothing).
+    default 60 on a GPU, and none on a CPU, where batches gain nothing).
     With ``padding="exact"`` every clip gets the features it gets alone, within
     float32 noise. ``padding="fairseq"`` is the original's own treatment: its
     group norm hears the padding, so features depend on the batch.
@@ -217,16 +234,33 @@ def features_of(
     """Features of one checked waveform at the model's rate: in one go if it fits, else streamed.
 
     ``progress`` is given the part of a streamed clip that is done.
+
+    Raises BackendError if the device has not enough memory for the smallest pieces either.
     """
     if not isinstance(max_memory, (Real, NoneType)):
         raise ConfigError(f"max_memory is {max_memory!r}", expected="bytes, a number")
-    plan = plan_chunks(model.config, len(waveform), max_memory)
-    if plan is not None:
-        return streamed(
-            model.walk(), model.config, waveform, kind.layer, kind.project, plan, progress
-        )
-    result: dict[str, Any] = model(waveform[None], output_layer=kind.layer, project=kind.project)
-    return _rows(result["x"][0])
+    config = model.config
+    said = ""
+    for plan, limit in plans_in_turn(config, len(waveform), max_memory):
+        try:
+            with bounded(limit):
+                if plan is None:
+                    return _in_one_go(model, [waveform], kind)[0]
+                walk = model.walk()
+                return streamed(walk, config, waveform, kind.layer, kind.project, plan, progress)
+        except (RuntimeError, MemoryError) as error:
+            if not is_exhausted(error):
+                raise
+            said = str(error).partition("\n")[0] or type(error).__name__
+        # behind the handler: an error that is handled still holds the arrays of its work
+        release()
+    raise BackendError(
+        f"the device has not enough for {len(waveform) / config.sample_rate:.1f} s of audio, "
+        "in the smallest pieces either",
+        found=said,
+        hint="close what else uses the device, or compute on the CPU. If it speaks of cache\n"
+        "thrashing: MLX_ENABLE_CACHE_THRASHING_CHECK=0",
+    )
 
 
 def features_of_batch(
@@ -237,11 +271,41 @@ def features_of_batch(
     max_memory: int | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[Features]:
-    """Features of checked waveforms that share a batch, or of one that stands alone."""
+    """Features of checked waveforms that share a batch, or of one that stands alone.
+
+    A batch that is too large for the memory is halved until it fits; one that the device
+    has not enough for is computed clip by clip.
+    """
+    if len(waveforms) == 1:
+        return [features_of(model, waveforms[0], kind, max_memory, progress)]
     longest = max(len(waveform) for waveform in waveforms)
-    alone = len(waveforms) == 1
-    if alone or whole_clip_bytes(model.config, longest, len(waveforms)) > (max_memory or 1 << 62):
-        return [features_of(model, waveform, kind, max_memory, progress) for waveform in waveforms]
+    if whole_clip_bytes(model.config, longest, len(waveforms)) > limit_of(max_memory):
+        middle = len(waveforms) // 2
+        return [
+            features
+            for half in (waveforms[:middle], waveforms[middle:])
+            for features in features_of_batch(model, half, kind, padding, max_memory, progress)
+        ]
+    try:
+        with bounded(max_memory):
+            return _in_one_go(model, waveforms, kind, padding)
+    except (RuntimeError, MemoryError) as error:
+        if not is_exhausted(error):
+            raise
+    release()
+    return [features_of(model, waveform, kind, max_memory, progress) for waveform in waveforms]
+
+
+def _in_one_go(
+    model: FeatureModel,
+    waveforms: Sequence[Waveform],
+    kind: FeatureKind,
+    padding: Padding = "exact",
+) -> list[Features]:
+    """Features of the clips of a batch, or of one clip, by one forward pass."""
+    longest = max(len(waveform) for waveform in waveforms)
+    if padding == "exact" and _pays_for_each_length(model):
+        longest = padded_length(longest)
     source = np.zeros((len(waveforms), longest), np.float32)
     for row, waveform in zip(source, waveforms, strict=True):
         row[: len(waveform)] = waveform
@@ -258,6 +322,17 @@ def features_of_batch(
     x, mask = result["x"], result["padding_mask"]
     counts = [x.shape[1]] * len(waveforms) if mask is None else (~mask).sum(axis=1).tolist()
     return [_rows(clip[:count]) for clip, count in zip(x, counts, strict=True)]
+
+
+def _pays_for_each_length(model: FeatureModel) -> bool:
+    """Whether this device makes a plan for every new length: CUDA, in half precision."""
+    return device_kind() == "cuda" and bool(model.layer_norm.weight.dtype != mx.float32)
+
+
+def padded_length(samples: int) -> int:
+    """The next of few lengths (``LENGTHS_PER_OCTAVE``) that ``samples`` are padded to."""
+    step = max(1, (1 << samples.bit_length() - 1) // LENGTHS_PER_OCTAVE)
+    return -(-samples // step) * step
 
 
 def _as_waveform(model: FeatureModel, source: Any, sample_rate: int | None) -> Waveform:

@@ -88,6 +88,14 @@ def _kind(path: Path, is_kind: Callable[[int], bool]) -> bool:
         return False
 
 
+def left_by_the_system(name: str) -> bool:
+    """Whether Finder or Explorer keeps a file of this name in folders that it has shown.
+
+    ``._name`` holds what a file system that is not Apple's cannot keep of ``name``.
+    """
+    return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith("._")
+
+
 def open_regular(path: Path) -> int:
     """A descriptor of the regular file at ``path``, open for reading.
 
@@ -119,11 +127,14 @@ def open_own(path: Path, flags: int = os.O_RDWR) -> int:
     return descriptor
 
 
-def lock_now(descriptor: int) -> bool:
-    """Lock a file for this process; False if another one holds it, True where locks lack."""
+def lock_now(descriptor: int, *, share: bool = False) -> bool:
+    """Lock a file for this process; False if another one holds it, True where locks lack.
+
+    share: beside other processes that share it
+    """
     if fcntl is not None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if share else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:  # some network file systems have no locks

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .backend import device_kind, mx
@@ -25,8 +27,12 @@ class ChunkPlan:
 
 
 #: bytes beside model, waveform and the two buffers that a CPU is given where no cap is
-#: set; a GPU is given a part of its memory. A clip that needs no more is not streamed
+#: set. A clip that needs no more is not streamed
 CPU_ROOM = 256 << 20
+#: a GPU is given a part of its memory, and no more than leaves a Mac of 16 GB usable: a
+#: model in float32 (0.5 GB with what is prepared of it) and this stay below 4 GiB. On a
+#: GPU it counts the freed buffers that MLX keeps as well (``bounded``)
+GPU_ROOM = 3 << 30
 GPU_PART = 1 / 4
 #: a GPU's memory where MLX does not tell
 GPU_MEMORY = 8 << 30
@@ -40,12 +46,16 @@ QUERIES = (16, 64, 256, 1024)
 #: its input, the 12 parts of its sums at half that size each, and their sum
 COPIES = {"cpu": 3, "metal": 8, "cuda": 8}
 SCORES = {"cpu": 0.0, "metal": 2.25, "cuda": 2.25}
+#: widths of a head for which Metal's attention is one kernel that never holds its scores,
+#: in every type and with a mask. Source: mlx/backend/metal/scaled_dot_product_attention.cpp
+FUSED_HEAD_WIDTHS = {"metal": (64, 80, 128)}
 
 
 def whole_clip_bytes(config: ModelConfig, samples: int, batch: int = 1) -> int:
     """About what a forward pass over whole clips takes beside the model, in bytes."""
     frames = config.frames(samples)
-    scores = SCORES[device_kind()] * config.encoder_attention_heads * frames * frames
+    copies = 0.0 if _fused_attention(config) else SCORES[device_kind()]
+    scores = copies * config.encoder_attention_heads * frames * frames
     return 4 * batch * max(_values_at_once(config, frames), int(scores))
 
 
@@ -59,15 +69,25 @@ def _values_at_once(config: ModelConfig, frames: int) -> int:
 def streamed_bytes(config: ModelConfig, samples: int, plan: ChunkPlan) -> int:
     """About what ``streaming.streamed`` takes beside the model and the waveform, in bytes."""
     frames = config.frames(samples)
-    head_width = config.encoder_embed_dim // config.encoder_attention_heads
+    head_width = _head_width(config)
     # keys and values, twice while their pieces are joined, and on a CPU rearranged
     keys_and_values = 4 * plan.heads * frames * head_width
     if device_kind() == "cpu":
         scored = 2 * min(cpu.SCORES_PER_THREAD, plan.queries * frames)
+    elif _fused_attention(config):
+        scored = 2 * plan.heads * plan.queries * head_width
     else:
         scored = 2 * plan.heads * frames * plan.queries
     attention = keys_and_values + scored
     return _buffers(config, frames) + 4 * max(_values_at_once(config, plan.frames), attention)
+
+
+def _head_width(config: ModelConfig) -> int:
+    return config.encoder_embed_dim // config.encoder_attention_heads
+
+
+def _fused_attention(config: ModelConfig) -> bool:
+    return _head_width(config) in FUSED_HEAD_WIDTHS.get(device_kind(), ())
 
 
 def _buffers(config: ModelConfig, frames: int) -> int:
@@ -82,10 +102,10 @@ def plan_chunks(config: ModelConfig, samples: int, max_memory: int | None) -> Ch
     Raises ConfigError if ``max_memory`` is less than the clip needs.
     """
     device = device_kind()
-    limit = _default_limit() if max_memory is None else max_memory
+    limit = limit_of(max_memory)
     if whole_clip_bytes(config, samples) <= limit:
         return None
-    plan = ChunkPlan(frames=FRAMES[device][0], heads=1, queries=QUERIES[0])
+    plan = _least_plan()
     least = streamed_bytes(config, samples, plan)
     if max_memory is None:
         limit = max(least, limit + _buffers(config, config.frames(samples)))
@@ -106,12 +126,108 @@ def plan_chunks(config: ModelConfig, samples: int, max_memory: int | None) -> Ch
     return plan
 
 
-def _default_limit() -> int:
+def _least_plan() -> ChunkPlan:
+    return ChunkPlan(frames=FRAMES[device_kind()][0], heads=1, queries=QUERIES[0])
+
+
+def plans_in_turn(
+    config: ModelConfig, samples: int, max_memory: int | None
+) -> Iterator[tuple[ChunkPlan | None, int]]:
+    """How to compute a clip, in turn, as long as the device has not enough for it.
+
+    As ``plan_chunks`` has it, twice, since MLX lets go of its freed buffers after the first
+    try; then with a quarter of what that needed; then in the smallest pieces that there are.
+
+    Yields the plan, None for one go, and the bytes that it may take.
+    """
+    plan, limit = plan_chunks(config, samples, max_memory), limit_of(max_memory)
+    yield plan, limit
+    yield plan, limit
+    smallest = _least_plan()
+    least = streamed_bytes(config, samples, smallest)
+    quarter = max(least, min(limit, whole_clip_bytes(config, samples)) // 4)
+    yield plan_chunks(config, samples, quarter) or smallest, quarter
+    yield smallest, least
+
+
+#: what a device's errors say where less at once, or fewer kept buffers, may be enough
+_EXHAUSTED = (
+    "out of memory",
+    "insufficient memory",
+    "unable to allocate",
+    "maximum allowed buffer size",
+    "alloc_failed",
+    "cache thrashing",
+    "gpu timeout",
+    "gpu hang",
+    "innocentvictim",
+)
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether an error says that a device has too little of something for work of this size.
+
+    Memory, time for one command or peace from another program's (Metal), or room for
+    plans of convolutions (CUDA).
+    """
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in said for phrase in _EXHAUSTED)
+
+
+def release() -> None:
+    """Give the freed buffers that MLX keeps back to the system."""
+    mx.clear_cache()
+
+
+def limit_of(max_memory: int | None) -> int:
+    """``max_memory``, or the bytes that this device is given where no cap is set."""
+    if max_memory is not None:
+        return max_memory
     if device_kind() == "cpu":
         return CPU_ROOM
+    return min(GPU_ROOM, int(gpu_memory() * GPU_PART))
+
+
+def gpu_memory() -> int:
+    """Bytes of memory that the GPU has; on a Mac those of the machine."""
     info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
-    memory = info.get("memory_size") or info.get("total_memory") or GPU_MEMORY
-    return int(memory * GPU_PART)
+    return int(info.get("memory_size") or info.get("total_memory") or GPU_MEMORY)
+
+
+_bounding = threading.Lock()
+#: how many threads are within ``bounded``, and the limit that was set before the first
+_within = _limit_before = 0
+
+
+@contextlib.contextmanager
+def bounded(max_memory: int | None = None) -> Iterator[None]:
+    """Have MLX hold at most ``max_memory`` bytes of a GPU above the live arrays of now.
+
+    MLX keeps freed buffers and uses them again for arrays of about their size only: every
+    new length of a clip adds some. 64 clips of 5 to 25 s left 72 GB of them on an 80 GB
+    GPU. Its memory limit counts live arrays and kept buffers together: kept ones are let
+    go before more is taken, and a graph waits for what is in work.
+
+    The limit is the process's. It is lowered while work is in progress, never raised, and
+    set again as it was at the end of the last of several threads. A CPU keeps no buffers.
+    Source: mlx/backend/metal/allocator.cpp and mlx/backend/cuda/allocator.cpp, ``malloc``.
+    """
+    global _within, _limit_before
+    if device_kind() == "cpu":
+        yield
+        return
+    with _bounding:
+        if not _within:
+            _limit_before = mx.get_memory_limit()
+        _within += 1
+        mx.set_memory_limit(min(_limit_before, mx.get_active_memory() + limit_of(max_memory)))
+    try:
+        yield
+    finally:
+        with _bounding:
+            _within -= 1
+            if not _within:
+                mx.set_memory_limit(_limit_before)
 
 
 def process_memory() -> int | None:

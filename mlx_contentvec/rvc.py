@@ -39,6 +39,7 @@ from .backend import mx
 from .config import ModelConfig
 from .errors import AudioError, ConfigError
 from .features import FeatureKind, features_of
+from .memory import bounded
 
 if TYPE_CHECKING:
     from .model import ContentvecModel
@@ -51,7 +52,8 @@ class Hubert:
     """A :class:`ContentvecModel` behind the calls of fairseq's and transformers' ``HubertModel``.
 
     model:      the model that answers
-    max_memory: bytes beside the model that a clip may take, see ``features.extract``
+    max_memory: bytes beside the model that a clip may take, see ``features.extract``; on a
+                GPU the buffers that MLX keeps for a batch or for hidden states as well
 
     The waveform is used as it is given. Neither original normalises it: a client
     of a model that wants normalised input (``config.do_normalize``) has done so.
@@ -189,9 +191,10 @@ class Hubert:
             padded = _padding_of_frames(checked != 0, self.model.config)
         output = HubertOutput()
         if output_hidden_states:
-            stages = self._unnormalized().stage_outputs(
-                mx.array(waveforms), padding_mask=None if padded is None else mx.array(padded)
-            )
+            mask = None if padded is None else mx.array(padded)
+            with bounded(self.max_memory):
+                stages = self._unnormalized().stage_outputs(mx.array(waveforms), padding_mask=mask)
+                mx.eval(stages)
             names = [f"layer.{i + 1}" for i in range(self.model.config.encoder_layers)]
             last = stages["final_norm" if "final_norm" in stages else names[-1]]
             output["last_hidden_state"] = _like(input_values, last)
@@ -350,11 +353,11 @@ class Hubert:
             if layer is None and config.layer_norm_first:
                 x = model.run_stage("final_norm", mx.array(x))
             return x, None
-        return model.extract_features(
-            mx.array(waveforms),
-            padding_mask=None if padded is None else mx.array(padded),
-            output_layer=layer,
-        )
+        mask = None if padded is None else mx.array(padded)
+        with bounded(self.max_memory):
+            found = model.extract_features(mx.array(waveforms), mask, output_layer=layer)
+            mx.eval(found)
+        return found
 
 
 class HubertOutput(dict[str, Any]):

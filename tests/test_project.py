@@ -228,6 +228,28 @@ def test_scripts_are_executable_and_posix(script: str) -> None:
     run("sh", "-n", path, cwd=PROJECT)
 
 
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="needs a /usr/bin/python3")
+def test_the_stub_of_a_macs_developer_tools_is_not_run(tmp_path: Path) -> None:
+    for name, text in (("uname", "echo Darwin"), ("xcode-select", "exit 2")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        [PROJECT / "scripts" / "environment"],
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "PYTHON": "/usr/bin/python3",
+            "MLX_CONTENTVEC_VENV": str(tmp_path / "venv"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "PYTHON=/usr/bin/python3 cannot be used" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
 @pytest.mark.parametrize(
     "script", sorted((PROJECT / "scripts").glob("*.py")), ids=lambda path: path.name
 )

@@ -21,7 +21,14 @@ import numpy as np
 from mlx_contentvec import __version__
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint, name_list
-from mlx_contentvec.files import cannot_write, check_target, place, sync, sync_folder
+from mlx_contentvec.files import (
+    cannot_write,
+    check_target,
+    left_by_the_system,
+    place,
+    sync,
+    sync_folder,
+)
 
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .ledger import account
@@ -321,7 +328,11 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
         check_target(output, force=force)
     else:
         own = {"config.json", "preprocessor_config.json", "model.safetensors"}
-        foreign = sorted(entry.name for entry in output.iterdir() if entry.name not in own)
+        foreign = sorted(
+            entry.name
+            for entry in output.iterdir()
+            if entry.name not in own and not left_by_the_system(entry.name)
+        )
         if foreign:
             raise OutputError(
                 f"{output} holds more than an export writes, and is not replaced",

@@ -16,20 +16,21 @@ from typing import Any
 import click
 
 from ..audio import AUDIO_SUFFIXES, require_decoders
-from ..errors import counted, printable
+from ..errors import ConfigError, counted, printable
 from ..terminal import Status, say
 from .applio import check_model_info, write_model_info
 from .manifest import Manifest, ignores_case, locked
 from .run import (
     DTYPES,
     Extraction,
+    Failure,
     Job,
     Settings,
     Summary,
     plan_jobs,
     share_of_rank,
 )
-from .sharding import Ranks
+from .sharding import Ranks, Shard
 from .sources import (
     Source,
     find_sources,
@@ -49,6 +50,20 @@ def size(text: str) -> int:
     if match is None:
         raise click.BadParameter(f"{text!r} is not a size like 800M or 1.5G")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+#: in the place of a shard: nothing is extracted, what is missing is said
+SUMMARY = "summary"
+
+
+def shard(text: str) -> Shard | str:
+    """A shard as INDEX/COUNT, or ``summary``."""
+    if text == SUMMARY:
+        return text
+    try:
+        return Shard.parse(text)
+    except ConfigError as error:
+        raise click.BadParameter(f"{text!r}: {error.expected}, or {SUMMARY}") from None
 
 
 @click.command()
@@ -84,7 +99,8 @@ def size(text: str) -> int:
 )  # fmt: skip
 @click.option(
     "--max-memory", type=size,
-    help="Memory beside the model, like 800M or 1.5G; longer clips are streamed, exactly.",
+    help="Memory beside the model, like 800M or 1.5G, on a GPU with what MLX keeps of it; "
+    "longer clips are streamed, exactly.",
 )  # fmt: skip
 @click.option(
     "--window", type=float, metavar="SECONDS",
@@ -96,11 +112,16 @@ def size(text: str) -> int:
 )  # fmt: skip
 @click.option(
     "--batch-seconds", type=click.FloatRange(min=0), metavar="SECONDS",
-    help="Audio in one batch.  [default: 0 on a CPU, 60 on Metal, 120 on CUDA]",
+    help="Audio in one batch.  [default: 60 on a GPU, 0 on a CPU]",
 )  # fmt: skip
 @click.option(
     "--padding", type=click.Choice(["exact", "fairseq"]), default="exact", show_default=True,
     help="In a batch: each clip as if alone, or as the original pads them.",
+)  # fmt: skip
+@click.option(
+    "--shard", type=shard, metavar="I/N",
+    help="Do one of N equal parts, counted from 0, beside other processes; then once "
+    "`summary`, to say what is missing.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace outputs that are not of this run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -109,7 +130,8 @@ def extract(paths: tuple[str, ...], folder: Path, weights: str, **options: Any) 
 
     Finished outputs are skipped, so the same command goes on where one was
     stopped. Files that cannot be used are listed at the end, and the exit
-    status is 1. Under mlx.launch the work is shared among its processes.
+    status is 1. Under mlx.launch the work is shared among its processes; whatever
+    else starts processes gives each its --shard.
     """
     layouts = [name for name in ("rvc", "applio", "safetensors") if options[name]]
     if len(layouts) > 1:
@@ -124,13 +146,16 @@ def extract(paths: tuple[str, ...], folder: Path, weights: str, **options: Any) 
     ranks = Ranks.launched()
     if "-" in paths and ranks.size > 1:
         raise click.UsageError("a list on stdin does not reach every process of mlx.launch")
+    if options["shard"] is not None and ranks.size > 1:
+        raise click.UsageError("--shard is for processes that mlx.launch did not start")
     require_decoders()
     summary = _run(paths, folder, weights, ranks, options)
     if ranks.rank == 0:
         if options["as_json"]:
             click.echo(json.dumps({"output": str(folder), **summary.to_dict()}, indent=2))
         else:
-            _report(summary, folder, relative=not any(map(os.path.isabs, paths)))
+            relative = not any(map(os.path.isabs, paths))
+            _report(summary, folder, options["shard"], relative=relative)
     # nobody leaves before the first has reported: the launcher stops all when one fails
     ranks.gather(None)
     if summary.failed:
@@ -152,6 +177,10 @@ def _run(
     paths: tuple[str, ...], folder: Path, weights: str, ranks: Ranks, options: dict[str, Any]
 ) -> Summary:
     """Plan, extract this rank's share, and add up what all ranks did."""
+    # MLX on CUDA counts the plans of convolutions, attention and graphs that it had to make
+    # since it started, and refuses every other once there were many: a folder of many
+    # lengths must not end there. Source: mlx/backend/cuda/lru_cache.h
+    os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
     from ..backend import device_kind
     from ..features import BATCH_SECONDS, feature_kind
     from ..hub import sha256_of
@@ -162,7 +191,10 @@ def _run(
     kind = feature_kind(options["version"], options["layer"], options["project"])
     folder, prefix = training_root(folder)
     embedder = options["embedder"] or "contentvec"
-    with locked(folder) if ranks.rank == 0 else contextlib.nullcontext():
+    shard = options["shard"]
+    part = shard if isinstance(shard, Shard) else None
+    name = None if part is None else f"shard-{part.index}-of-{part.count}"
+    with locked(folder, name) if ranks.rank == 0 else contextlib.nullcontext():
         weights_file = find_weights(weights)
         model = ContentvecModel.from_file(weights_file)
         kind.check(model.config)
@@ -177,7 +209,8 @@ def _run(
             window=window,
             overlap=None if window is None else overlap,
         )
-        manifest = Manifest(folder, ranks.rank)
+        # each process writes records of its own: rank 0 those of whoever works alone
+        manifest = Manifest(folder, ranks.rank if part is None else part.index + 1)
         pending: list[Job] = []
         outputs: list[str] = []
         finished = 0
@@ -191,12 +224,19 @@ def _run(
             ]
             if options["applio"]:
                 check_model_info(folder, embedder, force=options["force"])
+            if part is not None:
+                mine = part.of([source.path for source in sources])
+                sources, outputs = [sources[i] for i in mine], [outputs[i] for i in mine]
             if options["safetensors"]:
                 outputs = [part_of(output) for output in outputs]
                 check_packs(outputs, manifest, asdict(settings), options["force"])
             pending, finished = plan_jobs(
                 sources, outputs, manifest, settings, force=options["force"]
             )
+        missing: list[Failure] = []
+        if shard == SUMMARY:
+            missing = [Failure(job.source, "has no features yet") for job in pending]
+            pending = []
         batch_seconds = options["batch_seconds"]
         extraction = Extraction(
             model,
@@ -218,10 +258,11 @@ def _run(
             raise click.exceptions.Exit(130) from None
         summary = Summary.joined(ranks.gather(extraction.summary.to_dict()))
         summary.skipped = finished
-        summary.failed.sort(key=lambda failure: failure.source)
-        if ranks.rank == 0 and options["safetensors"]:
+        summary.failed = sorted([*summary.failed, *missing], key=lambda failure: failure.source)
+        # what belongs to no single shard is left to the summary
+        if ranks.rank == 0 and options["safetensors"] and part is None:
             pack(outputs, Manifest(folder), asdict(settings))
-        if ranks.rank == 0 and options["applio"]:
+        if ranks.rank == 0 and options["applio"] and part is None:
             write_model_info(folder, embedder)
         return summary
 
@@ -302,16 +343,22 @@ def _progress(share: list[Job], ranks: Ranks) -> Iterator[Callable[[Job, float],
         yield advance
 
 
-def _report(summary: Summary, folder: Path, *, relative: bool) -> None:
+def _report(summary: Summary, folder: Path, shard: Shard | str | None, *, relative: bool) -> None:
     rate = summary.audio_seconds / summary.wall_seconds if summary.wall_seconds else 0.0
-    say(
-        f"extracted  {counted(summary.extracted, 'clip')}, "
-        f"{_duration(summary.audio_seconds)} of audio in {_duration(summary.wall_seconds)} "
-        f"({rate:.1f} audio-seconds per second)"
-    )
+    if shard == SUMMARY:
+        everything = summary.skipped + len(summary.failed)
+        say(f"finished   {summary.skipped:,} of {counted(everything, 'clip')}")
+    else:
+        say(
+            f"extracted  {counted(summary.extracted, 'clip')}, "
+            f"{_duration(summary.audio_seconds)} of audio in {_duration(summary.wall_seconds)} "
+            f"({rate:.1f} audio-seconds per second)"
+        )
+    if isinstance(shard, Shard):
+        say(f"shard      {shard}; when all are done: --shard {SUMMARY}")
     if summary.ranks > 1:
         click.echo(f"processes  {summary.ranks}")
-    if summary.skipped:
+    if summary.skipped and shard != SUMMARY:
         click.echo(f"skipped    {summary.skipped:,} finished before")
     if summary.seams:
         click.echo(

@@ -179,23 +179,36 @@ def prepared(path: Path, parts: Iterable[bytes | memoryview]) -> Iterator[tuple[
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, shard: str | None = None) -> Iterator[None]:
     """Hold ``folder`` for this process; a killed process lets go of it.
+
+    shard: a name of the part that this process does, held beside other processes' parts
 
     Raises OutputError if another process holds it.
     """
+    if shard is None:
+        with _held(folder, LOCK):
+            remove_leftovers(folder)
+            yield
+    else:
+        with _held(folder, LOCK, share=True), _held(folder, f".{NAME}.{shard}.lock"):
+            remove_leftovers(folder)
+            yield
+
+
+@contextlib.contextmanager
+def _held(folder: Path, name: str, *, share: bool = False) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(open_own(folder / LOCK), "wb")
+        file = os.fdopen(open_own(folder / name), "wb")
     except OSError as error:
         raise cannot_write(folder, error) from error
     with file:
-        if not lock_now(file.fileno()):
+        if not lock_now(file.fileno(), share=share):
             raise OutputError(
                 f"another extraction is writing to {folder}",
                 hint="wait for it, or give this one another folder",
             )
-        remove_leftovers(folder)
         yield
 
 

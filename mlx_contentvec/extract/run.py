@@ -350,8 +350,11 @@ class Extraction:
                 self._fail(job, OutputError(f"its output {printable(str(path))} has disappeared"))
 
     def _fail(self, job: Job, error: Exception) -> None:
-        reason = error.problem if isinstance(error, ContentvecError) else str(error)
-        found = getattr(error, "found", None)
+        if isinstance(error, ContentvecError):
+            reason, found = error.problem, error.found
+        else:
+            said = str(error).partition("\n")[0] or type(error).__name__
+            reason, found = "the device could not compute its features", said
         reason = printable(reason.removeprefix(f"{printable(job.source)} "))
         self.summary.failed.append(Failure(job.source, f"{reason} ({found})" if found else reason))
 

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ class _OpenBlas:
 def _openblas() -> _OpenBlas | None:
     """The OpenBLAS in front of MLX, else the one that numpy's wheel brings, else None."""
     candidates = [] if OPENBLAS is None else [(OPENBLAS, "", "")]
-    for brought in sorted(Path(np.__file__).parent.parent.glob("numpy.libs/*openblas*")):
+    for brought in _brought_by_numpy(Path(np.__file__).parent):
         # the names in the wheels of numpy 2 and numpy 1
         candidates += [(str(brought), "scipy_", "64_"), (str(brought), "", "64_")]
     for path, prefix, suffix in candidates:
@@ -72,6 +73,11 @@ def _openblas() -> _OpenBlas | None:
             if blas.may_be_shared():
                 return blas
     return None
+
+
+def _brought_by_numpy(numpy: Path) -> list[Path]:
+    """The OpenBLAS in numpy's wheel: beside the package on Linux, inside it on a Mac."""
+    return sorted([*numpy.parent.glob("numpy.libs/*openblas*"), *numpy.glob(".dylibs/*openblas*")])
 
 
 def name() -> str:
@@ -140,7 +146,8 @@ def multiply(
     blas = _openblas()
     if blas is None:
         for start in range(0, inputs, k_block):
-            product = a[:, start : start + k_block] @ b[start : start + k_block]
+            with quiet_product():
+                product = a[:, start : start + k_block] @ b[start : start + k_block]
             product *= np.float32(factor)
             np.add(out, product, out=out) if add or start else np.copyto(out, product)
         return
@@ -157,6 +164,17 @@ def multiply(
             factor, a_pointer + start * a_step, a_width, b_pointer + start * b_step, b_width,
             1.0 if add or start else 0.0, place, width,
         )  # fmt: skip
+
+
+def quiet_product() -> contextlib.AbstractContextManager[Any]:
+    """Around a product of numpy's: on Accelerate it warns of what has not happened.
+
+    That leaves the processor's flags of division by zero, overflow and invalid values set,
+    which numpy reads. Features that are not finite are found at the end.
+    """
+    if sys.platform != "darwin":
+        return contextlib.nullcontext()
+    return np.errstate(divide="ignore", over="ignore", invalid="ignore")
 
 
 def data_pointer(array: npt.NDArray[Any]) -> int:

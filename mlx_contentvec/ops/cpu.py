@@ -228,7 +228,8 @@ class Moments(NamedTuple):
             exact -= np.float64(offset)
             rows = np.ascontiguousarray(_windows(exact, kernel, stride))
             first += rows.sum(axis=0)
-            second += rows.T @ rows
+            with blas.quiet_product():
+                second += rows.T @ rows
         mean = first / count
         return cls(offset, mean, second / count - np.outer(mean, mean))
 
@@ -238,11 +239,10 @@ class Moments(NamedTuple):
         weight: (channels, kernel)    returns: (channels,) each
         """
         exact = weight.astype(np.float64)
-        variance = ((exact @ self.covariance) * exact).sum(axis=-1)
-        return (
-            (exact @ self.mean).astype(np.float32),
-            np.maximum(variance, 0).astype(np.float32),
-        )
+        with blas.quiet_product():
+            variance = ((exact @ self.covariance) * exact).sum(axis=-1)
+            mean = exact @ self.mean
+        return mean.astype(np.float32), np.maximum(variance, 0).astype(np.float32)
 
 
 def _windows(x: npt.NDArray[Any], kernel: int, stride: int) -> npt.NDArray[Any]:
@@ -306,7 +306,8 @@ def grouped_conv1d(x: Buffer, spectrum: Spectrum, bias: Buffer, kernel: int) -> 
             for clip, out in zip(padded[..., cols], result[..., cols], strict=True):
                 blocked = np.stack([clip[b * step : b * step + size].T for b in range(blocks)])
                 window = np.fft.rfft(blocked).astype(np.complex64, copy=False)
-                product = np.matmul(window.transpose(2, 0, 1), spectrum[:, group])
+                with blas.quiet_product():
+                    product = np.matmul(window.transpose(2, 0, 1), spectrum[:, group])
                 y = np.fft.irfft(product.transpose(1, 2, 0), size)[..., kernel - 1 :]
                 out[:] = y.transpose(0, 2, 1).reshape(blocks * step, per_group)
                 out += bias[cols]

@@ -282,6 +282,14 @@ def test_a_folder_with_something_else_in_it_is_never_replaced(
     assert (room / "out" / "thesis.txt").read_text() == "irreplaceable"
 
 
+def test_what_finder_leaves_in_an_export_does_not_keep_it(converted_tiny: Path, room: Path) -> None:
+    export(converted_tiny, room / "out", to="transformers")
+    for name in (".DS_Store", "._config.json"):
+        (room / "out" / name).write_bytes(b"Bud1")
+    export(converted_tiny, room / "out", to="transformers", force=True)
+    assert "config.json" in {path.name for path in (room / "out").iterdir()}
+
+
 def test_a_missing_folder_is_said(converted_tiny: Path, room: Path) -> None:
     with pytest.raises(OutputError, match="there is no folder"):
         export(converted_tiny, room / "nowhere" / "out", to="transformers")

@@ -228,6 +228,72 @@ def test_nothing_but_features_lies_where_training_programs_look(
     assert "skipped    2 finished before" in run_cli(*command).stdout
 
 
+# ---- shards ------------------------------------------------------------------------
+
+
+def test_shards_without_a_launcher_do_everything_once_and_the_summary_says_so(
+    run_cli: RunCli, weights: Path, tmp_path: Path
+) -> None:
+    folder, out = write_clips(tmp_path / "in", 7), tmp_path / "out"
+    (folder / "bad.wav").write_text("hello")
+    command = [*COMMAND, folder, "-o", out, "-w", weights]
+    started = [
+        subprocess.Popen(
+            [*map(str, command), "--shard", f"{index}/3", "--json"],
+            env=environment(),
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 2)
+    ]
+    said = [json.loads(process.communicate(timeout=120)[0]) for process in started]
+    made = sum(summary["extracted"] for summary in said)
+    assert len(outputs(out)) == made < 7
+    missing = run_cli("extract", folder, "-o", out, "-w", weights, "--shard", "summary")
+    assert missing.returncode == 1
+    assert f"finished   {made} of 8 clips" in missing.stdout
+    assert missing.stderr.count("has no features yet") == 8 - made
+    last = run_cli("extract", folder, "-o", out, "-w", weights, "--shard", "1/3")
+    assert "shard      1/3; when all are done: --shard summary" in last.stdout
+    assert len(outputs(out)) == 7
+    # a shard that is started again has nothing left to do
+    again = run_cli("extract", folder, "-o", out, "-w", weights, "--shard", "1/3", "--json")
+    assert json.loads(again.stdout)["extracted"] == 0
+    done = run_cli("extract", folder, "-o", out, "-w", weights, "--shard", "summary", "--json")
+    summary = json.loads(done.stdout)
+    assert (done.returncode, summary["skipped"]) == (1, 7)
+    assert [Path(one["source"]).name for one in summary["failed"]] == ["bad.wav"]
+    (folder / "bad.wav").unlink()
+    whole = run_cli("extract", folder, "-o", out, "-w", weights, "--shard", "summary")
+    assert (whole.returncode, whole.stderr) == (0, "")
+
+
+def test_what_belongs_to_no_single_shard_is_made_by_the_summary(
+    run_cli: RunCli, weights: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    out = tmp_path / "out"
+    common = ["extract", write_clips(tmp_path / "in", 3), "-o", out, "-w", weights, "--safetensors"]
+    for index in range(2):
+        assert run_cli(*common, "--shard", f"{index}/2").returncode == 0
+        assert not (out / "features.safetensors").exists()
+    assert run_cli(*common, "--shard", "summary").returncode == 0
+    assert sorted(load_file(out / "features.safetensors")) == ["000", "001", "002"]
+    assert "skipped" in run_cli(*common, "--shard", "0/2").stdout
+
+
+@pytest.mark.parametrize("shard", ["3/3", "one", "1/0"])
+def test_a_shard_that_is_none_is_a_usage_error(
+    run_cli: RunCli, weights: Path, tmp_path: Path, shard: str
+) -> None:
+    done = run_cli("extract", tmp_path, "-o", tmp_path / "out", "-w", weights, "--shard", shard)
+    assert done.returncode == 2
+    assert "INDEX/COUNT, counted from 0" in done.stderr
+
+
 # ---- several processes ------------------------------------------------------------
 
 LAUNCH = shutil.which("mlx.launch", path=str(Path(sys.executable).parent))
@@ -264,6 +330,7 @@ def test_two_processes_share_the_work_and_report_once(weights: Path, tmp_path: P
 
 
 @needs_launcher
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc: run it on Linux")
 def test_a_killed_process_loses_only_what_it_had_not_finished(
     run_cli: RunCli, weights: Path, tmp_path: Path
 ) -> None:
@@ -271,18 +338,24 @@ def test_a_killed_process_loses_only_what_it_had_not_finished(
     out = tmp_path / "out"
     launcher = subprocess.Popen(
         launched(2, folder, "-o", out, "-w", weights),
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
+        text=True,
     )
     second = out / ".mlx-contentvec.rank-1.jsonl"
     end = time.monotonic() + 60
     while time.monotonic() < end and not (second.exists() and len(outputs(out)) > 4):
         time.sleep(0.005)
     os.kill(_writer_of(folder), signal.SIGKILL)
-    launcher.wait(timeout=60)
+    said, _ = launcher.communicate(timeout=60)
+    # whatever the launcher's exit status, nothing looks like the end of a run
+    assert "extracted " not in said
     kept = outputs(out)
     assert 4 < len(kept) < 40
+    told = run_cli("extract", folder, "-o", out, "-w", weights, "--shard", "summary")
+    assert told.returncode == 1
+    assert f"finished   {len(kept)} of 40 clips" in told.stdout
     done = run_cli("extract", folder, "-o", out, "-w", weights)
     assert done.returncode == 0
     assert f"skipped    {len(kept)} finished before" in done.stdout

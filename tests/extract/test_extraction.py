@@ -25,7 +25,7 @@ from mlx_contentvec.extract.manifest import (
 )
 from mlx_contentvec.extract.packing import FILE, check_packs, pack, part_of
 from mlx_contentvec.extract.run import Extraction, Job, Settings, Summary, plan_jobs
-from mlx_contentvec.extract.sharding import Ranks, shares
+from mlx_contentvec.extract.sharding import Ranks, Shard, own_gpu, shares
 from mlx_contentvec.extract.sources import (
     Source,
     find_sources,
@@ -405,6 +405,41 @@ def test_a_clip_that_spoils_its_batch_is_found(
     assert [Path(failure.source).name for failure in summary.failed] == ["1.wav"]
 
 
+def test_a_device_that_refuses_a_clip_in_one_go_loses_none(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        write_clip(tmp_path / f"in/{i}.wav", 8000 + i, seed=i)
+    run(model, tmp_path / "expected", [tmp_path / "in"])
+
+    def thrashing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Cache thrashing is happening, please set MLX_CUDA_CONV_CACHE_SIZE")
+
+    monkeypatch.setattr(ContentvecModel, "__call__", thrashing)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "in"], batch_seconds=60)
+    assert (summary.extracted, summary.failed) == (3, [])
+    for path in (tmp_path / "expected").glob("*.npy"):
+        np.testing.assert_allclose(np.load(tmp_path / "out" / path.name), np.load(path), atol=2e-5)
+    monkeypatch.setattr(ContentvecModel, "walk", thrashing)
+    summary, _ = run(model, tmp_path / "none", [tmp_path / "in/0.wav"])
+    assert summary.failed[0].reason.startswith("the device has not enough for 0.5 s of audio")
+
+
+def test_an_error_of_the_device_is_one_line_in_the_list(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clip(tmp_path / "x.wav")
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("cudaLaunchKernel failed: unspecified\n  at eval.cpp:12\n  and more")
+
+    monkeypatch.setattr(ContentvecModel, "__call__", failing)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "x.wav"])
+    assert summary.failed[0].reason == (
+        "the device could not compute its features (cudaLaunchKernel failed: unspecified)"
+    )
+
+
 def test_an_output_folder_that_cannot_be_written_stops_the_run(
     model: ContentvecModel, tmp_path: Path
 ) -> None:
@@ -642,6 +677,80 @@ def test_one_process_is_a_rank_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert (ranks.rank, ranks.size) == (0, 1)
     assert ranks.gather({"a": 1}) == [{"a": 1}]
     assert ranks.from_first([2]) == [2]
+
+
+@pytest.mark.parametrize("backend", ["ring", "nccl"])
+def test_messages_pass_on_the_stream_that_the_backend_has(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    from mlx_contentvec.backend import mx
+
+    def all_gather(x: Any, *, group: Any, stream: Any = None) -> Any:
+        # MLX lets the backend choose; nccl has no stream on the CPU, ring none on a GPU
+        if stream is not None and backend != {mx.cpu: "ring", mx.gpu: "nccl"}.get(stream):
+            raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
+        return mx.concatenate([x, x])
+
+    monkeypatch.setattr(mx.distributed, "all_gather", all_gather)
+    assert Ranks(0, 2, object()).gather({"a": "b"}) == [{"a": "b"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpu"),
+    [
+        ({"MLX_RANK": "1"}, "1"),
+        ({"MLX_RANK": "2"}, "0"),
+        ({"MLX_RANK": "3"}, "1"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "5", "OMPI_COMM_WORLD_RANK": "9"}, "1"),
+        ({"MLX_RANK": "1", "CUDA_VISIBLE_DEVICES": "6,GPU-7"}, "GPU-7"),
+        # MLX's launcher has chosen already
+        ({"MLX_RANK": "1", "CUDA_VISIBLE_DEVICES": "1"}, None),
+        ({"MLX_RANK": "1", "CUDA_VISIBLE_DEVICES": ""}, None),
+        ({}, None),
+        ({"MLX_RANK": "9"}, None),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_machine(
+    tmp_path: Path, environment: dict[str, str], gpu: str | None
+) -> None:
+    for card in range(4):
+        (tmp_path / f"nvidia/gpus/0000:0{card}:00.0").mkdir(parents=True)
+    hosts = [["10.0.0.1:5000"], ["10.0.0.1:5001"], ["10.0.0.2:5002"], ["10.0.0.2:5003"]]
+    (tmp_path / "hosts").write_text(json.dumps(hosts))
+    found = own_gpu({**environment, "MLX_HOSTFILE": str(tmp_path / "hosts")}, tmp_path)
+    assert found == ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    assert own_gpu({"MLX_RANK": "1"}, tmp_path) == {}
+
+
+@given(st.lists(st.integers(0, 10**9), max_size=60), st.integers(1, 9))
+def test_every_file_is_in_one_shard(sizes: list[int], count: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_contentvec.extract.sharding._size", lambda path: float(path.name))
+        paths = [Path(str(size)) for size in sizes]
+        parts = [Shard(index, count).of(paths) for index in range(count)]
+    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
+
+
+@pytest.mark.parametrize(
+    "text", ["4/4", "-1/4", "1", "1/", "/4", "a/4", "0/0", "1/4/2", "\u0661/4"]
+)
+def test_what_is_no_shard_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="no shard"):
+        Shard.parse(text)
+    assert (str(Shard.parse("3/4")), Shard.parse("3/4")) == ("3/4", Shard(3, 4))
+
+
+def test_shards_share_a_folder_that_nobody_else_writes_to(tmp_path: Path) -> None:
+    with locked(tmp_path, "shard-0-of-2"), locked(tmp_path, "shard-1-of-2"):
+        for name in (None, "shard-0-of-2"):
+            with pytest.raises(OutputError, match="another extraction"), locked(tmp_path, name):
+                pass
+    with locked(tmp_path):  # noqa: SIM117
+        with (
+            pytest.raises(OutputError, match="another extraction"),
+            locked(tmp_path, "shard-0-of-2"),
+        ):
+            pass
 
 
 def test_summaries_add_up() -> None:

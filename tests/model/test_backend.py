@@ -6,8 +6,10 @@ import ctypes.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_contentvec import backend
@@ -81,7 +83,39 @@ def test_so_they_do_where_mlx_was_imported_before() -> None:
 def test_openblas_is_taken_where_it_is() -> None:
     if ctypes.util.find_library("openblas") is None:
         pytest.skip("no OpenBLAS here: apt-get install libopenblas0")
+    if not backend._has_linux_backend("cpu"):
+        pytest.skip("MLX computes on a GPU here: install mlx[cpu] in another environment")
     assert python(WHOSE).stdout.startswith("libopenblas.so")
+
+
+def test_numpys_openblas_is_found_where_each_systems_wheel_has_it(tmp_path: Path) -> None:
+    linux, mac = tmp_path / "linux/numpy", tmp_path / "mac/numpy"
+    files = (
+        tmp_path / "linux/numpy.libs/libscipy_openblas64_-1.so",
+        mac / ".dylibs/libscipy_openblas64_.dylib",
+        mac / ".dylibs/libgfortran.5.dylib",
+    )
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert blas._brought_by_numpy(linux) == [files[0]]
+    assert blas._brought_by_numpy(mac) == [files[1]]
+
+
+@pytest.mark.parametrize("system", ["darwin", "linux"])
+def test_warnings_of_products_are_kept_from_a_mac_only(
+    monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(blas, "_openblas", lambda: None)
+    huge = np.full((4, 4), 1e30, np.float32)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        blas.multiply(huge, huge, np.empty((4, 4), np.float32))
+    assert (said == []) is (system == "darwin")
+    # outside a product numpy warns as ever
+    with pytest.warns(RuntimeWarning, match="overflow"):
+        huge * huge
 
 
 @linux

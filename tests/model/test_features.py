@@ -10,12 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contentvec_parity.references.truth import true_double
+from mlx_contentvec import memory
 from mlx_contentvec.audio import read_audio
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import AudioError, ConfigError
-from mlx_contentvec.features import VERSIONS, FeatureKind, batches, extract, feature_kind
+from mlx_contentvec.errors import AudioError, BackendError, ConfigError
+from mlx_contentvec.features import (
+    LENGTHS_PER_OCTAVE,
+    VERSIONS,
+    FeatureKind,
+    batches,
+    extract,
+    extract_many,
+    feature_kind,
+    padded_length,
+)
 from mlx_contentvec.model import ContentvecModel
+from mlx_contentvec.rvc import Hubert
 from tests.small_models import CONFIGS, DEEP, TINY, in_one_go, noise, random_model
 
 
@@ -294,6 +305,237 @@ def test_a_batch_that_does_not_fit_is_taken_clip_by_clip() -> None:
     )
     for clip, features in zip(clips, tight, strict=True):
         np.testing.assert_allclose(features, in_one_go(model, clip, output_layer=3), atol=2e-5)
+
+
+# ---- a GPU's memory ---------------------------------------------------------------
+
+
+class FakeGpu:
+    """MLX's account of a GPU's memory: freed buffers are kept, for arrays of their size only."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, held: int = 0, kind: str = "metal") -> None:
+        self.limit = 1 << 60
+        self.live = held
+        self.kept: list[int] = []
+        self.most = 0
+        self.limits: list[int] = []
+        monkeypatch.setattr(memory, "device_kind", lambda: kind)
+        monkeypatch.setattr("mlx_contentvec.features.device_kind", lambda: kind)
+        monkeypatch.setattr(
+            memory.mx, "device_info", lambda: {"memory_size": 16 << 30}, raising=False
+        )
+        monkeypatch.setattr(memory.mx, "get_memory_limit", lambda: self.limit)
+        monkeypatch.setattr(memory.mx, "set_memory_limit", self.set_limit)
+        monkeypatch.setattr(memory.mx, "get_active_memory", lambda: self.live)
+        monkeypatch.setattr(memory.mx, "clear_cache", self.kept.clear)
+
+    def set_limit(self, limit: int) -> int:
+        before, self.limit = self.limit, limit
+        self.limits.append(limit)
+        return before
+
+    def computes(self, size: int) -> None:
+        """Take ``size`` bytes and free them."""
+        if size in self.kept:
+            self.kept.remove(size)
+        while self.kept and self.live + sum(self.kept) + size > self.limit:
+            self.kept.pop(0)
+        self.most = max(self.most, self.live + sum(self.kept) + size)
+        self.kept.append(size)
+
+
+class Measured:
+    """A model of which every pass takes memory of a :class:`FakeGpu`; ``fails`` may raise."""
+
+    def __init__(self, model: ContentvecModel, gpu: FakeGpu, fails: Any = lambda shape: None):
+        self.model, self.gpu, self.fails = model, gpu, fails
+        self.config, self.layer_norm = model.config, model.layer_norm
+        self.shapes: list[tuple[int, ...]] = []
+
+    def walk(self) -> Any:
+        return self.model.walk()
+
+    def __call__(self, source: Any, **options: Any) -> dict[str, Any]:
+        self.shapes.append(source.shape)
+        self.fails(source.shape)
+        self.gpu.computes(400 * source.size)
+        return self.model(source, **options)
+
+
+def test_freed_buffers_of_many_lengths_count_against_the_cap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGpu(monkeypatch, held=100 << 20)
+    model = Measured(random_model(TINY), gpu)
+    clips = [noise(8000 + 40 * i) for i in range(40)]
+    for _ in extract_many(model, clips, layer=1, batch_seconds=0, max_memory=20 << 20):
+        # whoever takes the features has the process's own limit
+        assert gpu.limit == 1 << 60
+    assert gpu.most <= 120 << 20
+    assert len(model.shapes) == 40
+    for clip in clips:
+        extract(model, clip, layer=1, max_memory=20 << 20)
+    assert gpu.most <= 120 << 20
+
+
+def test_without_a_cap_a_gpu_holds_less_than_four_gigabytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGpu(monkeypatch, held=500 << 20)
+    extract(Measured(random_model(TINY), gpu), noise(8000), layer=1)
+    assert max(gpu.limits[:-1]) < 4 << 30
+    assert gpu.limits[-1] == 1 << 60
+    # what is put into one batch fits: 60 s in clips of 10 s
+    assert memory.whole_clip_bytes(ModelConfig(), 16000 * 10, 6) <= memory.limit_of(None)
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Measured(random_model(TINY), FakeGpu(monkeypatch))
+    clips = [noise(8000, seed) for seed in range(8)]
+    pair = memory.whole_clip_bytes(TINY, 8000, 2)
+    list(extract_many(model, clips, layer=1, max_memory=pair))
+    assert model.shapes == [(2, 8000)] * 4
+
+
+def test_a_limit_of_the_users_own_is_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    gpu.limit = 1 << 20
+    extract(Measured(random_model(TINY), gpu), noise(8000), layer=1)
+    assert set(gpu.limits) == {1 << 20}
+
+
+def test_threads_share_the_lowered_limit_and_the_last_sets_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+    with memory.bounded(100):
+        with memory.bounded(200):
+            assert gpu.limit == 200
+        assert gpu.limit == 200
+    assert gpu.limit == 1 << 60
+    with pytest.raises(KeyError), memory.bounded(100):
+        raise KeyError
+    assert gpu.limit == 1 << 60
+
+
+@pytest.mark.parametrize("call", ["one clip", "a batch", "hidden states"])
+def test_the_embedder_of_rvc_is_bounded_too(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    gpu = FakeGpu(monkeypatch, held=1000)
+    hubert = Hubert(random_model(TINY), max_memory=20 << 20)
+    clip = noise(8000)[None]
+    if call == "hidden states":
+        hubert(clip, output_hidden_states=True)
+    else:
+        hubert.extract_features(clip if call == "one clip" else np.repeat(clip, 2, axis=0))
+    assert gpu.limits == [1000 + (20 << 20), 1 << 60]
+
+
+def refusing(fits: Any, message: str = "[malloc] Unable to allocate 9 bytes.") -> Any:
+    """Raises as MLX does for shapes that do not fit."""
+
+    def fails(shape: tuple[int, ...]) -> None:
+        if not fits(shape):
+            raise RuntimeError(message)
+
+    return fails
+
+
+OUT_OF_MEMORY = [
+    "[malloc] Unable to allocate 123456 bytes.",
+    "cudaMallocManaged failed: out of memory.",
+    "[METAL] Command buffer execution failed: Insufficient Memory (00000008:"
+    "kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+    "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed "
+    "buffer size of 8 bytes.",
+    "Cache thrashing is happening, please set the environment variable MLX_CUDA_CONV_CACHE_SIZE "
+    "to a larger value than 128 to fix degraded performance.",
+]
+
+
+@pytest.mark.parametrize("message", OUT_OF_MEMORY)
+def test_what_a_device_has_not_enough_for_is_tried_again_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    model = random_model(TINY)
+    expected = extract(model, noise(32000), layer=3)
+    gpu = FakeGpu(monkeypatch)
+    measured = Measured(model, gpu, refusing(lambda _: False, message))
+    features = extract(measured, noise(32000), layer=3)
+    np.testing.assert_allclose(features, expected, atol=2e-5, rtol=0)
+    assert len(measured.shapes) == 2
+    assert gpu.limits[-1] == 1 << 60
+
+
+def test_once_the_kept_buffers_are_let_go_there_may_be_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+    gpu.kept.append(1 << 30)
+    measured = Measured(random_model(TINY), gpu, refusing(lambda _: not gpu.kept))
+    extract(measured, noise(32000), layer=3)
+    assert len(measured.shapes) == 2
+
+
+def test_a_batch_that_a_device_refuses_is_computed_clip_by_clip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model(TINY)
+    clips = [noise(8000, seed) for seed in range(3)]
+    measured = Measured(model, FakeGpu(monkeypatch), refusing(lambda shape: shape[0] == 1))
+    found = list(extract_many(measured, clips, layer=3))
+    assert measured.shapes == [(3, 8000), *[(1, 8000)] * 3]
+    for clip, one in zip(clips, found, strict=True):
+        np.testing.assert_allclose(one, in_one_go(model, clip, output_layer=3), atol=2e-5)
+
+
+def test_what_fails_in_the_smallest_pieces_too_is_said_in_our_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured = Measured(random_model(TINY), FakeGpu(monkeypatch), refusing(lambda _: False))
+
+    def no_walk() -> Any:
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+
+    monkeypatch.setattr(measured, "walk", no_walk)
+    with pytest.raises(BackendError, match=r"not enough for 2\.0 s of audio") as raised:
+        extract(measured, noise(32000), layer=3)
+    assert raised.value.found == "[malloc] Unable to allocate 9 bytes."
+
+
+def test_other_errors_of_a_device_are_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = refusing(lambda _: False, "an illegal memory access was encountered")
+    measured = Measured(random_model(TINY), FakeGpu(monkeypatch), failing)
+    with pytest.raises(RuntimeError, match="illegal"):
+        extract(measured, noise(32000), layer=3)
+    assert len(measured.shapes) == 1
+
+
+@given(st.integers(1, 16000 * 7200))
+def test_clips_are_padded_to_few_lengths_and_by_little(samples: int) -> None:
+    padded = padded_length(samples)
+    assert samples <= padded <= samples * (1 + 1 / LENGTHS_PER_OCTAVE)
+    assert padded_length(padded) == padded
+
+
+def test_a_folder_of_600_lengths_has_few_shapes() -> None:
+    lengths = {padded_length(round(16000 * (2 + 28 * i / 600))) for i in range(600)}
+    assert len(lengths) <= 4 * LENGTHS_PER_OCTAVE
+
+
+@pytest.mark.parametrize(("dtype", "shapes"), [(mx.float32, 5), (mx.float16, 1)])
+def test_half_precision_on_cuda_has_few_lengths_and_the_same_features(
+    monkeypatch: pytest.MonkeyPatch, dtype: Any, shapes: int
+) -> None:
+    model = random_model(TINY, dtype)
+    clips = [noise(8200 + 7 * i, i) for i in range(5)]
+    expected = [extract(model, clip, layer=3) for clip in clips]
+    measured = Measured(model, FakeGpu(monkeypatch, kind="cuda"))
+    alone = [extract(measured, clip, layer=3) for clip in clips]
+    assert len(set(measured.shapes)) == shapes
+    batched = list(extract_many(measured, clips, layer=3))
+    for one, other, known in zip(alone, batched, expected, strict=True):
+        np.testing.assert_allclose(one, known, atol=2e-5)
+        np.testing.assert_allclose(other, known, atol=2e-5)
 
 
 @pytest.mark.fullsize

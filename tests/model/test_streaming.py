@@ -76,10 +76,17 @@ def test_quantised_weights_are_streamed() -> None:
     from mlx import nn
 
     model = random_model(TINY)
-    nn.quantize(model, group_size=32, bits=8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
     waveform = noise(40000)
+    exact = in_one_go(model, waveform, output_layer=3)
+    nn.quantize(model, group_size=32, bits=8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
     whole = in_one_go(model, waveform, output_layer=3)
-    np.testing.assert_allclose(streamed(model, waveform, 3, False, PLAN), whole, atol=2e-5, rtol=0)
+    # a quantised product on CUDA has another precision for another number of rows: what
+    # that makes must stay below what quantising costs
+    cost = np.abs(whole - exact).max()
+    allowed = 2e-5 if memory.device_kind() == "cpu" else cost / 2
+    assert cost > 1e-2
+    pieces = streamed(model, waveform, 3, False, PLAN)
+    np.testing.assert_allclose(pieces, whole, atol=allowed, rtol=0)
 
 
 def test_progress_rises_to_the_end() -> None:
@@ -126,10 +133,31 @@ def test_a_gpu_is_given_a_part_of_its_memory(monkeypatch: pytest.MonkeyPatch, ke
     assert plan_chunks(base, 16000 * 30, None) is None
 
 
-def test_half_an_hour_is_planned_into_one_and_a_half_gigabytes() -> None:
+@pytest.mark.parametrize(("width", "fused"), [(64, True), (80, True), (96, False), (128, True)])
+def test_metals_fused_attention_holds_no_scores(
+    monkeypatch: pytest.MonkeyPatch, width: int, fused: bool
+) -> None:
+    config = ModelConfig(encoder_embed_dim=4 * width, encoder_attention_heads=4)
+    minute = 16000 * 60
+    monkeypatch.setattr(memory, "device_kind", lambda: "metal")
+    monkeypatch.setattr(memory.mx, "device_info", lambda: {"memory_size": 64 << 30}, raising=False)
+    # quadratic in the length only where scores are held
+    growth = whole_clip_bytes(config, 16 * minute) / whole_clip_bytes(config, minute)
+    assert (growth < 17) is fused
+    plan = plan_chunks(config, 16 * minute, 1 << 30)
+    assert plan is not None
+    assert (plan.queries == memory.QUERIES[-1] and plan.heads == 4) is fused
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 1.5e9), ("metal", 4e9), ("cuda", 4e9)])
+def test_half_an_hour_is_planned_into_what_its_device_is_given(
+    monkeypatch: pytest.MonkeyPatch, device: str, most: float
+) -> None:
+    monkeypatch.setattr(memory, "device_kind", lambda: device)
+    monkeypatch.setattr(memory.mx, "device_info", lambda: {"memory_size": 16 << 30}, raising=False)
     base = ModelConfig()
     samples = 16000 * 1800
     pieces = plan_chunks(base, samples, None)
     assert pieces is not None
-    assert streamed_bytes(base, samples, pieces) + 4 * samples < 1.5e9
+    assert streamed_bytes(base, samples, pieces) + 4 * samples < most
     assert whole_clip_bytes(base, samples) > 10e9

@@ -414,6 +414,13 @@ def test_a_file_that_does_not_belong_there_is_found_out(copied: Path) -> None:
         open_package(copied, allow_stand_in=True)
 
 
+def test_what_finder_leaves_in_a_package_is_not_of_it(copied: Path) -> None:
+    for name in (".DS_Store", "._model.safetensors"):
+        (copied / name).write_bytes(b"Bud1")
+    package = open_package(copied, allow_stand_in=True)
+    assert not {".DS_Store", "._model.safetensors"} & set(package.names)
+
+
 def test_a_packaged_stand_in_stays_one(copied: Path) -> None:
     with pytest.raises(HubError, match="synthetic weights"):
         open_package(copied)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -106,12 +106,16 @@ def operations(config: ModelConfig, samples: int, batch: int) -> int:
 class Worker:
     """A running ``bench_worker``."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """Start it, with ``variables`` added to its environment."""
         threads = str(settings.threads)
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "MLX_ENABLE_TF32": "0",
+            "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
             **dict.fromkeys(
                 (
                     "OMP_NUM_THREADS",
@@ -121,6 +125,7 @@ class Worker:
                 ),
                 threads,
             ),
+            **(variables or {}),
         }
         work = {
             "engine": engine.kind,

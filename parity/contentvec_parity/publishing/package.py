@@ -30,6 +30,7 @@ from contentvec_convert.conversion import ledger_path
 from mlx_contentvec import hub
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import HubError, OutputError, name_list
+from mlx_contentvec.files import left_by_the_system
 
 from ..compare.candidate import read_metadata
 from ..compare.verdict import Gates, judge
@@ -306,7 +307,7 @@ def _check_files(folder: Path, checksums: Mapping[str, str], hashed: bool) -> No
     missing = sorted(name for name in _FIXED | set(checksums) if not (folder / name).is_file())
     if missing:
         raise HubError(f"{folder} is not whole", found=f"missing: {name_list(missing)}")
-    there = {path.name for path in folder.iterdir()} - {hub.CHECKSUMS}
+    there = {path.name for path in _files(folder)}
     surplus = sorted(there - set(checksums))
     unlisted = sorted(_FIXED - set(checksums))
     if surplus or unlisted:
@@ -496,13 +497,20 @@ def _license(main: Evidence) -> str:
     return "mit" if main.stand_in or known.startswith("content") else "unknown"
 
 
+def _files(folder: Path) -> list[Path]:
+    """What a folder holds beside the list of checksums; a system's own files do not count."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name != hub.CHECKSUMS and not left_by_the_system(path.name)
+    )
+
+
 def _hashes(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of every file of a folder but the list itself; links are hashed once."""
     known: dict[tuple[int, int], str] = {}
     found = {}
-    for path in sorted(folder.iterdir()):
-        if path.name == hub.CHECKSUMS:
-            continue
+    for path in _files(folder):
         stat = path.stat()
         key = (stat.st_dev, stat.st_ino)
         known[key] = known.get(key) or hub.sha256_of(path)
