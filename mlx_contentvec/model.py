@@ -12,6 +12,7 @@ from . import features, first_release, inputs, live, ops, weights
 from .backend import mx
 from .config import ModelConfig, stage_input, stage_names
 from .errors import BackendError, ConfigError, WeightsError, name_list
+from .hub import how_to_convert, resolve_pretrained
 from .hubert import Hubert
 from .ops import CpuHubert, MlxHubert
 
@@ -108,7 +109,7 @@ class ContentvecModel(Hubert):
                 f"{Path(path).name} does not say what model it holds",
                 found="safetensors without a 'config' in its metadata",
                 expected="a file written by mlx-contentvec convert",
-                hint="a checkpoint is converted first:\n" + weights.how_to_convert(path),
+                hint="a checkpoint is converted first:\n" + how_to_convert(path),
             )
         model = cls(config)
         model._load(arrays, metadata, Path(path).name, lazy=lazy)
@@ -142,8 +143,6 @@ class ContentvecModel(Hubert):
         Raises HubError if there is nothing of that name, or it is not what it
         should be, and WeightsError if the file is not one that this project wrote.
         """
-        from .hub import resolve_pretrained
-
         name, file = (
             Path(given) if isinstance(given, os.PathLike) else given
             for given in (repo_or_folder_or_file, weights_path)

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import secrets
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from . import first_release, ops, rvc_mlx
 from .backend import mx, nn
 from .config import ModelConfig, parameter_shapes
 from .errors import ConfigError, OutputError, WeightsError, name_list
+from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .ops.mlx import to_gemm_layout
 
@@ -51,13 +51,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
     if rvc_mlx.is_rvc_mlx(metadata):
         return rvc_mlx.translated(arrays, metadata, path.name)
     return arrays, metadata
-
-
-def how_to_convert(source: str | os.PathLike[str]) -> str:
-    """The command that makes a file of this project out of a checkpoint or a folder."""
-    source = os.fspath(source)
-    output = f"{Path(source).absolute().stem}-mlx.safetensors"
-    return f"mlx-contentvec convert {shlex.quote(source)} -o {shlex.quote(output)}"
 
 
 def stored_config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> ModelConfig:
