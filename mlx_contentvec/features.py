@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -199,17 +199,22 @@ def features_of(
     kind: FeatureKind,
     max_memory: int | None = None,
     progress: Callable[[float], None] = lambda _: None,
+    normalized: bool = False,
 ) -> Features:
     """Features of one checked waveform at the model's rate: in one go if it fits, else streamed.
 
-    ``progress`` is given the part of a streamed clip that is done.
+    ``progress`` is given the part of a streamed clip that is done; ``normalized``: the
+    waveform is used as it is, also by a model that wants normalised input.
     """
     plan = plan_chunks(model.config, len(waveform), max_memory)
     if plan is not None:
-        return streamed(
-            model.walk(), model.config, waveform, kind.layer, kind.project, plan, progress
-        )
-    result: dict[str, Any] = model(waveform[None], output_layer=kind.layer, project=kind.project)
+        config = model.config
+        if normalized:
+            config = replace(config, normalize=False)
+        return streamed(model.walk(), config, waveform, kind.layer, kind.project, plan, progress)
+    result: dict[str, Any] = model(
+        waveform[None], output_layer=kind.layer, project=kind.project, normalized=normalized
+    )
     return _rows(result["x"][0])
 
 
