@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Integral, Real
 from types import NoneType
@@ -230,22 +230,24 @@ def features_of(
     kind: FeatureKind,
     max_memory: int | None = None,
     progress: Callable[[float], None] = lambda _: None,
+    normalized: bool = False,
 ) -> Features:
     """Features of one checked waveform at the model's rate: in one go if it fits, else streamed.
 
-    ``progress`` is given the part of a streamed clip that is done.
+    ``progress`` is given the part of a streamed clip that is done; ``normalized``: the
+    waveform is used as it is, also by a model that wants normalised input.
 
     Raises BackendError if the device has not enough memory for the smallest pieces either.
     """
     if not isinstance(max_memory, (Real, NoneType)):
         raise ConfigError(f"max_memory is {max_memory!r}", expected="bytes, a number")
-    config = model.config
+    config = replace(model.config, normalize=False) if normalized else model.config
     said = ""
     for plan, limit in plans_in_turn(config, len(waveform), max_memory):
         try:
             with bounded(limit):
                 if plan is None:
-                    return _in_one_go(model, [waveform], kind)[0]
+                    return _in_one_go(model, [waveform], kind, normalized=normalized)[0]
                 walk = model.walk()
                 return streamed(walk, config, waveform, kind.layer, kind.project, plan, progress)
         except (RuntimeError, MemoryError) as error:
@@ -301,6 +303,7 @@ def _in_one_go(
     waveforms: Sequence[Waveform],
     kind: FeatureKind,
     padding: Padding = "exact",
+    normalized: bool = False,
 ) -> list[Features]:
     """Features of the clips of a batch, or of one clip, by one forward pass."""
     longest = max(len(waveform) for waveform in waveforms)
@@ -317,7 +320,11 @@ def _in_one_go(
         else:
             treatment = {"padding_mask": mx.array(np.arange(longest)[None] >= lengths[:, None])}
     result: dict[str, Any] = model(
-        source, output_layer=kind.layer, project=kind.project, **treatment
+        source,
+        output_layer=kind.layer,
+        project=kind.project,
+        normalized=normalized,
+        **treatment,
     )
     x, mask = result["x"], result["padding_mask"]
     counts = [x.shape[1]] * len(waveforms) if mask is None else (~mask).sum(axis=1).tolist()

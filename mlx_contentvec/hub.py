@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,9 @@ CONFIG = "config.json"
 #: the weights of a repository: the name of today, then the one that earlier
 #: releases used and that their users still ask for
 WEIGHTS = ("model.safetensors", HF_WEIGHTS_FILE)
+
+#: what transformers calls the weights of a folder that are not safetensors
+TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 #: number formats that any weights can be turned into after loading
 FLOATS = ("float32", "float16", "bfloat16")
@@ -171,6 +176,16 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def how_to_convert(source: str | os.PathLike[str]) -> str:
+    """The command that makes a file of this project out of a checkpoint or a folder."""
+    path = Path(source)
+    if path.suffix in (".bin", ".safetensors") and (path.parent / CONFIG).is_file():
+        path = path.parent  # what transformers keeps beside its weights is needed as well
+    source = os.fspath(path)
+    output = f"{path.absolute().stem}-mlx.safetensors"
+    return f"mlx-contentvec convert {shlex.quote(source)} -o {shlex.quote(output)}"
+
+
 # the files of a package ---------------------------------------------------------
 
 
@@ -205,8 +220,12 @@ class PackageFiles:
         raise HubError(
             f"{self.where} holds no MLX weights",
             expected=" or ".join(names),
-            hint="convert a checkpoint first\nmlx-contentvec convert SOURCE -o FILE.safetensors",
+            hint="a checkpoint is converted first:\n" + self.conversion(),
         )
+
+    def conversion(self) -> str:
+        """The commands that make weights for MLX of what is there instead."""
+        raise NotImplementedError
 
     def checksums(self) -> dict[str, str] | None:
         """What SHA256SUMS states; None where there is none."""
@@ -252,6 +271,13 @@ class FolderFiles(PackageFiles):
         path = self.folder / name
         return path if path.is_file() else None
 
+    def conversion(self) -> str:
+        """See :meth:`PackageFiles.conversion`."""
+        if any((self.folder / name).is_file() for name in TORCH_WEIGHTS):
+            return how_to_convert(self.folder)
+        checkpoints = sorted(self.folder.glob("*.pt"))
+        return how_to_convert(checkpoints[0] if len(checkpoints) == 1 else "hubert_base.pt")
+
 
 class RepositoryFiles(PackageFiles):
     """A repository on the Hub, at the commit of the first file that is asked for."""
@@ -261,6 +287,11 @@ class RepositoryFiles(PackageFiles):
         self.revision = revision
         #: why the Hub did not answer; from then on only the cache is looked at
         self._unreachable: Exception | None = None
+
+    def conversion(self) -> str:
+        """See :meth:`PackageFiles.conversion`."""
+        folder = self.where.partition("/")[2]
+        return f"hf download {self.where} --local-dir {folder}\n{how_to_convert(folder)}"
 
     def weights(self, dtype: str | None = None) -> Path:
         """See :meth:`PackageFiles.weights`."""

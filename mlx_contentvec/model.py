@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from . import features, first_release, inputs, live, ops, weights
 from .backend import mx
 from .config import ModelConfig, stage_input, stage_names
 from .errors import BackendError, ConfigError, WeightsError, name_list
+from .hub import how_to_convert, resolve_pretrained
 from .hubert import Hubert
 from .ops import CpuHubert, MlxHubert
 
@@ -108,7 +109,7 @@ class ContentvecModel(Hubert):
                 f"{Path(path).name} does not say what model it holds",
                 found="safetensors without a 'config' in its metadata",
                 expected="a file written by mlx-contentvec convert",
-                hint="a checkpoint is converted first:\n" + weights.how_to_convert(path),
+                hint="a checkpoint is converted first:\n" + how_to_convert(path),
             )
         model = cls(config)
         model._load(arrays, metadata, Path(path).name, lazy=lazy)
@@ -142,8 +143,6 @@ class ContentvecModel(Hubert):
         Raises HubError if there is nothing of that name, or it is not what it
         should be, and WeightsError if the file is not one that this project wrote.
         """
-        from .hub import resolve_pretrained
-
         name, file = (
             Path(given) if isinstance(given, os.PathLike) else given
             for given in (repo_or_folder_or_file, weights_path)
@@ -284,6 +283,7 @@ class ContentvecModel(Hubert):
         lengths: Any | None = None,
         output_layer: int | None = None,
         project: bool = False,
+        normalized: bool = False,
     ) -> dict[str, mx.array | None]:
         """Content features of a batch of clips.
 
@@ -300,6 +300,8 @@ class ContentvecModel(Hubert):
         output_layer: the layer to return, counted from 1; the last by default
         project: put the result through ``final_proj`` (RVC v1: ``output_layer=9,
             project=True``)
+        normalized: the waveform has been normalised by the caller, and is used as it is
+            also by a model trained on normalised input
 
         returns: ``x``, (batch, frames, 768) or the projection's width, and
             ``padding_mask``, (batch, frames) or None
@@ -319,7 +321,9 @@ class ContentvecModel(Hubert):
                 "this model has no final_proj",
                 hint="RVC v1 features need a checkpoint that kept it; v2 features do not",
             )
-        walk, waveform, conditions = self._prepare(source, spk_emb, padding_mask, lengths)
+        walk, waveform, conditions = self._prepare(
+            source, spk_emb, padding_mask, lengths, normalized
+        )
         chain = [name for name in stage_names(self.config) if name != "final_proj"]
         if output_layer is not None:
             chain = chain[: chain.index(f"layer.{output_layer}") + 1]
@@ -334,7 +338,12 @@ class ContentvecModel(Hubert):
         return {"x": mx.array(x), "padding_mask": conditions["padding"]}
 
     def _prepare(
-        self, source: Any, spk_emb: Any | None, padding_mask: Any | None, lengths: Any | None
+        self,
+        source: Any,
+        spk_emb: Any | None,
+        padding_mask: Any | None,
+        lengths: Any | None,
+        normalized: bool,
     ) -> tuple[MlxHubert | CpuHubert, mx.array, dict[str, mx.array | None]]:
         """What computes, the waveform it is given, and the conditions of its stages."""
         _require_no_fork()  # before anything is computed of what was given
@@ -349,7 +358,7 @@ class ContentvecModel(Hubert):
         if padding_mask is not None:
             padding_mask = inputs.check_padding_mask(padding_mask, waveform)
         padding = inputs.padded_frames(waveform, config, padding_mask, lengths)
-        if config.normalize:
+        if config.normalize and not normalized:
             counts = lengths if padding_mask is None else inputs.unpadded_lengths(padding_mask)
             waveform = inputs.normalize_waveform(waveform, counts)
         return walk, waveform, {"padding": padding, "lengths": lengths, "speaker": speaker}
@@ -377,16 +386,37 @@ class ContentvecModel(Hubert):
         self,
         source: Any,
         *,
+        names: Collection[str] | None = None,
         padding_mask: Any | None = None,
         spk_emb: mx.array | None = None,
+        normalized: bool = False,
     ) -> dict[str, mx.array]:
-        """Every stage's output for ``source``, by name and in order (``config.stage_names``)."""
-        walk, waveform, conditions = self._prepare(source, spk_emb, padding_mask, None)
+        """Outputs of stages for ``source``, by name and in order (``config.stage_names``).
+
+        names: the stages wanted; all by default. Others are not kept, and what comes
+            behind the last of them is not computed.
+
+        The other arguments are those of a call. Raises ConfigError for a stage that is
+        not there.
+        """
+        known = stage_names(self.config)
+        wanted = set(known if names is None else names)
+        if unknown := sorted(map(str, wanted - set(known))):
+            raise ConfigError(f"no stage {name_list(unknown)}", expected=", ".join(known))
+        walk, waveform, conditions = self._prepare(source, spk_emb, padding_mask, None, normalized)
+        projected = stage_input(self.config, "final_proj") if "final_proj" in wanted else None
         outputs: dict[str, Any] = {}
-        x = walk.waveform(waveform)
+        x = to_project = walk.waveform(waveform)
         for name, stage in walk.stages(**conditions):
-            before = stage_input(self.config, name)
-            outputs[name] = stage(x if before is None else outputs[before])
+            if len(outputs) == len(wanted):
+                break
+            if name == "final_proj":
+                x = to_project
+            x = stage(x)
+            if name in wanted:
+                outputs[name] = x
+            if name == projected:
+                to_project = x
         return {name: mx.array(output) for name, output in outputs.items()}
 
     def run_stage(
@@ -406,11 +436,11 @@ class ContentvecModel(Hubert):
         lengths: (batch,) samples of each clip that count, for ``conv.0`` and ``positional``
         spk_emb: (batch, speaker_dim), for speaker-conditioned layers
 
-        Raises ValueError if there is no such stage.
+        Raises ConfigError if there is no such stage.
         """
         x = mx.array(x)
         walk = self.walk(x, spk_emb)
         stages = dict(walk.stages(padding=padding_mask, lengths=lengths, speaker=spk_emb))
         if name not in stages:
-            raise ValueError(f"no stage {name!r}: one of {', '.join(stages)}")
+            raise ConfigError(f"no stage {name!r}", expected=", ".join(stages))
         return mx.array(stages[name](walk.waveform(x)))

@@ -24,8 +24,6 @@ of RVC there is ``mlx-contentvec extract --rvc``.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,16 +189,19 @@ class Hubert:
             padded = _padding_of_frames(checked != 0, self.model.config)
         output = HubertOutput()
         if output_hidden_states:
-            mask = None if padded is None else mx.array(padded)
+            config = self.model.config
+            hidden = ("positional", *(f"layer.{i + 1}" for i in range(config.encoder_layers)))
+            last = "final_norm" if config.layer_norm_first else hidden[-1]
             with bounded(self.max_memory):
-                stages = self._unnormalized().stage_outputs(mx.array(waveforms), padding_mask=mask)
+                stages = self.model.stage_outputs(
+                    mx.array(waveforms),
+                    names={*hidden, last},
+                    padding_mask=None if padded is None else mx.array(padded),
+                    normalized=True,
+                )
                 mx.eval(stages)
-            names = [f"layer.{i + 1}" for i in range(self.model.config.encoder_layers)]
-            last = stages["final_norm" if "final_norm" in stages else names[-1]]
-            output["last_hidden_state"] = _like(input_values, last)
-            output["hidden_states"] = tuple(
-                _like(input_values, stages[name]) for name in ("positional", *names)
-            )
+            output["last_hidden_state"] = _like(input_values, stages[last])
+            output["hidden_states"] = tuple(_like(input_values, stages[name]) for name in hidden)
         else:
             x, _ = self._features(waveforms, None, padded)
             output["last_hidden_state"] = _like(input_values, x)
@@ -325,20 +326,11 @@ class Hubert:
 
     # ---- the model ----------------------------------------------------------
 
-    def _unnormalized(self) -> ContentvecModel:
-        """The model, sharing its weights, without the normalisation that the caller does."""
-        if not self.model.config.normalize:
-            return self.model
-        model = copy.copy(self.model)
-        model.config = dataclasses.replace(model.config, normalize=False)
-        return model
-
     def _features(
         self, waveforms: NumpyArray, layer: int | None, padded: NumpyArray | None
     ) -> tuple[Array, Array | None]:
         """Features of ``layer``, None for the model's output, and the frames' padding mask."""
-        model = self._unnormalized()
-        config = model.config
+        config = self.model.config
         single = waveforms.ndim == 2 and len(waveforms) == 1 and waveforms.dtype.kind == "f"
         if single and padded is None:
             kind = FeatureKind(config.encoder_layers if layer is None else layer)
@@ -349,15 +341,19 @@ class Hubert:
                 sample_rate=config.sample_rate,
                 min_samples=config.receptive_field,
             )
-            x: Array = features_of(model, clip, kind, self.max_memory)[None]
+            x: Array = features_of(self.model, clip, kind, self.max_memory, normalized=True)[None]
             if layer is None and config.layer_norm_first:
-                x = model.run_stage("final_norm", mx.array(x))
+                x = self.model.run_stage("final_norm", mx.array(x))
             return x, None
-        mask = None if padded is None else mx.array(padded)
         with bounded(self.max_memory):
-            found = model.extract_features(mx.array(waveforms), mask, output_layer=layer)
-            mx.eval(found)
-        return found
+            result = self.model(
+                mx.array(waveforms),
+                padding_mask=None if padded is None else mx.array(padded),
+                output_layer=layer,
+                normalized=True,
+            )
+            mx.eval(result)
+        return result["x"], result["padding_mask"]
 
 
 class HubertOutput(dict[str, Any]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from .backend import mx, nn
 from .config import ModelConfig, parameter_shapes
 from .errors import OutputError, WeightsError, name_list
 from .files import Draft, check_target
+from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
 from .ops.mlx import to_gemm_layout
@@ -51,13 +51,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
     if rvc_mlx.is_rvc_mlx(metadata):
         return rvc_mlx.translated(arrays, metadata, path.name)
     return arrays, metadata
-
-
-def how_to_convert(source: str | os.PathLike[str]) -> str:
-    """The command that makes a file of this project out of a checkpoint or a folder."""
-    source = os.fspath(source)
-    output = f"{Path(source).absolute().stem}-mlx.safetensors"
-    return f"mlx-contentvec convert {shlex.quote(source)} -o {shlex.quote(output)}"
 
 
 def stored_config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> ModelConfig:

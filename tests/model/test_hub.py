@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlx_contentvec import hub
-from mlx_contentvec.errors import HubError
+from mlx_contentvec import ContentvecModel, hub
+from mlx_contentvec.errors import ContentvecError, HubError
 from tests.hub_server import HubServer
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -203,6 +205,43 @@ def test_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(HubError, match="holds no MLX weights") as caught:
         hub.resolve(tmp_path)
     assert "mlx-contentvec convert" in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["a .pt", "a folder of transformers", "a folder with a .pt"])
+def test_a_checkpoint_is_answered_with_the_command_that_converts_it(
+    form: str, tiny_checkpoint: Path, converted_tiny: Path, tmp_path: Path, run_cli: Any
+) -> None:
+    from contentvec_convert.export import export
+
+    source = tmp_path / "my embedder"
+    if form == "a folder of transformers":
+        export(converted_tiny, source, to="transformers")
+    else:
+        folder = source if form == "a folder with a .pt" else tmp_path
+        write(folder, {"my model.pt": tiny_checkpoint.read_bytes()})
+        source = folder if form == "a folder with a .pt" else folder / "my model.pt"
+    with pytest.raises(ContentvecError) as caught:
+        ContentvecModel.from_pretrained(source)
+    lines = str(caught.value.hint).splitlines()
+    (command,) = (line for line in lines if line.startswith("mlx-contentvec convert"))
+    _, *arguments = shlex.split(command)
+    done = run_cli(*arguments, "--allow-unknown", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ContentvecModel.from_pretrained(tmp_path / arguments[-1])
+
+
+def test_a_folder_given_for_a_file_is_answered_with_both_calls(tmp_path: Path) -> None:
+    with pytest.raises(ContentvecError, match="is a folder") as caught:
+        ContentvecModel.from_file(tmp_path)
+    assert "from_pretrained" in str(caught.value)
+    assert f"mlx-contentvec convert {tmp_path} -o" in str(caught.value)
+
+
+def test_torch_weights_in_a_folder_are_converted_as_the_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path / "embedder", {"config.json": b"{}", "pytorch_model.bin": b"PK"})
+    with pytest.raises(HubError, match="holds no MLX weights") as caught:
+        hub.resolve(folder)
+    assert f"mlx-contentvec convert {folder} -o embedder-mlx.safetensors" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere.safetensors", "/no/such/folder", "a/b/c", "up/../one"])
@@ -407,7 +446,10 @@ def test_a_connection_that_keeps_dropping_leaves_nothing(
 
 def test_weights_missing_from_a_repository_are_named(server: HubServer, resolved: Run) -> None:
     server.add_repo(REPO, {"pytorch_model.bin": WEIGHTS})
-    assert f"{REPO} holds no MLX weights" in resolved(REPO).stderr
+    said = resolved(REPO).stderr
+    assert f"{REPO} holds no MLX weights" in said
+    assert f"hf download {REPO} --local-dir contentvec-mlx\n" in said
+    assert "mlx-contentvec convert contentvec-mlx -o" in said
 
 
 @pytest.mark.parametrize(

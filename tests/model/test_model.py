@@ -151,6 +151,44 @@ class TestStages:
             alone = built.run_stage(stage, stages[stage_input(config, stage)], **conditions)
             assert bool((alone == stages[stage]).all()), stage
 
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_some_stages_are_those_among_all(self, name: str) -> None:
+        built, source = model(VARIANTS[name]), mx.array(waveform())[None]
+        conditions = speakers(VARIANTS[name], 1)
+        stages = built.stage_outputs(source, **conditions)
+        names = list(stages)
+        for wanted in ({"conv.6"}, {"final_proj"}, {"layer.2", "projection"}, set(names[-2:])):
+            some = built.stage_outputs(source, names=wanted, **conditions)
+            assert list(some) == [stage for stage in names if stage in wanted]
+            for stage, output in some.items():
+                assert bool((output == stages[stage]).all()), stage
+
+    def test_what_comes_behind_the_last_wanted_stage_is_not_computed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tiny, ran = model(), []
+        walk = tiny.walk()
+
+        class Watched:
+            waveform = staticmethod(walk.waveform)
+
+            @staticmethod
+            def stages(**conditions: Any) -> Any:
+                for name, stage in walk.stages(**conditions):
+                    yield name, lambda x, name=name, stage=stage: (ran.append(name), stage(x))[1]
+
+        monkeypatch.setattr(ContentvecModel, "walk", lambda *inputs: Watched)
+        tiny.stage_outputs(waveform()[None], names=["layer.1"])
+        assert ran[-1] == "layer.1"
+
+    @pytest.mark.parametrize("names", [["layer.4"], ["layer.1", "colour"], [3]])
+    def test_a_stage_that_is_not_there_is_refused(self, names: list[Any]) -> None:
+        with pytest.raises(ConfigError, match="no stage") as caught:
+            model().stage_outputs(waveform()[None], names=names)
+        assert "conv.0" in str(caught.value)
+        with pytest.raises(ConfigError, match=r"no stage 'layer\.4'"):
+            model().run_stage("layer.4", np.zeros((1, 4, 48), np.float32))
+
 
 class TestBatches:
     @pytest.mark.parametrize("name", ["base", "large", "conv bias", "batch norm"])
@@ -211,6 +249,16 @@ class TestNormalisedInput:
         assert float(mx.abs(large(raw)["x"] - large(mx.array(waveform()[None]))["x"]).max()) < 1e-4
         first = large.run_stage("conv.0", normalize_waveform(raw))
         assert bool((large.stage_outputs(raw)["conv.0"] == first).all())
+
+    def test_what_the_caller_normalised_is_used_as_it_is(self) -> None:
+        large = model(VARIANTS["large"])
+        raw = 0.5 * waveform()[None] + 0.2
+        ready = normalize_waveform(mx.array(raw))
+        expected = large(raw)["x"]
+        assert bool((large(ready, normalized=True)["x"] == expected).all())
+        stages = large.stage_outputs(ready, names=["final_norm"], normalized=True)
+        assert bool((stages["final_norm"] == expected).all())
+        assert float(mx.abs(large(raw, normalized=True)["x"] - expected).max()) > 1e-2
 
     def test_it_matters_to_the_base_model(self) -> None:
         base = model()
