@@ -1,4 +1,4 @@
-"""The metrics, the verdict and the helper for other ports, on arrays made by hand."""
+"""The metrics and the verdict, on arrays made by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from contentvec_parity import compare_arrays
 from contentvec_parity.compare.metrics import METRICS, difference, rounding_floor
 from contentvec_parity.compare.verdict import CLIP_SLACK, Gates, judge, ratio
-from contentvec_parity.testing import assert_parity
 from mlx_contentvec.errors import ParityError
 
 
@@ -248,54 +247,3 @@ def test_noise_that_adds_up_is_not_taken_for_another_input(given: float, adds_up
     assert not verdict["passed"]
     assert (verdict["blame"]["handover"] is None) == adds_up
     assert ("39.0 dB" in verdict["reason"] and "add up" in verdict["reason"]) == adds_up
-
-
-# ---- the helper for other ports --------------------------------------------------------------
-
-
-def stage_dictionaries() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    rng = np.random.default_rng(3)
-    truth = {name: rng.standard_normal((1, 5, 8)) for name in ("first", "second", "third")}
-    original = {name: value.astype(np.float32) for name, value in truth.items()}
-    measured = {name: np.nextafter(value, np.float32(9)) for name, value in original.items()}
-    return measured, original, truth
-
-
-def test_a_port_that_is_as_exact_passes_the_helper() -> None:
-    _, original, truth = stage_dictionaries()
-    found = assert_parity(dict(original), original, truth=truth)
-    assert list(found) == ["first", "second", "third"]
-
-
-def test_the_helper_names_the_first_stage_that_is_off() -> None:
-    measured, original, truth = stage_dictionaries()
-    measured = {**original, "second": measured["second"] * 1.001, "third": measured["third"] * 2}
-    with pytest.raises(AssertionError, match="second is the first stage that is off"):
-        assert_parity(measured, original, truth=truth)
-    with pytest.raises(AssertionError, match="third"):
-        assert_parity(measured, original, max_abs=0.1)
-
-
-def test_the_helper_fails_on_another_shape_and_on_nan() -> None:
-    _, original, truth = stage_dictionaries()
-    with pytest.raises(AssertionError, match="shape"):
-        assert_parity({**original, "first": original["first"][:, :4]}, original, truth=truth)
-    broken = original["first"].copy()
-    broken[0, 0, 0] = np.nan
-    with pytest.raises(AssertionError, match="not finite"):
-        assert_parity({**original, "first": broken}, original, truth=truth)
-
-
-def test_the_helper_takes_mlx_arrays() -> None:
-    from mlx_contentvec.backend import mx
-
-    _, original, truth = stage_dictionaries()
-    assert_parity(
-        {name: mx.array(value) for name, value in original.items()}, original, truth=truth
-    )
-
-
-def test_the_helper_refuses_to_check_nothing() -> None:
-    _, original, _ = stage_dictionaries()
-    with pytest.raises(ValueError, match="nothing would be checked"):
-        assert_parity(original, original)

@@ -57,18 +57,28 @@ class TorchOriginal:
 
     # ---- what a subclass says --------------------------------------------------
 
-    def _watch(
-        self, model: Any, keep: Callable[[str, Tensor], None]
-    ) -> list[Any]:  # pragma: no cover - the subclasses'
-        """Hooks that give ``keep`` each stage's output as (batch, frames, channels)."""
+    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> None:
+        """The original's own forward pass through its last layer."""
         raise NotImplementedError
 
-    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The original's own forward pass through its last layer; its frame mask."""
+    def _projection(self, model: Any) -> Any:
+        """The module that ends the projection stage."""
         raise NotImplementedError
 
-    def _run(self, model: Any, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
-        """One stage by itself, (batch, frames, channels) in and out."""
+    def _project(self, model: Any, x: Tensor) -> Tensor:
+        """The projection stage by itself."""
+        raise NotImplementedError
+
+    def _positional(self, model: Any, x: Tensor) -> Tensor:
+        """The positional convolution and its activation, (batch, frames, channels)."""
+        raise NotImplementedError
+
+    def _layer(self, layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One encoder layer, (batch, frames, channels) in and out."""
+        raise NotImplementedError
+
+    def _batch_first(self, hidden: Any) -> Tensor:
+        """What an encoder layer takes or returns, as (batch, frames, channels)."""
         raise NotImplementedError
 
     # ---- the interface ------------------------------------------------------------
@@ -122,6 +132,53 @@ class TorchOriginal:
         if self._exact is None:
             self._exact = true_double(self._model)
         return self._exact
+
+    def _watch(self, model: Any, keep: Callable[[str, Tensor], None]) -> list[Any]:
+        """Hooks that give ``keep`` each stage's output as (batch, frames, channels)."""
+        encoder = model.encoder
+        hooks = [
+            block.register_forward_hook(
+                lambda _, __, x, stage=f"conv.{i}": keep(stage, x.transpose(1, 2))
+            )
+            for i, block in enumerate(model.feature_extractor.conv_layers)
+        ]
+        hooks.append(
+            self._projection(model).register_forward_hook(lambda _, __, x: keep("projection", x))
+        )
+        hooks.append(
+            encoder.layers[0].register_forward_pre_hook(
+                lambda _, inputs: keep("positional", self._batch_first(inputs))
+            )
+        )
+        hooks += [
+            layer.register_forward_hook(
+                lambda _, __, x, stage=f"layer.{i + 1}": keep(stage, self._batch_first(x))
+            )
+            for i, layer in enumerate(encoder.layers)
+        ]
+        if self.config.layer_norm_first:
+            hooks.append(
+                encoder.layer_norm.register_forward_hook(lambda _, __, x: keep("final_norm", x))
+            )
+        return hooks
+
+    def _run(self, model: Any, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One stage by itself, (batch, frames, channels) in and out."""
+        kind, _, number = stage.partition(".")
+        encoder = model.encoder
+        if kind == "conv":
+            block = model.feature_extractor.conv_layers[int(number)]
+            return block(x[:, None] if int(number) == 0 else x.transpose(1, 2)).transpose(1, 2)
+        if kind == "projection":
+            return self._project(model, x)
+        if kind == "positional":
+            if mask is not None:
+                x = x.masked_fill(mask[..., None], 0)
+            x = x + self._positional(model, x)
+            return x if self.config.layer_norm_first else encoder.layer_norm(x)
+        if kind == "layer":
+            return self._layer(encoder.layers[int(number) - 1], x, mask)
+        return {"final_norm": encoder.layer_norm, "final_proj": model.final_proj}[kind](x)
 
     def _stages(self, model: Any, clip: Clip) -> dict[str, NDArray[Any]]:
         import torch
