@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contentvec_parity import device_default, harness
+from contentvec_parity import harness, with_tf32
 from contentvec_parity.compare.candidate import MlxCandidate
 from contentvec_parity.harness import assemble, compare_files
 from contentvec_parity.inputs import Clip, speech_like
@@ -248,7 +248,7 @@ def test_a_report_that_cannot_be_written_is_an_error_not_a_traceback(
     assert "Traceback" not in done.stderr
 
 
-# ---- Hugging Face folders, other precisions, the device's own --------------------------------
+# ---- Hugging Face folders, other precisions, TF32 ------------------------------------------
 
 
 def test_a_hugging_face_folder_is_an_original_too(
@@ -319,29 +319,29 @@ def test_half_precision_does_not_excuse_a_wrong_tensor(
     assert document["verdict"]["blame"]["wrong"][0]["stage"] == "layer.3"
 
 
-def test_the_devices_own_precision_is_measured_in_a_process_of_its_own(
+def test_the_features_with_tf32_are_measured_in_a_process_of_their_own(
     fairseq: Any, tiny_checkpoint: Path, converted_tiny: Path
 ) -> None:
     original = open_reference("fairseq", tiny_checkpoint)
-    found = device_default.measure_original(original, {"sha256": None}, converted_tiny)
+    found = with_tf32.measure_original(original, {"sha256": None}, converted_tiny)
     assert found["flags"]["tf32"] is True
     assert {entry["kind"] for entry in found["summary"]} == {"features"}
     assert found["snr_db"] > 80
 
 
-def test_the_devices_own_precision_is_measured_only_where_it_is_another(
+def test_the_features_with_tf32_are_measured_on_a_gpu_where_it_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from mlx_contentvec import backend
 
     monkeypatch.setattr(backend, "device_kind", lambda: "cuda")
     monkeypatch.setattr(backend, "tf32_enabled", lambda: False)
-    assert harness._differs_by_default()
+    assert harness._tf32_is_off()
     monkeypatch.setattr(backend, "tf32_enabled", lambda: True)
-    assert not harness._differs_by_default()
+    assert not harness._tf32_is_off()
     monkeypatch.setattr(backend, "device_kind", lambda: "cpu")
     monkeypatch.setattr(backend, "tf32_enabled", lambda: False)
-    assert not harness._differs_by_default()
+    assert not harness._tf32_is_off()
 
 
 # ---- the page --------------------------------------------------------------------------------

@@ -84,11 +84,11 @@ def _gated(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--quick", is_flag=True, help="Only the six built-in clips; seconds, not a minute.")
 @click.option("--thorough", is_flag=True, help="Also every remainder of the hop, and 1 to 30 s.")
-@click.option("--tf32", is_flag=True, help="Let the device use TF32 products, as it does unasked.")
+@click.option("--tf32", is_flag=True, help="Judge with TF32 products, on a device that has them.")
 @click.option(
-    "--device-default/--no-device-default",
+    "--compare-tf32/--no-compare-tf32",
     default=None,
-    help="Measure the features at the device's own precision too. Default: on a GPU.",
+    help="Also measure the features with TF32, for information. Default: on a GPU.",
 )
 @_gated
 def run(
@@ -98,7 +98,7 @@ def run(
     quick: bool,
     thorough: bool,
     tf32: bool,
-    device_default: bool | None,
+    compare_tf32: bool | None,
     **delivery: Any,
 ) -> None:
     """Run the original and the MLX model side by side and say how far apart they are.
@@ -131,7 +131,7 @@ def run(
             files[-1],
             checkpoint=checkpoint,
             gates=gates,
-            device_default=device_default,
+            compare_tf32=compare_tf32,
         )
     else:
         document = compare_files(
@@ -140,7 +140,7 @@ def run(
             audio=audio,
             inputs="built-in" if quick else "thorough" if thorough else "standard",
             gates=gates,
-            device_default=device_default,
+            compare_tf32=compare_tf32,
         )
     _deliver(document, **delivery, audio=audio)
 

@@ -43,9 +43,9 @@ The document, ``schema`` "mlx-contentvec-parity/1":
                those of ``contentvec_parity.compare.metrics.METRICS``.
 ``tensors``    the tensor-by-tensor proof (``contentvec_parity.compare.tensors``); None where
                the original's tensors were not at hand
-``device_default``  features of a few clips at the device's own precision: ``flags``,
-               ``summary`` as in the verdict, the lowest ``snr_db``; None where that
-               is what was measured anyway. It is told, not judged.
+``with_tf32``  features of a few clips with TF32 products: ``flags``, ``summary`` as in
+               the verdict, the lowest ``snr_db``; None where that was not measured. It
+               is information and decides nothing.
 ``verdict``    ``passed``, ``reason`` (one sentence), ``gates``, ``failures``,
                ``blame``, ``summary`` (``contentvec_parity.compare.verdict``)
 
@@ -300,15 +300,15 @@ def stage_entries(
     }
 
 
-def default_line(document: Mapping[str, Any]) -> str | None:
-    """One sentence on what users get who set nothing, where that differs."""
-    default = document["device_default"]
-    if default is None:
+def tf32_line(document: Mapping[str, Any]) -> str | None:
+    """One sentence on what turning TF32 on costs, where it was measured."""
+    found = document["with_tf32"]
+    if found is None:
         return None
-    entry = max(default["summary"], key=lambda e: max(e["ratio"].values()))
-    snr = "no error at all" if default["snr_db"] is None else f"{default['snr_db']:.0f} dB"
+    entry = max(found["summary"], key=lambda e: max(e["ratio"].values()))
+    snr = "no error at all" if found["snr_db"] is None else f"{found['snr_db']:.0f} dB"
     return (
-        "Device default: without MLX_ENABLE_TF32=0 the error of the features is up to "
+        "With TF32 (MLX_ENABLE_TF32=1) the error of the features is up to "
         f"{times(max(entry['ratio'].values()))} x PyTorch's ({entry['name']}, largest "
         f"{figure(entry['candidate']['max_abs'])}; signal to noise {snr} or better)."
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 from .document import (
     advice,
-    default_line,
     device_line,
     feature_tables,
     figure,
@@ -17,6 +16,7 @@ from .document import (
     similarity,
     stage_entries,
     tensor_line,
+    tf32_line,
     times,
 )
 
@@ -66,6 +66,6 @@ def to_markdown(document: Mapping[str, Any]) -> str:
             for metric in ("rms", "max_abs")
         ]
         lines.append("| " + " | ".join([stage, *ratios]) + " |")
-    default = default_line(document)
-    lines += ["", tensor_line(document), *(["", default] if default else []), ""]
+    tf32 = tf32_line(document)
+    lines += ["", tensor_line(document), *(["", tf32] if tf32 else []), ""]
     return "\n".join(lines)

@@ -59,7 +59,7 @@ def to_html(
         device=report.device_line(document),
         reference=report.reference_line(document),
         tensors=report.tensor_line(document),
-        default=report.default_line(document),
+        tf32=report.tf32_line(document),
         features=report.feature_tables(document),
         stages=report.stage_entries(document),
         worst=worst_frames(document, heard),

@@ -7,7 +7,6 @@ from typing import Any
 
 from .document import (
     advice,
-    default_line,
     device_line,
     feature_tables,
     figure,
@@ -16,6 +15,7 @@ from .document import (
     similarity,
     stage_entries,
     tensor_line,
+    tf32_line,
     times,
 )
 
@@ -40,7 +40,7 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
     )
     console.print(_feature_table(document))
     console.print(_stage_table(document))
-    for line in filter(None, (tensor_line(document), default_line(document))):
+    for line in filter(None, (tensor_line(document), tf32_line(document))):
         console.print(line, highlight=False, markup=False)
 
 
