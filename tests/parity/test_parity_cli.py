@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,43 @@ def test_the_document_has_what_its_schema_promises(passed: tuple[Any, Path]) -> 
     assert {clip["name"] for clip in document["clips"]} >= {"3s", "min", "quiet", "silence"}
 
 
+@pytest.mark.parametrize("report_file", [None, "run.md", "run.html"])
+def test_the_two_figures_that_users_know_stand_at_the_top(
+    passed: tuple[Any, Path], report_file: str | None
+) -> None:
+    """Max absolute difference and cosine similarity by these names, with layer and clip."""
+    done, folder = passed
+    text = done.stdout if report_file is None else (folder / report_file).read_text()
+    if report_file == "run.html":
+        text = text.split('<section class="verdict" id="verdict">')[1].split("</section>")[0]
+        text = re.sub(r"<[^>]*>", " ", text)
+    else:
+        text = "\n".join(text.splitlines()[:6])
+    said = " ".join(text.split())
+    rows = json.loads((folder / "run.json").read_text())["stages"]
+    rows = [row for row in rows if row["kind"] == "features"]
+    largest = max(rows, key=lambda row: row["apart"]["max_abs"])
+    lowest = min(rows, key=lambda row: row["apart"]["cosine"])
+    for what, figure, row in (
+        ("max absolute difference", f"{largest['apart']['max_abs']:.1e}", largest),
+        ("cosine similarity", f"1-{1 - lowest['apart']['cosine']:.1e}", lowest),
+    ):
+        assert re.search(
+            rf"{what}:? {re.escape(figure)} \(?{re.escape(row['name'])}, clip {row['clip']}\b", said
+        ), said
+
+
+def test_a_run_in_which_nothing_can_be_compared_has_no_such_figures() -> None:
+    row = {"kind": "features", "name": "layer 3", "clip": "min", "comparable": False}
+    assert report.agreement({"stages": [row]}) == []
+
+
+def test_a_low_cosine_is_written_out() -> None:
+    assert report.similarity(0.9412345) == "0.9412"
+    assert report.similarity(1 - 3.1e-11) == "1-3.1e-11"
+    assert report.similarity(-0.5) == "-0.5000"
+
+
 def test_the_machine_is_described() -> None:
     found = describe()
     assert found["chip"]
@@ -99,6 +137,7 @@ def test_the_markdown_holds_tables_and_the_verdict(passed: tuple[Any, Path]) -> 
     text = (passed[1] / "run.md").read_text()
     assert text.startswith("**Parity: passed.**")
     assert "| layer 3 + projection | 3s |" in text
+    assert "| features | clip | max absolute difference | cosine similarity |" in text
     assert "| conv.0 |" in text
 
 

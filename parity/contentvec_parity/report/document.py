@@ -57,6 +57,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,8 @@ def times(value: float) -> str:
 
 
 def similarity(cosine: float) -> str:
-    """A cosine, with as many nines as it has: ``1-3.1e-11``."""
-    return f"1-{max(0.0, 1 - cosine):.1e}"
+    """A cosine, with as many nines as it has: ``1-3.1e-11``; ``0.9412`` if it has few."""
+    return f"{cosine:.4f}" if cosine < 0.999 else f"1-{max(0.0, 1 - cosine):.1e}"
 
 
 def device_line(document: Mapping[str, Any]) -> str:
@@ -171,6 +172,54 @@ def _computed_by(reference: Mapping[str, Any]) -> str:
 def headline(document: Mapping[str, Any]) -> str:
     """``PASSED`` or ``FAILED``."""
     return "PASSED" if document["verdict"]["passed"] else "FAILED"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One figure between MLX and the original in float32: the worst of all clips."""
+
+    #: "max absolute difference" or "cosine similarity"
+    what: str
+    value: float
+    #: the call that gave the features, ``layer 12``
+    features: str
+    clip: str
+
+    @property
+    def written(self) -> str:
+        """The value as the reports show it."""
+        return figure(self.value) if self.what == MAX_ABS else similarity(self.value)
+
+    @property
+    def where(self) -> str:
+        """``layer 12, clip 3s``."""
+        return f"{self.features}, clip {self.clip}"
+
+
+MAX_ABS, COSINE = "max absolute difference", "cosine similarity"
+
+
+def agreement(document: Mapping[str, Any], features: str | None = None) -> list[Agreement]:
+    """Max absolute difference and cosine similarity between MLX and the original.
+
+    features: of these only (a row's ``name``); of all by default
+
+    Empty if nothing could be compared. The cosine is that of a clip's features taken
+    as one vector each.
+    """
+    rows = [
+        row
+        for row in document["stages"]
+        if row["kind"] == "features" and row["comparable"] and features in (None, row["name"])
+    ]
+    if not rows:
+        return []
+    largest = max(rows, key=lambda row: row["apart"]["max_abs"])
+    lowest = min(rows, key=lambda row: row["apart"]["cosine"])
+    return [
+        Agreement(what, row["apart"][metric], row["name"], row["clip"])
+        for what, metric, row in ((MAX_ABS, "max_abs", largest), (COSINE, "cosine", lowest))
+    ]
 
 
 def feature_tables(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .document import (
     advice,
+    agreement,
     device_line,
     feature_tables,
     figure,
@@ -25,6 +26,7 @@ def to_markdown(document: Mapping[str, Any]) -> str:
     """The verdict, the features and the stages as GitHub Markdown."""
     verdict = document["verdict"]
     lines = [f"**Parity: {headline(document).lower()}.** {sentence(verdict['reason'])}", ""]
+    lines += [f"- {found.what}: {found.written} ({found.where})" for found in agreement(document)]
     lines += [f"- {sentence(line.strip())}" for line in advice(document)]
     if document["source"].get("stand_in"):
         lines += [f"> Stand-in: {document['source']['stand_in']}", ""]
@@ -32,24 +34,27 @@ def to_markdown(document: Mapping[str, Any]) -> str:
         "",
         f"MLX on {device_line(document)}, against {reference_line(document)}; "
         f"{document['machine']['chip']}, {document['machine']['system']}. "
-        "Errors are those against the same model in float64.",
+        "The first two figures of a row compare MLX with PyTorch, as the last one does; errors are "
+        "those of each against the same model in float64.",
         "",
-        "| features | clip | MLX max | PyTorch max | MLX rms | PyTorch rms "
-        "| MLX - PyTorch max | worst frame's cosine |",
-        "|---|---|---|---|---|---|---|---|",
+        "| features | clip | max absolute difference | cosine similarity | MLX max | PyTorch max "
+        "| MLX rms | PyTorch rms | worst frame's cosine |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for label, entries in feature_tables(document).items():
         for entry in entries:
             if "problem" in entry:
-                lines.append(f"| {label} | {entry['clip']} | {entry['problem']} | | | | | |")
+                lines.append(f"| {label} | {entry['clip']} | {entry['problem']} | | | | | | |")
                 continue
             sides = (entry["candidate"], entry["reference"])
+            apart = entry["apart"]
             cells = [
                 label,
                 entry["clip"],
+                figure(apart["max_abs"]),
+                similarity(apart["cosine"]),
                 *(figure(side[metric]) for metric in ("max_abs", "rms") for side in sides),
-                figure(entry["apart"]["max_abs"]),
-                similarity(entry["apart"]["worst_frame_cosine"]),
+                similarity(apart["worst_frame_cosine"]),
             ]
             lines.append("| " + " | ".join(cells) + " |")
     lines += [

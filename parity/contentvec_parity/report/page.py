@@ -55,6 +55,7 @@ def to_html(
         verdict=document["verdict"],
         headline=report.headline(document),
         reason=report.sentence(document["verdict"]["reason"]),
+        agreement=report.agreement(document),
         advice=report.advice(document),
         device=report.device_line(document),
         reference=report.reference_line(document),

@@ -7,6 +7,7 @@ from typing import Any
 
 from .document import (
     advice,
+    agreement,
     device_line,
     feature_tables,
     figure,
@@ -26,6 +27,10 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
     colour = "green" if verdict["passed"] else "red"
     console.print(f"[bold {colour}]{headline(document)}[/]  ", end="")
     console.print(verdict["reason"], highlight=False, markup=False)
+    for found in agreement(document):
+        console.print(
+            f"{found.what:24} {found.written:>8}  {found.where}", highlight=False, markup=False
+        )
     for line in advice(document):
         console.print(f"  {line}", highlight=False, markup=False)
     if document["source"].get("stand_in"):
@@ -56,13 +61,14 @@ def _table(title: str, first: str, *headings: str) -> Any:
 
 def _feature_table(document: Mapping[str, Any]) -> Any:
     table = _table(
-        "\nFeatures: errors against the float64 truth, and how far MLX is from PyTorch",
+        "\nFeatures: MLX against PyTorch, then the error of each against float64",
         "",
+        "max absolute\ndifference",
+        "cosine\nsimilarity",
         "largest\nMLX",
         "error\nPyTorch",
         "rms\nMLX",
         "error\nPyTorch",
-        "MLX - PyT\nlargest",
         "worst frame's\ncosine",
     )
     for label, entries in feature_tables(document).items():
@@ -74,11 +80,12 @@ def _feature_table(document: Mapping[str, Any]) -> Any:
             mine, theirs, apart = entry["candidate"], entry["reference"], entry["apart"]
             table.add_row(
                 f"  {entry['clip']}",
+                figure(apart["max_abs"]),
+                similarity(apart["cosine"]),
                 figure(mine["max_abs"]),
                 figure(theirs["max_abs"]),
                 figure(mine["rms"]),
                 figure(theirs["rms"]),
-                figure(apart["max_abs"]),
                 similarity(apart["worst_frame_cosine"]),
             )
     return table
