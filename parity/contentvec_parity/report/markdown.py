@@ -27,6 +27,7 @@ def to_markdown(document: Mapping[str, Any]) -> str:
     verdict = document["verdict"]
     lines = [f"**Parity: {headline(document).lower()}.** {sentence(verdict['reason'])}", ""]
     lines += [f"- {found.what}: {found.written} ({found.where})" for found in agreement(document)]
+    lines += [""]
     lines += [f"- {sentence(line.strip())}" for line in advice(document)]
     if document["source"].get("stand_in"):
         lines += [f"> Stand-in: {document['source']['stand_in']}", ""]
