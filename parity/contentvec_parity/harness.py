@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .identity import checkpoint_being_identified, identify_checkpoint, weights_
 from .inputs import INPUT_SETS, Clip, from_files
 from .references import REFERENCES, Reference, choose, open_reference
 from .references.recording import Recording
+from .references.yardsticks import Yardstick, yardsticks_for
 from .report import document as report
 
 #: on these clips --quick compares every stage, on the longer ones the features alone
@@ -158,6 +159,7 @@ def assemble(
     clips: Sequence[Clip],
     *,
     gates: Gates | None = None,
+    yardsticks: Mapping[str, Yardstick] | None = None,
     staged: Collection[str] | None = None,
     progress: Progress | None = None,
     source: Callable[[], dict[str, Any]] = dict,
@@ -165,6 +167,8 @@ def assemble(
 ) -> report.Document:
     """Measure two opened sides on ``clips`` and make the whole report of it.
 
+    yardsticks:      see ``contentvec_parity.references.yardsticks``; those that can be
+                     had here by default
     staged:          see ``contentvec_parity.compare.stages.measure``
     source, weights: called at the end for those two entries of the report
 
@@ -179,7 +183,15 @@ def assemble(
         proof = tensors.prove_by_hash(original.tensor_hashes, parameters, original.config)
     else:
         proof = tensors.prove(*original.tensors(), parameters, original.config)
-    clip_rows, rows = measure(original, candidate, clips, staged=staged, progress=progress)
+    if yardsticks is None:
+        yardsticks = (
+            original.yardsticks(candidate.precision)
+            if isinstance(original, Recording)
+            else yardsticks_for(original, candidate.precision)
+        )
+    clip_rows, rows = measure(
+        original, candidate, clips, yardsticks=yardsticks, staged=staged, progress=progress
+    )
     document: report.Document = {
         "schema": report.SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -190,6 +202,7 @@ def assemble(
         "flags": machine.flags(),
         "config": original.config.to_dict(),
         "reference": _reference(original),
+        "yardsticks": {name: yardstick.about for name, yardstick in yardsticks.items()},
         "clips": clip_rows,
         "stages": rows,
         "tensors": proof,

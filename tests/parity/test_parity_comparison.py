@@ -245,5 +245,5 @@ def test_noise_that_adds_up_is_not_taken_for_another_input(given: float, adds_up
             item["candidate"]["snr_db"] = given if item["stage"] == "one" else 39.0
     verdict = judge(report(*rows, precision="float16"), Gates())
     assert not verdict["passed"]
-    assert (verdict["blame"]["handover"] is None) == adds_up
+    assert (verdict["blame"]["stage_input"] is None) == adds_up
     assert ("39.0 dB" in verdict["reason"] and "add up" in verdict["reason"]) == adds_up

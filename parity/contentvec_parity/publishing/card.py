@@ -64,6 +64,24 @@ FEATURE_COLUMNS = (
     Column("PyTorch, largest error", lambda e: report.figure(e["reference"]["max_abs"])),
 )
 
+
+def _feature_columns(document: Mapping[str, Any]) -> tuple[Column, ...]:
+    """The columns of a report, with PyTorch on its device or in its format where it was run."""
+    extra = report.extra_yardstick(document)
+    if extra is None:
+        return FEATURE_COLUMNS
+    side, heading = extra
+
+    def cell(metric: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda e: report.figure(e[side][metric] if side in e else None)
+
+    return (
+        *FEATURE_COLUMNS,
+        Column(f"{heading}, rms error", cell("rms")),
+        Column(f"{heading}, largest error", cell("max_abs")),
+    )
+
+
 #: one row per number format; a parity document
 VARIANT_COLUMNS = (
     Column("size", lambda d: megabytes(d["weights"]["size"])),
@@ -151,9 +169,10 @@ def render(package: Package, address: str) -> str:
         half=config["dtype"] != "float32",
         features_table=_table(
             "features",
-            FEATURE_COLUMNS,
+            _feature_columns(document),
             [(labels[name], entry) for name, entry in _summaries(document).items()],
         ),
+        yardstick=report.yardstick_line(document),
         context=_context(document),
         variants=list(config["variants"]),
         variants_table=_table(

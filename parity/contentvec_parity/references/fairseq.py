@@ -161,7 +161,7 @@ class FairseqOriginal(TorchOriginal):
         import torch
 
         # RVC passes a mask that masks nothing (infer/modules/vc/pipeline.py)
-        given = torch.zeros(source.shape, dtype=torch.bool) if mask is None else mask
+        given = torch.zeros_like(source, dtype=torch.bool) if mask is None else mask
         model.extract_features(source=source, padding_mask=given)
 
     def _projection(self, model: Any) -> Any:

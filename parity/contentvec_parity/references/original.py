@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 
 from ..inputs import Clip
-from .truth import true_double
+from .truth import make_copyable, true_double
 
 Tensor = Any
 
@@ -99,28 +100,41 @@ class TorchOriginal:
 
     def stages(self, clip: Clip) -> dict[str, NDArray[np.float32]]:
         """Every stage in float32, from the audio."""
-        return self._stages(self._model, clip)
+        return self.stages_of(self._model, clip)
 
     def truth(self, clip: Clip) -> dict[str, NDArray[np.float64]]:
         """Every stage in true float64, from the audio."""
-        return self._stages(self._double(), clip)
+        return self.stages_of(self._double(), clip)
 
     def local_truth(
         self, clip: Clip, stage: str, stage_input: NDArray[np.float32]
     ) -> NDArray[np.float64]:
         """One stage in true float64 on a float32 input."""
+        return self.run_stage_of(self._double(), clip, stage, stage_input)
+
+    def copy_to(self, device: str, dtype: str) -> Any:
+        """The PyTorch model on another device ("cuda") or in another dtype ("float16")."""
         import torch
 
+        make_copyable(self._model)
+        return copy.deepcopy(self._model).to(device, getattr(torch, dtype))
+
+    def run_stage_of(
+        self, model: Any, clip: Clip, stage: str, stage_input: NDArray[Any]
+    ) -> NDArray[Any]:
+        """One stage of a copy of the model by itself."""
+        import torch
+
+        some = next(model.parameters())
         mask = self.frame_mask(clip)
         with torch.no_grad():
             result = self._run(
-                self._double(),
+                model,
                 stage,
-                torch.from_numpy(stage_input.astype(np.float64)),
-                None if mask is None else torch.from_numpy(mask),
+                torch.from_numpy(stage_input).to(some.device, some.dtype),
+                None if mask is None else torch.from_numpy(mask).to(some.device),
             )
-        exact: NDArray[np.float64] = result.numpy()
-        return exact
+        return _to_numpy(result)
 
     def tensors(self) -> tuple[str, Mapping[str, NDArray[Any]]]:
         """Every tensor of the loaded model under its own name."""
@@ -180,20 +194,29 @@ class TorchOriginal:
             return self._layer(encoder.layers[int(number) - 1], x, mask)
         return {"final_norm": encoder.layer_norm, "final_proj": model.final_proj}[kind](x)
 
-    def _stages(self, model: Any, clip: Clip) -> dict[str, NDArray[Any]]:
+    def stages_of(self, model: Any, clip: Clip) -> dict[str, NDArray[Any]]:
+        """Every stage of a copy of the model, from the audio.
+
+        float64 of a float64 model, float32 of any other
+        """
         import torch
 
         kept: dict[str, NDArray[Any]] = {}
 
         def keep(stage: str, output: Tensor) -> None:
             # both originals zero padded frames in place later on: keep a copy
-            kept[stage] = output.detach().clone().numpy()
+            kept[stage] = _to_numpy(output.detach().clone())
 
-        dtype = next(model.parameters()).dtype
-        source = torch.from_numpy(clip.waveform).to(dtype)
+        some = next(model.parameters())
+        source = torch.from_numpy(clip.waveform)
+        if some.dtype == torch.float64:
+            source = source.double()
         if self.config.normalize:
             source = torch.stack([normalized(row) for row in source])
-        mask = None if clip.padding_mask is None else torch.from_numpy(clip.padding_mask)
+        source = source.to(some.device, some.dtype)
+        mask = None
+        if clip.padding_mask is not None:
+            mask = torch.from_numpy(clip.padding_mask).to(some.device)
         hooks = self._watch(model, keep)
         try:
             with torch.no_grad():
@@ -206,12 +229,19 @@ class TorchOriginal:
         for stage in names:
             if stage == "final_proj":
                 before = kept[stage_input(self.config, stage) or ""]
-                with torch.no_grad():
-                    kept[stage] = model.final_proj(torch.from_numpy(before)).numpy()
+                kept[stage] = self.run_stage_of(model, clip, stage, before)
             elif kept[stage].shape[1] > frames and not stage.startswith("conv."):
                 # fairseq rounds the number of frames up to an even one inside its encoder
                 kept[stage] = kept[stage][:, :frames]
         return {stage: np.ascontiguousarray(kept[stage]) for stage in names}
+
+
+def _to_numpy(x: Tensor) -> NDArray[Any]:
+    """float64 as it is, any other dtype as float32."""
+    import torch
+
+    array: NDArray[Any] = (x if x.dtype == torch.float64 else x.float()).cpu().numpy()
+    return array
 
 
 def normalized(waveform: Tensor) -> Tensor:
@@ -223,6 +253,14 @@ def normalized(waveform: Tensor) -> Tensor:
     from torch.nn import functional
 
     return functional.layer_norm(waveform, waveform.shape)
+
+
+def valid_frames(stage: str, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """Which frames of a stage are compared, (batch, frames); None for all.
+
+    The convolutions and the projection know nothing of the padding.
+    """
+    return None if mask is None or stage.startswith("conv.") or stage == "projection" else ~mask
 
 
 def frame_mask(

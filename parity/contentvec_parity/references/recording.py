@@ -18,8 +18,10 @@ Entries, for clip C and stage S:
 The metadata's ``recording`` is JSON: ``schema``, ``source`` (the checkpoint:
 name, size, md5, sha256, known_as, stand_in), ``config``, ``reference`` (name,
 versions), ``chip``, ``clips`` (name, about, origin, stages), ``scales``
-(entry -> scale) and ``tensors`` (parameter -> SHA-256 of the float32 values it
-must have). The same checkpoint on the same machine gives the same bytes.
+(entry -> scale), ``tensors`` (parameter -> SHA-256 of the float32 values it
+must have) and ``half``: for float16 and bfloat16 what computed it (``about``) and
+clip -> kind -> stage -> the errors of PyTorch in that format, on the CPU. The same
+checkpoint on the same machine gives the same bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ from .. import machine
 from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows
 from ..inputs import Clip, padded_batch, spoken
 from . import Reference
-from .original import frame_mask
+from .original import TorchOriginal, frame_mask
+from .yardsticks import HALF, HALF_PRECISION, RecordedYardstick, TorchYardstick, Yardstick
 
 SCHEMA = "mlx-contentvec-recording/1"
 
@@ -134,6 +137,7 @@ def write(
         "clips": listed,
         "scales": scales,
         "tensors": _tensor_hashes(original),
+        "half": _half_errors(original, [(clip, SELECTIONS[kind]) for clip, kind in clips]),
     }
     metadata = {"format": "mlx", "recording": json.dumps(about, sort_keys=True)}
     _save(arrays, metadata, output, force=force)
@@ -185,6 +189,34 @@ def _record_clip(
             scales[f"{name}/{kind}"] = scale
             arrays[f"{name}/{kind}"] = np.ascontiguousarray((error / scale).astype(np.float16))
     return arrays
+
+
+def _half_errors(
+    original: Reference,
+    clips: Sequence[tuple[Clip, Callable[[ModelConfig], tuple[str, ...]]]],
+) -> dict[str, Any]:
+    """Errors of PyTorch in half precision on the CPU; without a format it cannot compute in."""
+    if not isinstance(original, TorchOriginal):
+        return {}
+    found = {}
+    for dtype in HALF:
+        try:
+            yardstick = TorchYardstick(original, "cpu", dtype)
+            errors = {}
+            for clip, select in clips:
+                kept = select(original.config)
+                outputs, truth = original.stages(clip), original.truth(clip)
+                errors[clip.name] = yardstick.errors(
+                    clip,
+                    original,
+                    {stage: outputs[stage] for stage in kept},
+                    {stage: truth[stage] for stage in kept},
+                    local=True,
+                )
+        except RuntimeError:
+            continue
+        found[dtype] = {"about": yardstick.about, "errors": errors}
+    return found
 
 
 def _tensor_hashes(original: Reference) -> dict[str, str]:
@@ -300,6 +332,13 @@ class Recording:
     def tensors(self) -> tuple[str, Mapping[str, NDArray[Any]]]:
         """A recording holds no tensors, only what they hash to."""
         raise ParityError("a recording holds no tensors", hint="use tensor_hashes")
+
+    def yardsticks(self, precision: str) -> dict[str, Yardstick]:
+        """PyTorch in half precision, for weights stored in it; else none."""
+        found = self.header["half"].get(precision)
+        if found is None:
+            return {}
+        return {HALF_PRECISION: RecordedYardstick(found["about"], found["errors"])}
 
     @property
     def tensor_hashes(self) -> dict[str, str]:

@@ -195,9 +195,11 @@ class TransformersOriginal(TorchOriginal):
             return
         # transformers counts a padded clip's frames by its length, fairseq by its mask, which
         # can come to one more: the encoder is given fairseq's count, which the port reproduces
-        frames = frame_mask(mask.numpy(), self.config)
+        frames = frame_mask(mask.cpu().numpy(), self.config)
         hidden = model.feature_projection(model.feature_extractor(source).transpose(1, 2))
-        model.encoder(self._batch_first(hidden), attention_mask=~torch.from_numpy(frames))
+        model.encoder(
+            self._batch_first(hidden), attention_mask=~torch.from_numpy(frames).to(source.device)
+        )
 
     def _projection(self, model: Any) -> Any:
         return model.feature_projection.projection

@@ -9,6 +9,7 @@ from .document import (
     advice,
     agreement,
     device_line,
+    extra_yardstick,
     feature_tables,
     figure,
     headline,
@@ -19,12 +20,20 @@ from .document import (
     tensor_line,
     tf32_line,
     times,
+    yardstick_line,
 )
 
 
 def to_markdown(document: Mapping[str, Any]) -> str:
     """The verdict, the features and the stages as GitHub Markdown."""
     verdict = document["verdict"]
+    extra = extra_yardstick(document)
+    sides = {"MLX": "candidate", "PyTorch": "reference", **({extra[1]: extra[0]} if extra else {})}
+    headings = [
+        *("features", "clip", "max absolute difference", "cosine similarity"),
+        *(f"{side} {metric}" for metric in ("max", "rms") for side in sides),
+        "worst frame's cosine",
+    ]
     lines = [f"**Parity: {headline(document).lower()}.** {sentence(verdict['reason'])}", ""]
     lines += [f"- {found.what}: {found.written} ({found.where})" for found in agreement(document)]
     lines += [""]
@@ -38,23 +47,26 @@ def to_markdown(document: Mapping[str, Any]) -> str:
         "The first two figures of a row compare MLX with PyTorch, as the last one does; errors are "
         "those of each against the same model in float64.",
         "",
-        "| features | clip | max absolute difference | cosine similarity | MLX max | PyTorch max "
-        "| MLX rms | PyTorch rms | worst frame's cosine |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(headings) + " |",
+        "|---" * len(headings) + "|",
     ]
     for label, entries in feature_tables(document).items():
         for entry in entries:
             if "problem" in entry:
-                lines.append(f"| {label} | {entry['clip']} | {entry['problem']} | | | | | | |")
+                empty = " |" * (len(headings) - 3)
+                lines.append(f"| {label} | {entry['clip']} | {entry['problem']} |{empty}")
                 continue
-            sides = (entry["candidate"], entry["reference"])
             apart = entry["apart"]
             cells = [
                 label,
                 entry["clip"],
                 figure(apart["max_abs"]),
                 similarity(apart["cosine"]),
-                *(figure(side[metric]) for metric in ("max_abs", "rms") for side in sides),
+                *(
+                    figure(entry[side][metric]) if side in entry else "-"
+                    for metric in ("max_abs", "rms")
+                    for side in sides.values()
+                ),
                 similarity(apart["worst_frame_cosine"]),
             ]
             lines.append("| " + " | ".join(cells) + " |")
@@ -72,6 +84,7 @@ def to_markdown(document: Mapping[str, Any]) -> str:
             for metric in ("rms", "max_abs")
         ]
         lines.append("| " + " | ".join([stage, *ratios]) + " |")
-    tf32 = tf32_line(document)
-    lines += ["", tensor_line(document), *(["", tf32] if tf32 else []), ""]
+    for line in (yardstick_line(document), tensor_line(document), tf32_line(document)):
+        lines += ["", line] if line else []
+    lines.append("")
     return "\n".join(lines)

@@ -61,6 +61,8 @@ def to_html(
         reference=report.reference_line(document),
         tensors=report.tensor_line(document),
         tf32=report.tf32_line(document),
+        yardstick=report.yardstick_line(document),
+        extra=report.extra_yardstick(document),
         features=report.feature_tables(document),
         stages=report.stage_entries(document),
         worst=worst_frames(document, heard),

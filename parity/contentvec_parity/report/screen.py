@@ -18,6 +18,7 @@ from .document import (
     tensor_line,
     tf32_line,
     times,
+    yardstick_line,
 )
 
 
@@ -45,7 +46,9 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
     )
     console.print(_feature_table(document))
     console.print(_stage_table(document))
-    for line in filter(None, (tensor_line(document), tf32_line(document))):
+    for line in filter(
+        None, (yardstick_line(document), tensor_line(document), tf32_line(document))
+    ):
         console.print(line, highlight=False, markup=False)
 
 
