@@ -247,3 +247,89 @@ def test_noise_that_adds_up_is_not_taken_for_another_input(given: float, adds_up
     assert not verdict["passed"]
     assert (verdict["blame"]["stage_input"] is None) == adds_up
     assert ("39.0 dB" in verdict["reason"] and "add up" in verdict["reason"]) == adds_up
+
+
+# ---- PyTorch elsewhere, and in half precision ------------------------------------------------
+
+
+def beside(rows: list[dict[str, Any]], name: str, error: float) -> list[dict[str, Any]]:
+    """``rows`` with a further yardstick of that error."""
+    return [{**item, name: {"max_abs": error, "rms": error, "snr_db": 50.0}} for item in rows]
+
+
+def with_error(error: float) -> list[dict[str, Any]]:
+    return [
+        row(kind, stage, "a", error, 1e-6)
+        for stage in ("one", "two")
+        for kind in ("stage", "local", "features")
+    ]
+
+
+def test_the_larger_of_the_errors_on_the_cpu_and_on_the_device_is_the_yardstick() -> None:
+    assert not judge(report(*with_error(3e-6)), Gates())["passed"]
+    verdict = judge(report(*beside(with_error(3e-6), "device", 2e-6)), Gates())
+    assert verdict["passed"]
+    assert "PyTorch's own float32 on this device: at most 1.50 x" in verdict["reason"]
+    assert {tuple(e["yardstick"].values()) for e in verdict["summary"]} == {("device", "device")}
+    verdict = judge(report(*beside(with_error(1.5e-6), "device", 5e-7)), Gates())
+    assert "PyTorch's own float32 on the CPU: at most 1.50 x" in verdict["reason"]
+    assert not judge(report(*beside(with_error(3e-6), "device", 5e-7)), Gates())["passed"]
+
+
+def test_what_pytorch_gets_wrong_on_a_device_excuses_nothing() -> None:
+    assert judge(report(*beside(with_error(1.9e-5), "device", 1.0)), Gates())["passed"]
+    assert not judge(report(*beside(with_error(2.1e-5), "device", 1.0)), Gates())["passed"]
+
+
+def test_a_device_that_lacks_a_clip_is_no_yardstick() -> None:
+    rows = beside(with_error(3e-6), "device", 2e-6)
+    for item in with_error(3e-6):
+        rows.append({**item, "clip": "b"})
+    assert not judge(report(*rows), Gates())["passed"]
+
+
+def test_pytorch_by_its_own_settings_is_information() -> None:
+    rows = beside(with_error(3e-6), "device_defaults", 1e-3)
+    verdict = judge(report(*rows), Gates())
+    assert not verdict["passed"]
+    assert verdict["summary"][0]["device_defaults"]["rms"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_is_held_to_pytorchs_own(precision: str) -> None:
+    for error, passes in ((1.9e-3, True), (2.1e-3, False)):
+        rows = beside(with_error(error), "half", 1e-3)
+        for item in rows:
+            item["candidate"]["snr_db"] = 10.0  # decibels are information here
+        verdict = judge(report(*rows, precision=precision), Gates())
+        assert verdict["passed"] is passes
+        assert verdict["limits"]["min_snr_db"] is None
+        if passes:
+            assert f"PyTorch's own {precision}: at most 1.90 x" in verdict["reason"]
+            assert "10.0 dB" in verdict["reason"]
+
+
+def test_a_stage_wrong_in_half_precision_is_blamed_by_its_ratio() -> None:
+    rows = beside(with_error(1e-3), "half", 1e-3)
+    for item in rows:
+        if item["stage"] == "two":
+            item["candidate"]["rms"] = 5e-3
+    verdict = judge(report(*rows, precision="float16"), Gates())
+    assert [wrong["stage"] for wrong in verdict["blame"]["wrong"]] == ["two"]
+
+
+def test_a_noise_limit_can_be_asked_for() -> None:
+    rows = beside(with_error(1e-3), "half", 1e-3)
+    assert judge(report(*rows, precision="float16"), Gates(min_snr=49))["passed"]
+    verdict = judge(report(*rows, precision="float16"), Gates(min_snr=51))
+    assert "50.0 dB, at least 51 dB was asked for" in verdict["failures"][0]["what"]
+
+
+@pytest.mark.parametrize("precision", ["q8", "q4"])
+def test_quantised_weights_are_told_what_they_are_worth(precision: str) -> None:
+    rows = with_error(1e-3)
+    verdict = judge(report(*rows, precision=precision), Gates())
+    assert "the noise is up to 0.32 % of the features" in verdict["reason"]
+    for item in rows:
+        item["candidate"]["snr_db"] = 19.0
+    assert not judge(report(*rows, precision=precision), Gates())["passed"]

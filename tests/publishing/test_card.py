@@ -200,5 +200,7 @@ def test_weights_in_another_format_are_not_measured_by_float32(packaged: Package
         packaged, config={**packaged.config, "dtype": "float16", "variants": {}}, evidence=(half,)
     )
     text = card.render(alone, REPO)
-    assert "signal-to-noise\nratio: float16 weights keep" in text
+    assert "every feature is as near the float64 truth as PyTorch's own float16" in text
+    assert "| PyTorch float16, rms error | PyTorch float16, largest error |" in text
+    assert "PyTorch float16 (cpu): rms error of layer 3" in text
     assert "PyTorch's own\nfloat32 has an error too" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -117,7 +118,10 @@ class TorchOriginal:
         import torch
 
         make_copyable(self._model)
-        return copy.deepcopy(self._model).to(device, getattr(torch, dtype))
+        model = copy.deepcopy(self._model).to(device, getattr(torch, dtype))
+        if device == "cpu" and dtype != "float32":
+            _add_up_in_float32(model)
+        return model
 
     def run_stage_of(
         self, model: Any, clip: Clip, stage: str, stage_input: NDArray[Any]
@@ -253,6 +257,23 @@ def normalized(waveform: Tensor) -> Tensor:
     from torch.nn import functional
 
     return functional.layer_norm(waveform, waveform.shape)
+
+
+def _add_up_in_float32(model: Any) -> None:
+    """Let a half-precision model's convolutions add in float32 and round their result.
+
+    That is how a GPU does it. The CPU's own half-precision convolution takes twenty times
+    as long, and its error is no smaller.
+    """
+    from torch import nn
+
+    def rounded(own: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
+        wide = (None if parameter is None else parameter.float() for parameter in parameters)
+        return own(x.float(), *wide).to(x.dtype)
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            module._conv_forward = functools.partial(rounded, module._conv_forward)
 
 
 def valid_frames(stage: str, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:

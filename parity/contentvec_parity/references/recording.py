@@ -121,10 +121,22 @@ def write(
     arrays: dict[str, NDArray[Any]] = {}
     scales: dict[str, float] = {}
     listed = []
+    yardsticks = _half_yardsticks(original)
+    half: dict[str, Any] = {
+        dtype: {"about": yardstick.about, "errors": {}} for dtype, yardstick in yardsticks.items()
+    }
     for clip, selection in clips:
         progress(clip.name)
         kept = SELECTIONS[selection](original.config)
-        arrays |= _record_clip(original, clip, kept, scales)
+        outputs, truth = (
+            {stage: found[stage] for stage in kept}
+            for found in (original.stages(clip), original.truth(clip))
+        )
+        arrays |= _record_clip(original, clip, outputs, truth, scales)
+        for dtype, yardstick in yardsticks.items():
+            half[dtype]["errors"][clip.name] = yardstick.errors(
+                clip, original, outputs, truth, local=True
+            )
         listed.append(
             {"name": clip.name, "about": clip.about, "origin": clip.origin, "stages": list(kept)}
         )
@@ -137,7 +149,7 @@ def write(
         "clips": listed,
         "scales": scales,
         "tensors": _tensor_hashes(original),
-        "half": _half_errors(original, [(clip, SELECTIONS[kind]) for clip, kind in clips]),
+        "half": half,
     }
     metadata = {"format": "mlx", "recording": json.dumps(about, sort_keys=True)}
     _save(arrays, metadata, output, force=force)
@@ -165,20 +177,23 @@ def _save(
 
 
 def _record_clip(
-    original: Reference, clip: Clip, kept: Sequence[str], scales: dict[str, float]
+    original: Reference,
+    clip: Clip,
+    stages: Mapping[str, NDArray[np.float32]],
+    truth: Mapping[str, NDArray[np.float64]],
+    scales: dict[str, float],
 ) -> dict[str, NDArray[Any]]:
-    stages, truth = original.stages(clip), original.truth(clip)
     arrays: dict[str, NDArray[Any]] = {f"{clip.name}/waveform": clip.waveform}
     if clip.padding_mask is not None:
         arrays[f"{clip.name}/padding_mask"] = clip.padding_mask.astype(np.uint32)
     if original.config.normalize:
         arrays[f"{clip.name}/input"] = np.ascontiguousarray(original.model_input(clip))
-    for stage in kept:
+    for stage in stages:
         name = f"{clip.name}/{stage}"
         arrays[name] = stages[stage]
         exact = {"truth": truth[stage]}
         before = stage_input(original.config, stage)
-        if before is None or before in kept:
+        if before is None or before in stages:
             given = original.model_input(clip) if before is None else stages[before]
             exact["local"] = original.local_truth(clip, stage, given)
         for kind, value in exact.items():
@@ -191,32 +206,11 @@ def _record_clip(
     return arrays
 
 
-def _half_errors(
-    original: Reference,
-    clips: Sequence[tuple[Clip, Callable[[ModelConfig], tuple[str, ...]]]],
-) -> dict[str, Any]:
-    """Errors of PyTorch in half precision on the CPU; without a format it cannot compute in."""
+def _half_yardsticks(original: Reference) -> dict[str, TorchYardstick]:
+    """PyTorch in each half precision, on the CPU."""
     if not isinstance(original, TorchOriginal):
         return {}
-    found = {}
-    for dtype in HALF:
-        try:
-            yardstick = TorchYardstick(original, "cpu", dtype)
-            errors = {}
-            for clip, select in clips:
-                kept = select(original.config)
-                outputs, truth = original.stages(clip), original.truth(clip)
-                errors[clip.name] = yardstick.errors(
-                    clip,
-                    original,
-                    {stage: outputs[stage] for stage in kept},
-                    {stage: truth[stage] for stage in kept},
-                    local=True,
-                )
-        except RuntimeError:
-            continue
-        found[dtype] = {"about": yardstick.about, "errors": errors}
-    return found
+    return {dtype: TorchYardstick(original, "cpu", dtype) for dtype in HALF}
 
 
 def _tensor_hashes(original: Reference) -> dict[str, str]:

@@ -43,8 +43,9 @@ The document, ``schema`` "mlx-contentvec-parity/1":
                another shape, or numbers that are not finite; then nothing follows),
                ``candidate`` (MLX against the float64 truth), ``reference`` (PyTorch
                float32 on the CPU against it), each further yardstick under its name,
-               ``floor`` (the truth rounded to float32 against it), and for features ``variant`` (whether it is another way to ask for
-               what a row has already), ``apart`` (MLX against PyTorch) and ``nearest``
+               ``floor`` (the truth rounded to float32 against it), and for features
+               ``variant`` (whether it is another way to ask for what a row has already),
+               ``apart`` (MLX against PyTorch) and ``nearest``
                (another stage whose truth is nearer, or None). The metrics are
                those of ``contentvec_parity.compare.metrics.METRICS``.
 ``tensors``    the tensor-by-tensor proof (``contentvec_parity.compare.tensors``); None where
