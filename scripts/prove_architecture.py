@@ -24,10 +24,10 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "convert"), str(PROJECT / "parity")]
 
 from contentvec_convert.conversion import convert  # noqa: E402
-from contentvec_parity import originals  # noqa: E402
-from contentvec_parity.compare.verdict import summarise, worst  # noqa: E402
+from contentvec_parity.compare.verdict import summarise, worst_ratio  # noqa: E402
 from contentvec_parity.harness import compare_files  # noqa: E402
 from mlx_contentvec.config import PRESETS, ModelConfig  # noqa: E402
+from tests import originals  # noqa: E402
 
 
 def make(library: str, config: ModelConfig, folder: Path) -> Path:
@@ -60,7 +60,7 @@ def prove(library: str, config: ModelConfig, folder: Path) -> bool:
             print(
                 f"  {entry['name']:24} max {entry['candidate']['max_abs']:.2e} "
                 f"rms {entry['candidate']['rms']:.2e} from float64, "
-                f"{worst(entry):.2f} x PyTorch's own error"
+                f"{worst_ratio(entry):.2f} x PyTorch's own error"
             )
     print(f"  {report['verdict']['reason']}")
     return bool(report["verdict"]["passed"])

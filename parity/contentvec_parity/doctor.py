@@ -27,7 +27,7 @@ from mlx_contentvec.errors import ContentvecError, ParityError
 from . import machine
 from .bench.measure import Engine, Settings, Worker
 from .compare.candidate import read_metadata
-from .compare.verdict import worst
+from .compare.verdict import worst_ratio
 
 SCHEMA = "mlx-contentvec-doctor/1"
 
@@ -204,7 +204,7 @@ def _outcome(document: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict of a comparison in a few figures: errors as multiples of PyTorch's."""
     verdict = document["verdict"]
     stages = [entry for entry in verdict["summary"] if entry["kind"] != "features"]
-    first = max(stages, key=worst)
+    first = max(stages, key=worst_ratio)
     return {
         "passed": verdict["passed"],
         "reason": verdict["reason"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from contentvec_convert.identity import Identification
 from mlx_contentvec.config import stage_input, stage_names
 from mlx_contentvec.errors import ParityError
 
-from . import device_default as at_device_default
-from . import machine
+from . import machine, with_tf32
 from .compare import tensors
 from .compare.candidate import MlxCandidate
 from .compare.naming import stage_parameters
@@ -24,6 +23,7 @@ from .identity import checkpoint_being_identified, identify_checkpoint, weights_
 from .inputs import INPUT_SETS, Clip, from_files
 from .references import REFERENCES, Reference, choose, open_reference
 from .references.recording import Recording
+from .references.yardsticks import Yardstick, yardsticks_for
 from .report import document as report
 
 #: on these clips --quick compares every stage, on the longer ones the features alone
@@ -38,14 +38,14 @@ def compare_files(
     audio: Sequence[Path] = (),
     inputs: str = "standard",
     gates: Gates | None = None,
-    device_default: bool | None = None,
+    compare_tf32: bool | None = None,
 ) -> report.Document:
     """Run the original at ``checkpoint`` and the MLX model of ``converted``, and report.
 
     reference: "fairseq" or "transformers"; the better one of those installed by default
     inputs:    a name in ``contentvec_parity.inputs.INPUT_SETS``
-    device_default: also measure the features at the device's own precision, in a
-               second process; by default where that is not what is measured anyway
+    compare_tf32: also measure the features with TF32 products, in a second process;
+               by default where the device has them and they are off
 
     Raises ParityError if the two cannot be compared at all; a failed
     comparison is a report whose verdict says so.
@@ -73,16 +73,16 @@ def compare_files(
             source=source.result,
             weights=lambda: weights_facts(weights, candidate),
         )
-        if _differs_by_default() if device_default is None else device_default:
-            show("the device's own precision")
-            document["device_default"] = at_device_default.measure_original(
+        if _tf32_is_off() if compare_tf32 is None else compare_tf32:
+            show("the features with TF32")
+            document["with_tf32"] = with_tf32.measure_original(
                 original, document["source"], converted
             )
     return document
 
 
-def _differs_by_default() -> bool:
-    """Whether MLX would compute otherwise here if it were told nothing."""
+def _tf32_is_off() -> bool:
+    """Whether MLX runs on a GPU without TF32 products."""
     from mlx_contentvec.backend import device_kind, tf32_enabled
 
     return device_kind() != "cpu" and not tf32_enabled()
@@ -94,7 +94,7 @@ def replay(
     *,
     checkpoint: Path | None = None,
     gates: Gates | None = None,
-    device_default: bool | None = None,
+    compare_tf32: bool | None = None,
 ) -> report.Document:
     """Hold the MLX model of ``converted`` against a recording, and report.
 
@@ -127,9 +127,9 @@ def replay(
             source=lambda: original.header["source"],
             weights=lambda: weights_facts(weights, candidate),
         )
-        if _differs_by_default() if device_default is None else device_default:
-            show("the device's own precision")
-            document["device_default"] = at_device_default.measure(recording, converted)
+        if _tf32_is_off() if compare_tf32 is None else compare_tf32:
+            show("the features with TF32")
+            document["with_tf32"] = with_tf32.measure(recording, converted)
     return document
 
 
@@ -159,6 +159,7 @@ def assemble(
     clips: Sequence[Clip],
     *,
     gates: Gates | None = None,
+    yardsticks: Mapping[str, Yardstick] | None = None,
     staged: Collection[str] | None = None,
     progress: Progress | None = None,
     source: Callable[[], dict[str, Any]] = dict,
@@ -166,6 +167,8 @@ def assemble(
 ) -> report.Document:
     """Measure two opened sides on ``clips`` and make the whole report of it.
 
+    yardsticks:      see ``contentvec_parity.references.yardsticks``; those that can be
+                     had here by default
     staged:          see ``contentvec_parity.compare.stages.measure``
     source, weights: called at the end for those two entries of the report
 
@@ -180,7 +183,15 @@ def assemble(
         proof = tensors.prove_by_hash(original.tensor_hashes, parameters, original.config)
     else:
         proof = tensors.prove(*original.tensors(), parameters, original.config)
-    clip_rows, rows = measure(original, candidate, clips, staged=staged, progress=progress)
+    if yardsticks is None:
+        yardsticks = (
+            original.yardsticks(candidate.precision)
+            if isinstance(original, Recording)
+            else yardsticks_for(original, candidate.precision)
+        )
+    clip_rows, rows = measure(
+        original, candidate, clips, yardsticks=yardsticks, staged=staged, progress=progress
+    )
     document: report.Document = {
         "schema": report.SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -191,10 +202,11 @@ def assemble(
         "flags": machine.flags(),
         "config": original.config.to_dict(),
         "reference": _reference(original),
+        "yardsticks": {name: yardstick.about for name, yardstick in yardsticks.items()},
         "clips": clip_rows,
         "stages": rows,
         "tensors": proof,
-        "device_default": None,
+        "with_tf32": None,
         "seconds": round(time.monotonic() - started, 1),
     }
     document["verdict"] = judge(document, gates or Gates())

@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.conversion import convert
 from contentvec_convert.export import export, split_weight_norm
-from contentvec_parity.originals import (
+from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint
+from mlx_contentvec.weight_norm import fold_weight_norm
+from tests.originals import (
     TINY_BASE,
     TINY_LARGE,
     fairseq_hubert,
@@ -24,9 +27,6 @@ from contentvec_parity.originals import (
     save_transformers,
     transformers_hubert,
 )
-from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint
-from mlx_contentvec.weight_norm import fold_weight_norm
 
 DATA = Path(__file__).parents[1] / "data"
 QUICK = settings(

@@ -12,8 +12,8 @@ import pytest
 
 from contentvec_convert.conversion import convert
 from contentvec_convert.export import export
-from contentvec_parity.originals import save_transformers
 from contentvec_parity.references import open_reference
+from tests.originals import save_transformers
 
 pytestmark = pytest.mark.fullsize
 

@@ -20,11 +20,11 @@ from contentvec_convert.conversion import convert, ledger_path
 from contentvec_convert.export import export
 from contentvec_convert.identity import Identification
 from contentvec_convert.inspection import inspect
-from contentvec_parity.originals import TINY_BASE, save_transformers, transformers_hubert
 from mlx_contentvec.config import MAX_LAYERS, ModelConfig
 from mlx_contentvec.errors import ConfigError, ContentvecError, IdentityError, OutputError
 from mlx_contentvec.files import write_text
 from mlx_contentvec.json_text import JsonError, parse_object, read_object
+from tests.originals import TINY_BASE, save_transformers, transformers_hubert
 
 MakeStandin = Callable[..., Path]
 

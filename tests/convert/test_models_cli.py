@@ -15,9 +15,9 @@ from contentvec_convert.conversion import convert
 from contentvec_convert.identity import identify
 from contentvec_convert.known_files import KNOWN_FILES, KnownFile
 from contentvec_convert.sources import SOURCES
-from contentvec_parity.originals import TINY_BASE, save_transformers, transformers_hubert
 from mlx_contentvec.config import PRESETS
 from mlx_contentvec.errors import ConfigError
+from tests.originals import TINY_BASE, save_transformers, transformers_hubert
 
 
 def test_every_row_is_complete_and_its_own() -> None:

@@ -19,14 +19,14 @@ from contentvec_convert.conversion import convert
 from contentvec_convert.ledger import Ledger, account
 from contentvec_convert.recognition import describe
 from contentvec_convert.sources import plan_for
-from contentvec_parity.originals import (
+from mlx_contentvec.config import BASE_CONV_LAYERS
+from mlx_contentvec.errors import ConfigError, ContentvecError, MappingError, UnsupportedCheckpoint
+from tests.originals import (
     TINY_BASE,
     TINY_LARGE,
     save_transformers,
     transformers_hubert,
 )
-from mlx_contentvec.config import BASE_CONV_LAYERS
-from mlx_contentvec.errors import ConfigError, ContentvecError, MappingError, UnsupportedCheckpoint
 
 WITH_HEAD = "HubertModelWithFinalProj"
 

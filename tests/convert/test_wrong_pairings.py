@@ -14,7 +14,6 @@ from contentvec_convert.checkpoint.pickle_machine import PickleMachine
 from contentvec_convert.conversion import convert
 from contentvec_convert.recognition import FOREIGN, refuse_foreign
 from contentvec_convert.sources import plan_for
-from contentvec_parity.originals import TINY_BASE, save_transformers, transformers_hubert
 from mlx_contentvec import ContentvecModel
 from mlx_contentvec.backend import mx
 from mlx_contentvec.errors import (
@@ -25,6 +24,7 @@ from mlx_contentvec.errors import (
     WeightsError,
 )
 from tests.checkpoint_files import assemble, tensor, torch_zip
+from tests.originals import TINY_BASE, save_transformers, transformers_hubert
 
 
 def _refusal(path: Path) -> str:

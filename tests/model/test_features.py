@@ -39,7 +39,7 @@ def deep() -> ContentvecModel:
 def original(fairseq: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ContentvecModel]:
     """fairseq's model, 12 layers deep, and the MLX model with its converted weights."""
     from contentvec_convert.conversion import convert
-    from contentvec_parity.originals import fairseq_hubert, save_fairseq
+    from tests.originals import fairseq_hubert, save_fairseq
 
     folder = tmp_path_factory.mktemp("original")
     model = fairseq_hubert(DEEP)

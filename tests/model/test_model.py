@@ -286,7 +286,7 @@ def fairseq_batch(clips: list[np.ndarray]) -> tuple[Any, Any]:
 def normalising(fairseq: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
     """fairseq's model on normalised input, with conv bias: its checkpoint, and that converted."""
     from contentvec_convert.conversion import convert
-    from contentvec_parity.originals import TINY_LARGE, fairseq_hubert, save_fairseq
+    from tests.originals import TINY_LARGE, fairseq_hubert, save_fairseq
 
     folder = tmp_path_factory.mktemp("normalising")
     config = dataclasses.replace(TINY_LARGE, conv_bias=True)

@@ -11,7 +11,8 @@ import pytest
 
 from contentvec_convert.conversion import convert
 from contentvec_parity.harness import compare_files
-from contentvec_parity.originals import (
+from mlx_contentvec.config import ModelConfig
+from tests.originals import (
     TINY_BASE,
     TINY_LARGE,
     fairseq_hubert,
@@ -19,7 +20,6 @@ from contentvec_parity.originals import (
     save_transformers,
     transformers_hubert,
 )
-from mlx_contentvec.config import ModelConfig
 
 ARCHITECTURES = {
     "base": TINY_BASE,

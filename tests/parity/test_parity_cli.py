@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contentvec_parity import device_default, harness
+from contentvec_parity import harness, with_tf32
 from contentvec_parity.compare.candidate import MlxCandidate
 from contentvec_parity.harness import assemble, compare_files
 from contentvec_parity.inputs import Clip, speech_like
@@ -88,6 +89,43 @@ def test_the_document_has_what_its_schema_promises(passed: tuple[Any, Path]) -> 
     assert {clip["name"] for clip in document["clips"]} >= {"3s", "min", "quiet", "silence"}
 
 
+@pytest.mark.parametrize("report_file", [None, "run.md", "run.html"])
+def test_the_two_figures_that_users_know_stand_at_the_top(
+    passed: tuple[Any, Path], report_file: str | None
+) -> None:
+    """Max absolute difference and cosine similarity by these names, with layer and clip."""
+    done, folder = passed
+    text = done.stdout if report_file is None else (folder / report_file).read_text()
+    if report_file == "run.html":
+        text = text.split('<section class="verdict" id="verdict">')[1].split("</section>")[0]
+        text = re.sub(r"<[^>]*>", " ", text)
+    else:
+        text = "\n".join(text.splitlines()[:6])
+    said = " ".join(text.split())
+    rows = json.loads((folder / "run.json").read_text())["stages"]
+    rows = [row for row in rows if row["kind"] == "features"]
+    largest = max(rows, key=lambda row: row["apart"]["max_abs"])
+    lowest = min(rows, key=lambda row: row["apart"]["cosine"])
+    for what, figure, row in (
+        ("max absolute difference", f"{largest['apart']['max_abs']:.1e}", largest),
+        ("cosine similarity", f"1-{1 - lowest['apart']['cosine']:.1e}", lowest),
+    ):
+        assert re.search(
+            rf"{what}:? {re.escape(figure)} \(?{re.escape(row['name'])}, clip {row['clip']}\b", said
+        ), said
+
+
+def test_a_run_in_which_nothing_can_be_compared_has_no_such_figures() -> None:
+    row = {"kind": "features", "name": "layer 3", "clip": "min", "comparable": False}
+    assert report.agreement({"stages": [row]}) == []
+
+
+def test_a_low_cosine_is_written_out() -> None:
+    assert report.similarity(0.9412345) == "0.9412"
+    assert report.similarity(1 - 3.1e-11) == "1-3.1e-11"
+    assert report.similarity(-0.5) == "-0.5000"
+
+
 def test_the_machine_is_described() -> None:
     found = describe()
     assert found["chip"]
@@ -99,6 +137,7 @@ def test_the_markdown_holds_tables_and_the_verdict(passed: tuple[Any, Path]) -> 
     text = (passed[1] / "run.md").read_text()
     assert text.startswith("**Parity: passed.**")
     assert "| layer 3 + projection | 3s |" in text
+    assert "| features | clip | max absolute difference | cosine similarity |" in text
     assert "| conv.0 |" in text
 
 
@@ -248,7 +287,7 @@ def test_a_report_that_cannot_be_written_is_an_error_not_a_traceback(
     assert "Traceback" not in done.stderr
 
 
-# ---- Hugging Face folders, other precisions, the device's own --------------------------------
+# ---- Hugging Face folders, other precisions, TF32 ------------------------------------------
 
 
 def test_a_hugging_face_folder_is_an_original_too(
@@ -319,29 +358,29 @@ def test_half_precision_does_not_excuse_a_wrong_tensor(
     assert document["verdict"]["blame"]["wrong"][0]["stage"] == "layer.3"
 
 
-def test_the_devices_own_precision_is_measured_in_a_process_of_its_own(
+def test_the_features_with_tf32_are_measured_in_a_process_of_their_own(
     fairseq: Any, tiny_checkpoint: Path, converted_tiny: Path
 ) -> None:
     original = open_reference("fairseq", tiny_checkpoint)
-    found = device_default.measure_original(original, {"sha256": None}, converted_tiny)
+    found = with_tf32.measure_original(original, {"sha256": None}, converted_tiny)
     assert found["flags"]["tf32"] is True
     assert {entry["kind"] for entry in found["summary"]} == {"features"}
     assert found["snr_db"] > 80
 
 
-def test_the_devices_own_precision_is_measured_only_where_it_is_another(
+def test_the_features_with_tf32_are_measured_on_a_gpu_where_it_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from mlx_contentvec import backend
 
     monkeypatch.setattr(backend, "device_kind", lambda: "cuda")
     monkeypatch.setattr(backend, "tf32_enabled", lambda: False)
-    assert harness._differs_by_default()
+    assert harness._tf32_is_off()
     monkeypatch.setattr(backend, "tf32_enabled", lambda: True)
-    assert not harness._differs_by_default()
+    assert not harness._tf32_is_off()
     monkeypatch.setattr(backend, "device_kind", lambda: "cpu")
     monkeypatch.setattr(backend, "tf32_enabled", lambda: False)
-    assert not harness._differs_by_default()
+    assert not harness._tf32_is_off()
 
 
 # ---- the page --------------------------------------------------------------------------------
@@ -510,13 +549,15 @@ def test_a_page_of_a_failed_run_names_the_stage_and_the_tensors(
 def test_on_the_full_size_model_no_stage_is_further_from_the_truth_than_one_and_a_half_pytorchs(
     fairseq: Any, standin: Path, converted_standin: Path
 ) -> None:
-    from contentvec_parity.compare.verdict import Gates, worst
+    from contentvec_parity.compare.verdict import Gates, worst_ratio
 
     document = compare_files(standin, converted_standin, inputs="built-in", gates=Gates(ratio=1.5))
     assert document["verdict"]["passed"], document["verdict"]["reason"]
     assert document["tensors"]["sources"] == 214
     assert document["tensors"]["exact"] + document["tensors"]["rounded"] == 211
-    ratios = {e["name"]: worst(e) for e in document["verdict"]["summary"] if e["kind"] == "stage"}
+    ratios = {
+        e["name"]: worst_ratio(e) for e in document["verdict"]["summary"] if e["kind"] == "stage"
+    }
     assert len(ratios) == 22
     assert max(ratios.values()) < 1.5
     assert np.mean(list(ratios.values())) < 1.2

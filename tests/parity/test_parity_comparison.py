@@ -1,4 +1,4 @@
-"""The metrics, the verdict and the helper for other ports, on arrays made by hand."""
+"""The metrics and the verdict, on arrays made by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from contentvec_parity import compare_arrays
 from contentvec_parity.compare.metrics import METRICS, difference, rounding_floor
 from contentvec_parity.compare.verdict import CLIP_SLACK, Gates, judge, ratio
-from contentvec_parity.testing import assert_parity
 from mlx_contentvec.errors import ParityError
 
 
@@ -246,56 +245,91 @@ def test_noise_that_adds_up_is_not_taken_for_another_input(given: float, adds_up
             item["candidate"]["snr_db"] = given if item["stage"] == "one" else 39.0
     verdict = judge(report(*rows, precision="float16"), Gates())
     assert not verdict["passed"]
-    assert (verdict["blame"]["handover"] is None) == adds_up
+    assert (verdict["blame"]["stage_input"] is None) == adds_up
     assert ("39.0 dB" in verdict["reason"] and "add up" in verdict["reason"]) == adds_up
 
 
-# ---- the helper for other ports --------------------------------------------------------------
+# ---- PyTorch elsewhere, and in half precision ------------------------------------------------
 
 
-def stage_dictionaries() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    rng = np.random.default_rng(3)
-    truth = {name: rng.standard_normal((1, 5, 8)) for name in ("first", "second", "third")}
-    original = {name: value.astype(np.float32) for name, value in truth.items()}
-    measured = {name: np.nextafter(value, np.float32(9)) for name, value in original.items()}
-    return measured, original, truth
+def beside(rows: list[dict[str, Any]], name: str, error: float) -> list[dict[str, Any]]:
+    """``rows`` with a further yardstick of that error."""
+    return [{**item, name: {"max_abs": error, "rms": error, "snr_db": 50.0}} for item in rows]
 
 
-def test_a_port_that_is_as_exact_passes_the_helper() -> None:
-    _, original, truth = stage_dictionaries()
-    found = assert_parity(dict(original), original, truth=truth)
-    assert list(found) == ["first", "second", "third"]
+def with_error(error: float) -> list[dict[str, Any]]:
+    return [
+        row(kind, stage, "a", error, 1e-6)
+        for stage in ("one", "two")
+        for kind in ("stage", "local", "features")
+    ]
 
 
-def test_the_helper_names_the_first_stage_that_is_off() -> None:
-    measured, original, truth = stage_dictionaries()
-    measured = {**original, "second": measured["second"] * 1.001, "third": measured["third"] * 2}
-    with pytest.raises(AssertionError, match="second is the first stage that is off"):
-        assert_parity(measured, original, truth=truth)
-    with pytest.raises(AssertionError, match="third"):
-        assert_parity(measured, original, max_abs=0.1)
+def test_the_larger_of_the_errors_on_the_cpu_and_on_the_device_is_the_yardstick() -> None:
+    assert not judge(report(*with_error(3e-6)), Gates())["passed"]
+    verdict = judge(report(*beside(with_error(3e-6), "device", 2e-6)), Gates())
+    assert verdict["passed"]
+    assert "PyTorch's own float32 on this device: at most 1.50 x" in verdict["reason"]
+    assert {tuple(e["yardstick"].values()) for e in verdict["summary"]} == {("device", "device")}
+    verdict = judge(report(*beside(with_error(1.5e-6), "device", 5e-7)), Gates())
+    assert "PyTorch's own float32 on the CPU: at most 1.50 x" in verdict["reason"]
+    assert not judge(report(*beside(with_error(3e-6), "device", 5e-7)), Gates())["passed"]
 
 
-def test_the_helper_fails_on_another_shape_and_on_nan() -> None:
-    _, original, truth = stage_dictionaries()
-    with pytest.raises(AssertionError, match="shape"):
-        assert_parity({**original, "first": original["first"][:, :4]}, original, truth=truth)
-    broken = original["first"].copy()
-    broken[0, 0, 0] = np.nan
-    with pytest.raises(AssertionError, match="not finite"):
-        assert_parity({**original, "first": broken}, original, truth=truth)
+def test_what_pytorch_gets_wrong_on_a_device_excuses_nothing() -> None:
+    assert judge(report(*beside(with_error(1.9e-5), "device", 1.0)), Gates())["passed"]
+    assert not judge(report(*beside(with_error(2.1e-5), "device", 1.0)), Gates())["passed"]
 
 
-def test_the_helper_takes_mlx_arrays() -> None:
-    from mlx_contentvec.backend import mx
-
-    _, original, truth = stage_dictionaries()
-    assert_parity(
-        {name: mx.array(value) for name, value in original.items()}, original, truth=truth
-    )
+def test_a_device_that_lacks_a_clip_is_no_yardstick() -> None:
+    rows = beside(with_error(3e-6), "device", 2e-6)
+    for item in with_error(3e-6):
+        rows.append({**item, "clip": "b"})
+    assert not judge(report(*rows), Gates())["passed"]
 
 
-def test_the_helper_refuses_to_check_nothing() -> None:
-    _, original, _ = stage_dictionaries()
-    with pytest.raises(ValueError, match="nothing would be checked"):
-        assert_parity(original, original)
+def test_pytorch_by_its_own_settings_is_information() -> None:
+    rows = beside(with_error(3e-6), "device_defaults", 1e-3)
+    verdict = judge(report(*rows), Gates())
+    assert not verdict["passed"]
+    assert verdict["summary"][0]["device_defaults"]["rms"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_is_held_to_pytorchs_own(precision: str) -> None:
+    for error, passes in ((1.9e-3, True), (2.1e-3, False)):
+        rows = beside(with_error(error), "half", 1e-3)
+        for item in rows:
+            item["candidate"]["snr_db"] = 10.0  # decibels are information here
+        verdict = judge(report(*rows, precision=precision), Gates())
+        assert verdict["passed"] is passes
+        assert verdict["limits"]["min_snr_db"] is None
+        if passes:
+            assert f"PyTorch's own {precision}: at most 1.90 x" in verdict["reason"]
+            assert "10.0 dB" in verdict["reason"]
+
+
+def test_a_stage_wrong_in_half_precision_is_blamed_by_its_ratio() -> None:
+    rows = beside(with_error(1e-3), "half", 1e-3)
+    for item in rows:
+        if item["stage"] == "two":
+            item["candidate"]["rms"] = 5e-3
+    verdict = judge(report(*rows, precision="float16"), Gates())
+    assert [wrong["stage"] for wrong in verdict["blame"]["wrong"]] == ["two"]
+
+
+def test_a_noise_limit_can_be_asked_for() -> None:
+    rows = beside(with_error(1e-3), "half", 1e-3)
+    assert judge(report(*rows, precision="float16"), Gates(min_snr=49))["passed"]
+    verdict = judge(report(*rows, precision="float16"), Gates(min_snr=51))
+    assert "50.0 dB, at least 51 dB was asked for" in verdict["failures"][0]["what"]
+
+
+@pytest.mark.parametrize("precision", ["q8", "q4"])
+def test_quantised_weights_are_told_what_they_are_worth(precision: str) -> None:
+    rows = with_error(1e-3)
+    verdict = judge(report(*rows, precision=precision), Gates())
+    assert "the noise is up to 0.32 % of the features" in verdict["reason"]
+    for item in rows:
+        item["candidate"]["snr_db"] = 19.0
+    assert not judge(report(*rows, precision=precision), Gates())["passed"]

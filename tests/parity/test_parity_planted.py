@@ -436,7 +436,7 @@ def test_an_altered_waveform_is_found_between_the_audio_and_the_first_stage(
     verdict = verdict_on(base, candidate)
     assert not verdict["passed"]
     assert verdict["blame"]["wrong"] == []
-    assert verdict["blame"]["handover"] == {"stage": "conv.0", "input": "the waveform"}
+    assert verdict["blame"]["stage_input"] == {"stage": "conv.0", "input": "the waveform"}
 
 
 def test_a_large_model_that_is_not_given_normalised_audio_fails(
@@ -448,7 +448,7 @@ def test_a_large_model_that_is_not_given_normalised_audio_fails(
     candidate.model.config = dataclasses.replace(candidate.model.config, normalize=False)
     verdict = verdict_on(large, candidate)
     assert not verdict["passed"]
-    assert verdict["blame"]["handover"] == {"stage": "conv.0", "input": "the waveform"}
+    assert verdict["blame"]["stage_input"] == {"stage": "conv.0", "input": "the waveform"}
 
 
 def test_a_padding_mask_that_is_not_the_originals_fails(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from contentvec_parity.publishing import card
 from contentvec_parity.publishing.card_lint import lint
 from contentvec_parity.publishing.evidence import CARD, Package
 from contentvec_parity.publishing.package import package
+from mlx_contentvec.config import ModelConfig
 
 REPO = "someone/contentvec-mlx"
 
@@ -59,11 +61,67 @@ def test_the_table_shows_what_the_report_measured(packaged: Package, text: str) 
         entry = next(e for e in entries if (e["kind"], e["name"]) == ("features", name))
         row = next(line for line in text.splitlines() if line.startswith(f"| {entry['name']} ("))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[1] == f"{entry['candidate']['rms']:.1e}"
-        assert cells[2] == f"{entry['reference']['rms']:.1e}"
-        assert cells[3] == f"{entry['candidate']['rms'] / entry['reference']['rms']:.2f} x"
-        assert cells[4] == f"{entry['candidate']['max_abs']:.1e}"
-        assert cells[5] == f"{entry['reference']['max_abs']:.1e}"
+        assert cells[3] == f"{entry['candidate']['rms']:.1e}"
+        assert cells[4] == f"{entry['reference']['rms']:.1e}"
+        assert cells[5] == f"{entry['candidate']['rms'] / entry['reference']['rms']:.2f} x"
+        assert cells[6] == f"{entry['candidate']['max_abs']:.1e}"
+        assert cells[7] == f"{entry['reference']['max_abs']:.1e}"
+
+
+def test_the_table_begins_with_the_two_figures_that_users_know_and_their_clips(
+    packaged: Package, text: str
+) -> None:
+    document = packaged.evidence[0].parity
+    (heading,) = [line for line in text.splitlines() if line.startswith("| features |")]
+    assert heading.startswith("| features | max absolute difference | cosine similarity |")
+    for name in ("layer 3", "layer 3 + projection"):
+        rows = [r for r in document["stages"] if (r["kind"], r["name"]) == ("features", name)]
+        largest = max(rows, key=lambda row: row["apart"]["max_abs"])
+        lowest = min(rows, key=lambda row: row["apart"]["cosine"])
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} ("))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1] == f"{largest['apart']['max_abs']:.1e} (clip {largest['clip']})"
+        assert cells[2] == f"1-{1 - lowest['apart']['cosine']:.1e} (clip {lowest['clip']})"
+
+
+@pytest.mark.parametrize(
+    ("address", "weights"),
+    [
+        (REPO, f'hf_hub_download("{REPO}", "contentvec_base.safetensors")'),
+        ("./a folder", '"./a folder/contentvec_base.safetensors"'),
+    ],
+)
+def test_the_usage_of_the_first_release_is_shown_where_its_model_is_held(
+    packaged: Package, text: str, address: str, weights: str
+) -> None:
+    assert "encoder_layers_1=0" not in text  # a smaller model than the one it had
+    config = {**packaged.config, "model": ModelConfig().to_dict()}
+    shown = card.render(dataclasses.replace(packaged, config=config), address)
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", shown, re.S) if 'result["x"]' in c]
+    assert "model = ContentvecModel(encoder_layers_1=0)\n" in code
+    assert f"model.load_weights({weights})\n" in code
+    assert ("import hf_hub_download" in code) == (address == REPO)
+    assert lint(shown, packaged.names) == []
+
+
+def test_known_weights_state_their_language_and_training_data(packaged: Package) -> None:
+    from huggingface_hub import ModelCard
+
+    from contentvec_convert.known_files import KNOWN_FILES
+
+    stated = {}
+    for key in (known.key for known in KNOWN_FILES):
+        evidence = packaged.evidence[0]
+        source = json.dumps({**evidence.source, "known_as": key})
+        named = dataclasses.replace(evidence, metadata={**evidence.metadata, "source": source})
+        text = card.render(dataclasses.replace(packaged, evidence=(named,)), REPO)
+        assert [p for p in lint(text, packaged.names) if "front matter" in p] == []
+        data = ModelCard(text).data
+        stated[key] = (data.language, data.datasets)
+    for key in ("contentvec", "contentvec-hf", "content-vec-best", "mlx-contentvec-0.1"):
+        assert stated[key] == (["en"], ["openslr/librispeech_asr"]), key
+    assert stated["japanese-hubert-base"] == (["ja"], None)
+    assert stated["mhubert-147"] == (None, None)
 
 
 def test_each_variant_has_its_own_figures(packaged: Package, text: str) -> None:
@@ -142,5 +200,7 @@ def test_weights_in_another_format_are_not_measured_by_float32(packaged: Package
         packaged, config={**packaged.config, "dtype": "float16", "variants": {}}, evidence=(half,)
     )
     text = card.render(alone, REPO)
-    assert "signal-to-noise\nratio: float16 weights keep" in text
+    assert "every feature is as near the float64 truth as PyTorch's own float16" in text
+    assert "| PyTorch float16, rms error | PyTorch float16, largest error |" in text
+    assert "PyTorch float16 (cpu): rms error of layer 3" in text
     assert "PyTorch's own\nfloat32 has an error too" not in text

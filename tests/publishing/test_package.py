@@ -478,19 +478,23 @@ def test_the_full_size_stand_in_is_packaged_and_its_card_runs(
         allow_stand_in=True,
     )
     section = (made.folder / "README.md").read_text().split("\n## Use\n")[1].split("\n## ")[0]
-    python = re.findall(r"^```python\n(.*?)^```$", section, re.S | re.M)[0]
+    python, first_release = re.findall(r"^```python\n(.*?)^```$", section, re.S | re.M)
     assert 'version="v2"' in python
     assert 'version="v1"' in python
 
     import soundfile
 
     soundfile.write(tmp_path / "speech.wav", np.zeros(8000, np.float32) + 0.01, 16000)
-    ran = subprocess.run(
-        [sys.executable, "-c", python + "\nprint(v2.shape, v1.shape)"],
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.stdout == "(24, 768) (24, 256)\n", ran.stderr
+    for code, printed in (
+        (python + "\nprint(v2.shape, v1.shape)", "(24, 768) (24, 256)\n"),
+        (first_release + "\nprint(features.shape)", "(1, 24, 768)\n"),
+    ):
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ran.stdout == printed, ran.stderr

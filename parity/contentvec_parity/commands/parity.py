@@ -56,6 +56,12 @@ _GATES = (
         type=click.FloatRange(-1, 1),
         help="Smallest allowed cosine of any frame with the truth.",
     ),
+    click.option(
+        "--min-snr",
+        type=float,
+        metavar="DB",
+        help="Smallest allowed signal-to-noise ratio of any features.",
+    ),
     click.option("--json", "json_file", metavar="FILE", help="Write the report; - for stdout."),
     click.option("--markdown", metavar="FILE", type=_FILE, help="Write tables for a model card."),
     click.option("--html", metavar="FILE", type=_FILE, help="Write one self-contained page."),
@@ -84,11 +90,11 @@ def _gated(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--quick", is_flag=True, help="Only the six built-in clips; seconds, not a minute.")
 @click.option("--thorough", is_flag=True, help="Also every remainder of the hop, and 1 to 30 s.")
-@click.option("--tf32", is_flag=True, help="Let the device use TF32 products, as it does unasked.")
+@click.option("--tf32", is_flag=True, help="Judge with TF32 products, on a device that has them.")
 @click.option(
-    "--device-default/--no-device-default",
+    "--compare-tf32/--no-compare-tf32",
     default=None,
-    help="Measure the features at the device's own precision too. Default: on a GPU.",
+    help="Also measure the features with TF32, for information. Default: on a GPU.",
 )
 @_gated
 def run(
@@ -98,7 +104,7 @@ def run(
     quick: bool,
     thorough: bool,
     tf32: bool,
-    device_default: bool | None,
+    compare_tf32: bool | None,
     **delivery: Any,
 ) -> None:
     """Run the original and the MLX model side by side and say how far apart they are.
@@ -107,7 +113,8 @@ def run(
     CONVERTED what `mlx-contentvec convert` made of it; with a recording as the
     reference CHECKPOINT may be left out. Both are measured against the same
     model in float64: MLX passes if, in every stage, it is no further from that
-    truth than --ratio times PyTorch's own float32 is.
+    truth than --ratio times PyTorch is: in float32, on the CPU or on this device
+    (the larger error counts); for float16 and bfloat16 weights in that format.
 
     Exit status: 0 passed, 1 failed or refused, 2 wrong usage.
     """
@@ -133,7 +140,7 @@ def run(
             files[-1],
             checkpoint=checkpoint,
             gates=gates,
-            device_default=device_default,
+            compare_tf32=compare_tf32,
         )
     else:
         document = compare_files(
@@ -142,7 +149,7 @@ def run(
             audio=audio,
             inputs="built-in" if quick else "thorough" if thorough else "standard",
             gates=gates,
-            device_default=device_default,
+            compare_tf32=compare_tf32,
         )
     _deliver(document, **delivery, audio=audio)
 
@@ -194,7 +201,9 @@ def _require_page(options: dict[str, Any]) -> None:
 
 
 def _gates(options: dict[str, Any]) -> Gates:
-    return Gates(**{name: options.pop(name) for name in ("ratio", "max_abs", "min_cosine")})
+    return Gates(
+        **{name: options.pop(name) for name in ("ratio", "max_abs", "min_cosine", "min_snr")}
+    )
 
 
 def _deliver(

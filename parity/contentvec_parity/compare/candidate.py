@@ -130,18 +130,16 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     Raises ParityError if the file is not one.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(path.stat().st_size - 8, 100_000_000):
-                raise ValueError("no header")
-            header = json.loads(file.read(length))
-        metadata: dict[str, str] = header.get("__metadata__", {})
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
     except OSError as error:
-        raise ParityError(f"{path.name} cannot be read: {error.strerror}") from error
-    except (ValueError, AttributeError) as error:
+        raise ParityError(f"{path.name} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
         raise ParityError(
-            f"{path.name} is not a safetensors file",
+            f"{path.name} is not a whole safetensors file",
+            found=str(error),
             hint="give the checkpoint first, then the converted file",
         ) from error
-    return metadata

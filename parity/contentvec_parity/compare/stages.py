@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from mlx_contentvec.errors import ParityError
 
 from ..inputs import Clip
 from ..references import Reference
+from ..references.original import valid_frames
+from ..references.yardsticks import Errors, Yardstick
 from .candidate import MlxCandidate
 from .metrics import ESSENTIAL, Difference, difference, rounding_floor
 from .naming import outputs
@@ -66,11 +68,13 @@ def measure(
     candidate: MlxCandidate,
     clips: Iterable[Clip],
     *,
+    yardsticks: Mapping[str, Yardstick] | None = None,
     staged: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Every row of a report: (clips, stages).
 
+    yardsticks: name -> the original elsewhere or in another format, which is measured too
     staged: names of the clips on which every stage is compared, from the audio and by
             itself, and not the features alone; all by default
     """
@@ -80,14 +84,18 @@ def measure(
         if progress is not None:
             progress(clip.name)
         with_stages = staged is None or clip.name in staged
-        clip_row, found = _measure_clip(reference, candidate, clip, with_stages)
+        clip_row, found = _measure_clip(reference, candidate, clip, with_stages, yardsticks or {})
         clip_rows.append(clip_row)
         rows += found
     return clip_rows, rows
 
 
 def _measure_clip(
-    reference: Reference, candidate: MlxCandidate, clip: Clip, with_stages: bool
+    reference: Reference,
+    candidate: MlxCandidate,
+    clip: Clip,
+    with_stages: bool,
+    yardsticks: Mapping[str, Yardstick],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     config = reference.config
     mask = reference.frame_mask(clip)
@@ -95,14 +103,38 @@ def _measure_clip(
     ours = reference.stages(clip)
     truth = reference.truth(clip)
     theirs = candidate.stages(clip) if with_stages else {}
+    beside: dict[str, Errors] = {}
+    failed = {}
+    for name, yardstick in yardsticks.items():
+        try:
+            beside[name] = yardstick.errors(clip, reference, ours, truth, local=with_stages)
+        except RuntimeError as error:
+            # out of memory, or an operation that PyTorch lacks on this device or in this format
+            failed[name] = str(error).partition("\n")[0][:200]
+
+    def others(kind: str, stage: str) -> dict[str, dict[str, Any]]:
+        return {
+            name: errors[kind][stage] for name, errors in beside.items() if stage in errors[kind]
+        }
+
     rows = []
     for stage in stage_names(config):
         if stage not in truth or stage not in theirs:
             # a recording may hold a part of the stages; a missing final_proj is a tensor failure
             continue
-        counted = None if stage.startswith("conv.") or stage == "projection" else valid
+        counted = valid_frames(stage, mask)
         rows.append(
-            _row(clip, "stage", stage, stage, theirs[stage], ours[stage], truth[stage], counted)
+            _row(
+                clip,
+                "stage",
+                stage,
+                stage,
+                theirs[stage],
+                ours[stage],
+                truth[stage],
+                counted,
+                others("stage", stage),
+            )
         )
         before = stage_input(config, stage)
         if before is not None and before not in ours:
@@ -118,6 +150,7 @@ def _measure_clip(
                 ours[stage],
                 reference.local_truth(clip, stage, given),
                 counted,
+                others("local", stage),
             )
         )
     mask_agrees = None
@@ -145,6 +178,7 @@ def _measure_clip(
             ours[output.stage],
             truth[output.stage],
             valid,
+            others("stage", output.stage),
         )
         row["variant"] = output.variant
         row["nearest"] = _nearest(features, truth, output.stage)
@@ -159,6 +193,7 @@ def _measure_clip(
         "frames": int(truth[next(reversed(truth))].shape[1]),
         "padded": mask is not None,
         "mask_agrees": mask_agrees,
+        "failed": failed,
     }
     return about, rows
 
@@ -172,8 +207,12 @@ def _row(
     original: NDArray[np.float32],
     truth: NDArray[np.float64],
     valid: NDArray[np.bool_] | None,
+    others: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What one stage of one clip measured: MLX and PyTorch, each against the truth."""
+    """What one stage of one clip measured: MLX and PyTorch, each against the truth.
+
+    others: name of a further yardstick -> its metrics
+    """
     metrics = None if kind == "features" else ESSENTIAL
     mine = difference(measured, truth, valid=valid, metrics=metrics)
     row: dict[str, Any] = {
@@ -194,6 +233,7 @@ def _row(
 
     row["candidate"] = plain(mine)
     row["reference"] = plain(difference(original, truth, valid=valid, metrics=metrics))
+    row.update(others)
     row["floor"] = rounding_floor(truth if valid is None else truth[valid])
     if kind == "features":
         row["apart"] = plain(difference(measured, original, valid=valid))

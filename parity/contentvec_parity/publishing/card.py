@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from contentvec_convert.known_files import KNOWN_FILES, KnownFile
+from mlx_contentvec import hub
+from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import MissingDependency, install_hint
 
 from ..report import document as report
@@ -26,27 +28,14 @@ _HUB = "https://huggingface.co/"
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its heading, the figure of an entry, and how it is written."""
+    """A column of a table: its heading, and what it shows of an entry."""
 
     heading: str
-    figure: Callable[[Mapping[str, Any]], float | None]
-    written: Callable[[float], str]
+    cell: Callable[[Mapping[str, Any]], str]
 
 
-def _error(value: float) -> str:
-    return report.figure(value)
-
-
-def _ratio(value: float) -> str:
-    return f"{report.times(value)} x"
-
-
-def _decibels(value: float) -> str:
-    return f"{value:.1f} dB"
-
-
-def _cosine(value: float) -> str:
-    return report.similarity(value)
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} dB"
 
 
 def megabytes(size: float) -> str:
@@ -54,21 +43,52 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
-#: one row per call that gives features; an entry of the verdict's summary
+def _worst(what: str) -> Callable[[Mapping[str, Any]], str]:
+    """A cell with a figure between MLX and the original, and the clip where it is the worst."""
+
+    def cell(entry: Mapping[str, Any]) -> str:
+        found = next(found for found in entry["agreement"] if found.what == what)
+        return f"{found.written} (clip {found.clip})"
+
+    return cell
+
+
+#: one row per call that gives features: an entry of the verdict's summary, with ``agreement``
 FEATURE_COLUMNS = (
-    Column("MLX, rms error", lambda e: e["candidate"]["rms"], _error),
-    Column("PyTorch, rms error", lambda e: e["reference"]["rms"], _error),
-    Column("MLX / PyTorch", lambda e: e["ratio"]["rms"], _ratio),
-    Column("MLX, largest error", lambda e: e["candidate"]["max_abs"], _error),
-    Column("PyTorch, largest error", lambda e: e["reference"]["max_abs"], _error),
+    Column(report.MAX_ABS, _worst(report.MAX_ABS)),
+    Column(report.COSINE, _worst(report.COSINE)),
+    Column("MLX, rms error", lambda e: report.figure(e["candidate"]["rms"])),
+    Column("PyTorch, rms error", lambda e: report.figure(e["reference"]["rms"])),
+    Column("MLX / PyTorch", lambda e: f"{report.times(e['ratio']['rms'])} x"),
+    Column("MLX, largest error", lambda e: report.figure(e["candidate"]["max_abs"])),
+    Column("PyTorch, largest error", lambda e: report.figure(e["reference"]["max_abs"])),
 )
+
+
+def _feature_columns(document: Mapping[str, Any]) -> tuple[Column, ...]:
+    """The columns of a report, with PyTorch on its device or in its format where it was run."""
+    extra = report.extra_yardstick(document)
+    if extra is None:
+        return FEATURE_COLUMNS
+    side, heading = extra
+
+    def cell(metric: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda e: report.figure(e[side][metric] if side in e else None)
+
+    return (
+        *FEATURE_COLUMNS,
+        Column(f"{heading}, rms error", cell("rms")),
+        Column(f"{heading}, largest error", cell("max_abs")),
+    )
+
 
 #: one row per number format; a parity document
 VARIANT_COLUMNS = (
-    Column("size", lambda d: d["weights"]["size"], megabytes),
-    Column("SNR", lambda d: _lowest(d, "snr_db"), _decibels),
-    Column("worst frame's cosine", lambda d: _lowest(d, "worst_frame_cosine"), _cosine),
-    Column("largest error", lambda d: _highest(d, "max_abs"), _error),
+    Column("size", lambda d: megabytes(d["weights"]["size"])),
+    Column("SNR", lambda d: _decibels(_lowest(d, "snr_db"))),
+    Column(report.MAX_ABS, lambda d: report.agreement(d)[0].written),
+    Column(report.COSINE, lambda d: report.agreement(d)[1].written),
+    Column("worst frame's cosine", lambda d: _frame_cosine(_lowest(d, "worst_frame_cosine"))),
 )
 
 
@@ -81,8 +101,8 @@ def _lowest(document: Mapping[str, Any], metric: str) -> float | None:
     return min((m[metric] for m in _features(document) if m[metric] is not None), default=None)
 
 
-def _highest(document: Mapping[str, Any], metric: str) -> float:
-    return max(float(m[metric]) for m in _features(document))
+def _frame_cosine(value: float | None) -> str:
+    return "-" if value is None else report.similarity(value)
 
 
 def _summaries(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -91,7 +111,11 @@ def _summaries(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     for entry in document["verdict"]["summary"]:
         if entry["kind"] == "features":
             found.setdefault(entry["stage"], entry)
-    return {entry["name"]: entry for entry in found.values()}
+    return {
+        name: {**entry, "agreement": report.agreement(document, name)}
+        for entry in found.values()
+        for name in (entry["name"],)
+    }
 
 
 def _table(
@@ -102,11 +126,8 @@ def _table(
         "| --- |" + " ---: |" * len(columns),
     ]
     for label, entry in rows:
-        figures = [column.figure(entry) for column in columns]
-        written = [
-            "-" if f is None else c.written(f) for c, f in zip(columns, figures, strict=True)
-        ]
-        lines.append("| " + " | ".join([label, *written]) + " |")
+        cells = [label, *(column.cell(entry) for column in columns)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -127,6 +148,8 @@ def render(package: Package, address: str) -> str:
         "README.md.jinja",
         license=config["license"],
         base_model=_base_model(known),
+        language=_language(known),
+        datasets=_datasets(known),
         tags=TAGS,
         title=package.title,
         stand_in=main.stand_in,
@@ -139,15 +162,17 @@ def render(package: Package, address: str) -> str:
         recording=files.RECORDING,
         address=address,
         uses=_uses(features),
+        first_release_weights=_first_release_weights(config, address),
         extract_options=_extract_options(features),
         verdict=document["verdict"]["reason"],
         dtype=config["dtype"],
         half=config["dtype"] != "float32",
         features_table=_table(
             "features",
-            FEATURE_COLUMNS,
+            _feature_columns(document),
             [(labels[name], entry) for name, entry in _summaries(document).items()],
         ),
+        yardstick=report.yardstick_line(document),
         context=_context(document),
         variants=list(config["variants"]),
         variants_table=_table(
@@ -192,6 +217,49 @@ def _base_model(known: KnownFile | None) -> str | None:
     if known is None or not known.home.startswith(_HUB):
         return None
     return known.home.removeprefix(_HUB)
+
+
+#: words of a known file's key -> the languages it was trained on, as the Hub codes them
+LANGUAGES = {
+    "contentvec": ("en",),
+    "content-vec": ("en",),
+    "chinese": ("zh",),
+    "japanese": ("ja",),
+    "korean": ("ko",),
+    "hubert-base-ls960": ("en",),
+}
+#: the same -> the data sets of the Hub that it was trained on (ContentVec: arXiv:2204.09224,
+#: section 4; HuBERT base: arXiv:2106.07447, section IV)
+DATASETS = {
+    "contentvec": ("openslr/librispeech_asr",),
+    "content-vec": ("openslr/librispeech_asr",),
+    "hubert-base-ls960": ("openslr/librispeech_asr",),
+}
+
+
+def _by_key(table: Mapping[str, tuple[str, ...]], known: KnownFile | None) -> tuple[str, ...]:
+    key = "" if known is None else known.key.removeprefix("mlx-")
+    return next((values for start, values in table.items() if key.startswith(start)), ())
+
+
+def _language(known: KnownFile | None) -> tuple[str, ...]:
+    return _by_key(LANGUAGES, known)
+
+
+def _datasets(known: KnownFile | None) -> tuple[str, ...]:
+    return _by_key(DATASETS, known)
+
+
+def _first_release_weights(config: Mapping[str, Any], address: str) -> str | None:
+    """Python that names the weights as the first release's users do; None for other models.
+
+    Its ``ContentvecModel(encoder_layers_1=0)`` is the one architecture that it had.
+    """
+    if config["model"] != ModelConfig().to_dict():
+        return None
+    if hub.is_repo_id(address):
+        return f'hf_hub_download("{address}", "{files.EARLIER_NAME}")'
+    return f'"{address}/{files.EARLIER_NAME}"'
 
 
 def _what(known: KnownFile | None, source: Mapping[str, Any]) -> str:

@@ -48,6 +48,7 @@ FRONT_MATTER = {
     "base_model": str,
     "tags": list,
     "language": list,
+    "datasets": list,
 }
 _REQUIRED = ("license", "library_name", "pipeline_tag", "tags")
 

@@ -113,7 +113,7 @@ def package(
         step("copying")
         _fill(draft, evidence, recording, license_id)
         step("drawing")
-        _show(draft, repo_id or str(folder))
+        _show(draft, repo_id or _address_of(folder))
         _sum_up(draft)
         step("checking the package")
         open_package(draft, allow_stand_in=allow_stand_in)
@@ -417,6 +417,11 @@ def _write_papers(draft: Path, evidence: Evidence, weights: str, ledger: str, pa
         "weights": {**evidence.parity["weights"], "name": weights},
     }
     (draft / parity).write_text(report.to_json(document) + "\n", encoding="utf-8")
+
+
+def _address_of(folder: Path) -> str:
+    """The folder as a card names it: never what could be a repository of the Hub."""
+    return f"./{folder}" if hub.is_repo_id(str(folder)) else str(folder)
 
 
 def _show(draft: Path, address: str) -> None:

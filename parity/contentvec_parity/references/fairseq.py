@@ -6,7 +6,6 @@ import argparse
 import ast
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,57 +157,25 @@ class FairseqOriginal(TorchOriginal):
     name = "fairseq"
     naming = "fairseq"
 
-    def _watch(self, model: Any, keep: Callable[[str, Tensor], None]) -> list[Any]:
-        layers = model.encoder.layers
-        hooks = [
-            block.register_forward_hook(
-                lambda _, __, output, stage=f"conv.{i}": keep(stage, output.transpose(1, 2))
-            )
-            for i, block in enumerate(model.feature_extractor.conv_layers)
-        ]
-        projected = (
-            model.post_extract_proj if model.post_extract_proj is not None else (model.layer_norm)
-        )
-        hooks.append(projected.register_forward_hook(lambda _, __, x: keep("projection", x)))
-        hooks.append(
-            layers[0].register_forward_pre_hook(
-                lambda _, inputs: keep("positional", inputs[0].transpose(0, 1))
-            )
-        )
-        hooks += [
-            layer.register_forward_hook(
-                lambda _, __, output, stage=f"layer.{i + 1}": keep(stage, output[0].transpose(0, 1))
-            )
-            for i, layer in enumerate(layers)
-        ]
-        if self.config.layer_norm_first:
-            norm = model.encoder.layer_norm
-            hooks.append(norm.register_forward_hook(lambda _, __, x: keep("final_norm", x)))
-        return hooks
-
-    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> None:
         import torch
 
         # RVC passes a mask that masks nothing (infer/modules/vc/pipeline.py)
-        given = torch.zeros(source.shape, dtype=torch.bool) if mask is None else mask
-        _, frame_mask = model.extract_features(source=source, padding_mask=given)
-        return frame_mask
+        given = torch.zeros_like(source, dtype=torch.bool) if mask is None else mask
+        model.extract_features(source=source, padding_mask=given)
 
-    def _run(self, model: Any, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
-        kind, _, number = stage.partition(".")
-        encoder = model.encoder
-        if kind == "conv":
-            block = model.feature_extractor.conv_layers[int(number)]
-            return block(x[:, None] if int(number) == 0 else x.transpose(1, 2)).transpose(1, 2)
-        if kind == "projection":
-            x = model.layer_norm(x)
-            return x if model.post_extract_proj is None else model.post_extract_proj(x)
-        if kind == "positional":
-            if mask is not None:
-                x = x.masked_fill(mask[..., None], 0)
-            x = x + encoder.pos_conv(x.transpose(1, 2)).transpose(1, 2)
-            return x if self.config.layer_norm_first else encoder.layer_norm(x)
-        if kind == "layer":
-            layer = encoder.layers[int(number) - 1]
-            return layer(x.transpose(0, 1), self_attn_padding_mask=mask)[0].transpose(0, 1)
-        return {"final_norm": encoder.layer_norm, "final_proj": model.final_proj}[kind](x)
+    def _projection(self, model: Any) -> Any:
+        return model.layer_norm if model.post_extract_proj is None else model.post_extract_proj
+
+    def _project(self, model: Any, x: Tensor) -> Tensor:
+        x = model.layer_norm(x)
+        return x if model.post_extract_proj is None else model.post_extract_proj(x)
+
+    def _positional(self, model: Any, x: Tensor) -> Tensor:
+        return model.encoder.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+
+    def _layer(self, layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self._batch_first(layer(x.transpose(0, 1), self_attn_padding_mask=mask))
+
+    def _batch_first(self, hidden: Any) -> Tensor:
+        return hidden[0].transpose(0, 1)

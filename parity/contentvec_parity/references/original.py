@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 
 from ..inputs import Clip
-from .truth import true_double
+from .truth import make_copyable, true_double
 
 Tensor = Any
 
@@ -57,18 +59,28 @@ class TorchOriginal:
 
     # ---- what a subclass says --------------------------------------------------
 
-    def _watch(
-        self, model: Any, keep: Callable[[str, Tensor], None]
-    ) -> list[Any]:  # pragma: no cover - the subclasses'
-        """Hooks that give ``keep`` each stage's output as (batch, frames, channels)."""
+    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> None:
+        """The original's own forward pass through its last layer."""
         raise NotImplementedError
 
-    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The original's own forward pass through its last layer; its frame mask."""
+    def _projection(self, model: Any) -> Any:
+        """The module that ends the projection stage."""
         raise NotImplementedError
 
-    def _run(self, model: Any, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
-        """One stage by itself, (batch, frames, channels) in and out."""
+    def _project(self, model: Any, x: Tensor) -> Tensor:
+        """The projection stage by itself."""
+        raise NotImplementedError
+
+    def _positional(self, model: Any, x: Tensor) -> Tensor:
+        """The positional convolution and its activation, (batch, frames, channels)."""
+        raise NotImplementedError
+
+    def _layer(self, layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One encoder layer, (batch, frames, channels) in and out."""
+        raise NotImplementedError
+
+    def _batch_first(self, hidden: Any) -> Tensor:
+        """What an encoder layer takes or returns, as (batch, frames, channels)."""
         raise NotImplementedError
 
     # ---- the interface ------------------------------------------------------------
@@ -89,28 +101,44 @@ class TorchOriginal:
 
     def stages(self, clip: Clip) -> dict[str, NDArray[np.float32]]:
         """Every stage in float32, from the audio."""
-        return self._stages(self._model, clip)
+        return self.stages_of(self._model, clip)
 
     def truth(self, clip: Clip) -> dict[str, NDArray[np.float64]]:
         """Every stage in true float64, from the audio."""
-        return self._stages(self._double(), clip)
+        return self.stages_of(self._double(), clip)
 
     def local_truth(
         self, clip: Clip, stage: str, stage_input: NDArray[np.float32]
     ) -> NDArray[np.float64]:
         """One stage in true float64 on a float32 input."""
+        return self.run_stage_of(self._double(), clip, stage, stage_input)
+
+    def copy_to(self, device: str, dtype: str) -> Any:
+        """The PyTorch model on another device ("cuda") or in another dtype ("float16")."""
         import torch
 
+        make_copyable(self._model)
+        model = copy.deepcopy(self._model).to(device, getattr(torch, dtype))
+        if device == "cpu" and dtype != "float32":
+            _add_up_in_float32(model)
+        return model
+
+    def run_stage_of(
+        self, model: Any, clip: Clip, stage: str, stage_input: NDArray[Any]
+    ) -> NDArray[Any]:
+        """One stage of a copy of the model by itself."""
+        import torch
+
+        some = next(model.parameters())
         mask = self.frame_mask(clip)
         with torch.no_grad():
             result = self._run(
-                self._double(),
+                model,
                 stage,
-                torch.from_numpy(stage_input.astype(np.float64)),
-                None if mask is None else torch.from_numpy(mask),
+                torch.from_numpy(stage_input).to(some.device, some.dtype),
+                None if mask is None else torch.from_numpy(mask).to(some.device),
             )
-        exact: NDArray[np.float64] = result.numpy()
-        return exact
+        return _to_numpy(result)
 
     def tensors(self) -> tuple[str, Mapping[str, NDArray[Any]]]:
         """Every tensor of the loaded model under its own name."""
@@ -123,20 +151,76 @@ class TorchOriginal:
             self._exact = true_double(self._model)
         return self._exact
 
-    def _stages(self, model: Any, clip: Clip) -> dict[str, NDArray[Any]]:
+    def _watch(self, model: Any, keep: Callable[[str, Tensor], None]) -> list[Any]:
+        """Hooks that give ``keep`` each stage's output as (batch, frames, channels)."""
+        encoder = model.encoder
+        hooks = [
+            block.register_forward_hook(
+                lambda _, __, x, stage=f"conv.{i}": keep(stage, x.transpose(1, 2))
+            )
+            for i, block in enumerate(model.feature_extractor.conv_layers)
+        ]
+        hooks.append(
+            self._projection(model).register_forward_hook(lambda _, __, x: keep("projection", x))
+        )
+        hooks.append(
+            encoder.layers[0].register_forward_pre_hook(
+                lambda _, inputs: keep("positional", self._batch_first(inputs))
+            )
+        )
+        hooks += [
+            layer.register_forward_hook(
+                lambda _, __, x, stage=f"layer.{i + 1}": keep(stage, self._batch_first(x))
+            )
+            for i, layer in enumerate(encoder.layers)
+        ]
+        if self.config.layer_norm_first:
+            hooks.append(
+                encoder.layer_norm.register_forward_hook(lambda _, __, x: keep("final_norm", x))
+            )
+        return hooks
+
+    def _run(self, model: Any, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One stage by itself, (batch, frames, channels) in and out."""
+        kind, _, number = stage.partition(".")
+        encoder = model.encoder
+        if kind == "conv":
+            block = model.feature_extractor.conv_layers[int(number)]
+            return block(x[:, None] if int(number) == 0 else x.transpose(1, 2)).transpose(1, 2)
+        if kind == "projection":
+            return self._project(model, x)
+        if kind == "positional":
+            if mask is not None:
+                x = x.masked_fill(mask[..., None], 0)
+            x = x + self._positional(model, x)
+            return x if self.config.layer_norm_first else encoder.layer_norm(x)
+        if kind == "layer":
+            return self._layer(encoder.layers[int(number) - 1], x, mask)
+        return {"final_norm": encoder.layer_norm, "final_proj": model.final_proj}[kind](x)
+
+    def stages_of(self, model: Any, clip: Clip) -> dict[str, NDArray[Any]]:
+        """Every stage of a copy of the model, from the audio.
+
+        float64 of a float64 model, float32 of any other
+        """
         import torch
 
         kept: dict[str, NDArray[Any]] = {}
 
         def keep(stage: str, output: Tensor) -> None:
             # both originals zero padded frames in place later on: keep a copy
-            kept[stage] = output.detach().clone().numpy()
+            kept[stage] = _to_numpy(output.detach().clone())
 
-        dtype = next(model.parameters()).dtype
-        source = torch.from_numpy(clip.waveform).to(dtype)
+        some = next(model.parameters())
+        source = torch.from_numpy(clip.waveform)
+        if some.dtype == torch.float64:
+            source = source.double()
         if self.config.normalize:
             source = normalized(source, clip.padding_mask)
-        mask = None if clip.padding_mask is None else torch.from_numpy(clip.padding_mask)
+        source = source.to(some.device, some.dtype)
+        mask = None
+        if clip.padding_mask is not None:
+            mask = torch.from_numpy(clip.padding_mask).to(some.device)
         hooks = self._watch(model, keep)
         try:
             with torch.no_grad():
@@ -149,12 +233,19 @@ class TorchOriginal:
         for stage in names:
             if stage == "final_proj":
                 before = kept[stage_input(self.config, stage) or ""]
-                with torch.no_grad():
-                    kept[stage] = model.final_proj(torch.from_numpy(before)).numpy()
+                kept[stage] = self.run_stage_of(model, clip, stage, before)
             elif kept[stage].shape[1] > frames and not stage.startswith("conv."):
                 # fairseq rounds the number of frames up to an even one inside its encoder
                 kept[stage] = kept[stage][:, :frames]
         return {stage: np.ascontiguousarray(kept[stage]) for stage in names}
+
+
+def _to_numpy(x: Tensor) -> NDArray[Any]:
+    """float64 as it is, any other dtype as float32."""
+    import torch
+
+    array: NDArray[Any] = (x if x.dtype == torch.float64 else x.float()).cpu().numpy()
+    return array
 
 
 def normalized(waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> Tensor:
@@ -172,6 +263,31 @@ def normalized(waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> Ten
         count = len(row) if padding_mask is None else int((~padding_mask[i]).sum())
         result[i, :count] = functional.layer_norm(row[:count], (count,))
     return result
+
+
+def _add_up_in_float32(model: Any) -> None:
+    """Let a half-precision model's convolutions add in float32 and round their result.
+
+    That is how a GPU does it. The CPU's own half-precision convolution takes twenty times
+    as long, and its error is no smaller.
+    """
+    from torch import nn
+
+    def rounded(own: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
+        wide = (None if parameter is None else parameter.float() for parameter in parameters)
+        return own(x.float(), *wide).to(x.dtype)
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            module._conv_forward = functools.partial(rounded, module._conv_forward)
+
+
+def valid_frames(stage: str, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """Which frames of a stage are compared, (batch, frames); None for all.
+
+    The convolutions and the projection know nothing of the padding.
+    """
+    return None if mask is None or stage.startswith("conv.") or stage == "projection" else ~mask
 
 
 def frame_mask(

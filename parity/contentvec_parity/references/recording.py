@@ -18,8 +18,10 @@ Entries, for clip C and stage S:
 The metadata's ``recording`` is JSON: ``schema``, ``source`` (the checkpoint:
 name, size, md5, sha256, known_as, stand_in), ``config``, ``reference`` (name,
 versions), ``chip``, ``clips`` (name, about, origin, stages), ``scales``
-(entry -> scale) and ``tensors`` (parameter -> SHA-256 of the float32 values it
-must have). The same checkpoint on the same machine gives the same bytes.
+(entry -> scale), ``tensors`` (parameter -> SHA-256 of the float32 values it
+must have) and ``half``: for float16 and bfloat16 what computed it (``about``) and
+clip -> kind -> stage -> the errors of PyTorch in that format, on the CPU. The same
+checkpoint on the same machine gives the same bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ from .. import machine
 from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows
 from ..inputs import Clip, padded_batch, spoken
 from . import Reference
-from .original import frame_mask
+from .original import TorchOriginal, frame_mask
+from .yardsticks import HALF, HALF_PRECISION, RecordedYardstick, TorchYardstick, Yardstick
 
 SCHEMA = "mlx-contentvec-recording/1"
 
@@ -119,10 +122,21 @@ def write(
     arrays: dict[str, NDArray[Any]] = {}
     scales: dict[str, float] = {}
     listed = []
+    yardsticks = _half_yardsticks(original)
+    half: dict[str, Any] = {
+        dtype: {"about": yardstick.about, "errors": {}} for dtype, yardstick in yardsticks.items()
+    }
     for clip, selection in clips:
         progress(clip.name)
         kept = SELECTIONS[selection](original.config)
-        arrays |= _record_clip(original, clip, kept, scales)
+        found, exact = original.stages(clip), original.truth(clip)
+        outputs = {stage: found[stage] for stage in kept}
+        truth = {stage: exact[stage] for stage in kept}
+        arrays |= _record_clip(original, clip, outputs, truth, scales)
+        for dtype, yardstick in yardsticks.items():
+            half[dtype]["errors"][clip.name] = yardstick.errors(
+                clip, original, outputs, truth, local=True
+            )
         listed.append(
             {"name": clip.name, "about": clip.about, "origin": clip.origin, "stages": list(kept)}
         )
@@ -135,6 +149,7 @@ def write(
         "clips": listed,
         "scales": scales,
         "tensors": _tensor_hashes(original),
+        "half": half,
     }
     metadata = {"format": "mlx", "recording": json.dumps(about, sort_keys=True)}
     _save(arrays, metadata, output, force=force)
@@ -162,20 +177,23 @@ def _save(
 
 
 def _record_clip(
-    original: Reference, clip: Clip, kept: Sequence[str], scales: dict[str, float]
+    original: Reference,
+    clip: Clip,
+    stages: Mapping[str, NDArray[np.float32]],
+    truth: Mapping[str, NDArray[np.float64]],
+    scales: dict[str, float],
 ) -> dict[str, NDArray[Any]]:
-    stages, truth = original.stages(clip), original.truth(clip)
     arrays: dict[str, NDArray[Any]] = {f"{clip.name}/waveform": clip.waveform}
     if clip.padding_mask is not None:
         arrays[f"{clip.name}/padding_mask"] = clip.padding_mask.astype(np.uint32)
     if original.config.normalize:
         arrays[f"{clip.name}/input"] = np.ascontiguousarray(original.model_input(clip))
-    for stage in kept:
+    for stage in stages:
         name = f"{clip.name}/{stage}"
         arrays[name] = stages[stage]
         exact = {"truth": truth[stage]}
         before = stage_input(original.config, stage)
-        if before is None or before in kept:
+        if before is None or before in stages:
             given = original.model_input(clip) if before is None else stages[before]
             exact["local"] = original.local_truth(clip, stage, given)
         for kind, value in exact.items():
@@ -186,6 +204,13 @@ def _record_clip(
             scales[f"{name}/{kind}"] = scale
             arrays[f"{name}/{kind}"] = np.ascontiguousarray((error / scale).astype(np.float16))
     return arrays
+
+
+def _half_yardsticks(original: Reference) -> dict[str, TorchYardstick]:
+    """PyTorch in each half precision, on the CPU."""
+    if not isinstance(original, TorchOriginal):
+        return {}
+    return {dtype: TorchYardstick(original, "cpu", dtype) for dtype in HALF}
 
 
 def _tensor_hashes(original: Reference) -> dict[str, str]:
@@ -301,6 +326,13 @@ class Recording:
     def tensors(self) -> tuple[str, Mapping[str, NDArray[Any]]]:
         """A recording holds no tensors, only what they hash to."""
         raise ParityError("a recording holds no tensors", hint="use tensor_hashes")
+
+    def yardsticks(self, precision: str) -> dict[str, Yardstick]:
+        """PyTorch in half precision, for weights stored in it; else none."""
+        found = self.header["half"].get(precision)
+        if found is None:
+            return {}
+        return {HALF_PRECISION: RecordedYardstick(found["about"], found["errors"])}
 
     @property
     def tensor_hashes(self) -> dict[str, str]:

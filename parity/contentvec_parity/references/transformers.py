@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,72 +181,44 @@ def _config(model: Any, normalize: bool) -> ModelConfig:
     )
 
 
-def _first(output: Any) -> Tensor:
-    """A layer's hidden states: earlier versions return them in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 class TransformersOriginal(TorchOriginal):
     """transformers' ``HubertModel``."""
 
     name = "transformers"
     naming = "transformers"
 
-    def _watch(self, model: Any, keep: Callable[[str, Tensor], None]) -> list[Any]:
-        layers = model.encoder.layers
-        hooks = [
-            block.register_forward_hook(
-                lambda _, __, x, stage=f"conv.{i}": keep(stage, x.transpose(1, 2))
-            )
-            for i, block in enumerate(model.feature_extractor.conv_layers)
-        ]
-        projection = model.feature_projection.projection
-        hooks.append(projection.register_forward_hook(lambda _, __, x: keep("projection", x)))
-        hooks.append(layers[0].register_forward_pre_hook(lambda _, x: keep("positional", x[0])))
-        hooks += [
-            layer.register_forward_hook(
-                lambda _, __, output, stage=f"layer.{i + 1}": keep(stage, _first(output))
-            )
-            for i, layer in enumerate(layers)
-        ]
-        if self.config.layer_norm_first:
-            norm = model.encoder.layer_norm
-            hooks.append(norm.register_forward_hook(lambda _, __, x: keep("final_norm", x)))
-        return hooks
-
-    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _forward(self, model: Any, source: Tensor, mask: Tensor | None) -> None:
         import torch
 
         if mask is None:
             model(source)
-            return None
+            return
         # transformers counts a padded clip's frames by its length, fairseq by its mask, which
         # can come to one more: the encoder is given fairseq's count, which the port reproduces
-        frames = frame_mask(mask.numpy(), self.config)
+        frames = frame_mask(mask.cpu().numpy(), self.config)
         hidden = model.feature_projection(model.feature_extractor(source).transpose(1, 2))
-        model.encoder(_first(hidden), attention_mask=~torch.from_numpy(frames))
-        return None
+        model.encoder(
+            self._batch_first(hidden), attention_mask=~torch.from_numpy(frames).to(source.device)
+        )
 
-    def _run(self, model: Any, stage: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _projection(self, model: Any) -> Any:
+        return model.feature_projection.projection
+
+    def _project(self, model: Any, x: Tensor) -> Tensor:
+        return self._batch_first(model.feature_projection(x))
+
+    def _positional(self, model: Any, x: Tensor) -> Tensor:
+        return model.encoder.pos_conv_embed(x)
+
+    def _layer(self, layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
         import torch
 
-        kind, _, number = stage.partition(".")
-        encoder = model.encoder
-        if kind == "conv":
-            block = model.feature_extractor.conv_layers[int(number)]
-            return block(x[:, None] if int(number) == 0 else x.transpose(1, 2)).transpose(1, 2)
-        if kind == "projection":
-            return _first(model.feature_projection(x))
-        if kind == "positional":
-            if mask is not None:
-                x = x.masked_fill(mask[..., None], 0)
-            x = x + encoder.pos_conv_embed(x)
-            return x if self.config.layer_norm_first else encoder.layer_norm(x)
-        if kind == "layer":
-            bias = None
-            if mask is not None:
-                frames = mask.shape[1]
-                bias = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(mask, float("-inf"))
-                bias = bias[:, None, None].expand(-1, 1, frames, -1)
-            return _first(encoder.layers[int(number) - 1](x, attention_mask=bias))
-        return {"final_norm": encoder.layer_norm, "final_proj": model.final_proj}[kind](x)
+        bias = None
+        if mask is not None:
+            bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(mask, float("-inf"))
+            bias = bias[:, None, None].expand(-1, 1, mask.shape[1], -1)
+        return self._batch_first(layer(x, attention_mask=bias))
+
+    def _batch_first(self, hidden: Any) -> Tensor:
+        # earlier versions of transformers return a layer's hidden states in a tuple
+        return hidden[0] if isinstance(hidden, tuple) else hidden

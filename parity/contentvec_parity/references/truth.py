@@ -6,6 +6,18 @@ import copy
 from typing import Any
 
 
+def make_copyable(model: Any) -> None:
+    """Let ``copy.deepcopy`` take ``model``: without gradients, weight norms included."""
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    model.requires_grad_(False)
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                # the kernel it computed while gradients were on cannot be copied
+                hook(module, ())
+
+
 def true_double(model: Any) -> Any:
     """A float64 copy of ``model`` in which nothing rounds through float32.
 
@@ -17,14 +29,8 @@ def true_double(model: Any) -> Any:
     """
     import torch
     from torch.nn import functional
-    from torch.nn.utils.weight_norm import WeightNorm
 
-    model.requires_grad_(False)
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm):
-                # the kernel it computed while gradients were on cannot be copied
-                hook(module, ())
+    make_copyable(model)
     # the copy takes these in the parameters' place: float32 is not copied only to be widened
     widened = {
         id(parameter): torch.nn.Parameter(parameter.double(), requires_grad=False)

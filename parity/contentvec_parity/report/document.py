@@ -25,9 +25,15 @@ The document, ``schema`` "mlx-contentvec-parity/1":
                computed it, ``recorded_from`` (which of the two, for a recording),
                ``stages`` in the order they run, ``inputs``: stage -> the stage it
                is fed by (None: the waveform), ``reads``: stage -> parameters it reads
+``yardsticks`` name -> ``device`` ("cpu", "cuda", "mps"), its ``name``, ``dtype``, ``tf32``
+               (None where there is none) of PyTorch as it was run besides float32 on
+               the CPU: "device" in float32 on the device of MLX, TF32 off;
+               "device_defaults" there with PyTorch's own settings of TF32, which is
+               information; "half" in float16 or bfloat16, for weights stored so
 ``clips``      one entry per input: ``name``, ``about``, ``origin`` (seed or file and
                resampler), ``batch``, ``samples``, ``seconds``, ``frames``,
-               ``padded``, ``mask_agrees`` (None without padding)
+               ``padded``, ``mask_agrees`` (None without padding), ``failed``: yardstick ->
+               why it could not run the clip
 ``stages``     one row per clip, stage and ``kind``:
                "stage"     the stage's output, from the audio
                "local"     the stage by itself, fed what the original's was given
@@ -36,16 +42,17 @@ The document, ``schema`` "mlx-contentvec-parity/1":
                were compared), ``shape``, ``expected_shape``, ``comparable`` (False:
                another shape, or numbers that are not finite; then nothing follows),
                ``candidate`` (MLX against the float64 truth), ``reference`` (PyTorch
-               float32 against it), ``floor`` (the truth rounded to float32 against
-               it), and for features ``variant`` (whether it is another way to ask for
-               what a row has already), ``apart`` (MLX against PyTorch) and ``nearest``
+               float32 on the CPU against it), each further yardstick under its name,
+               ``floor`` (the truth rounded to float32 against it), and for features
+               ``variant`` (whether it is another way to ask for what a row has already),
+               ``apart`` (MLX against PyTorch) and ``nearest``
                (another stage whose truth is nearer, or None). The metrics are
                those of ``contentvec_parity.compare.metrics.METRICS``.
 ``tensors``    the tensor-by-tensor proof (``contentvec_parity.compare.tensors``); None where
                the original's tensors were not at hand
-``device_default``  features of a few clips at the device's own precision: ``flags``,
-               ``summary`` as in the verdict, the lowest ``snr_db``; None where that
-               is what was measured anyway. It is told, not judged.
+``with_tf32``  features of a few clips with TF32 products: ``flags``, ``summary`` as in
+               the verdict, the lowest ``snr_db``; None where that was not measured. It
+               is information and decides nothing.
 ``verdict``    ``passed``, ``reason`` (one sentence), ``gates``, ``failures``,
                ``blame``, ``summary`` (``contentvec_parity.compare.verdict``)
 
@@ -57,6 +64,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +149,8 @@ def times(value: float) -> str:
 
 
 def similarity(cosine: float) -> str:
-    """A cosine, with as many nines as it has: ``1-3.1e-11``."""
-    return f"1-{max(0.0, 1 - cosine):.1e}"
+    """A cosine, with as many nines as it has: ``1-3.1e-11``; ``0.9412`` if it has few."""
+    return f"{cosine:.4f}" if cosine < 0.999 else f"1-{max(0.0, 1 - cosine):.1e}"
 
 
 def device_line(document: Mapping[str, Any]) -> str:
@@ -168,9 +176,102 @@ def _computed_by(reference: Mapping[str, Any]) -> str:
     return str(reference.get("recorded_from") or reference["name"])
 
 
+#: yardstick -> what a table calls it
+COLUMNS = {"device": "PyTorch on this device", "half": "PyTorch {dtype}"}
+
+
+def extra_yardstick(document: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The yardstick that tables show beside PyTorch on the CPU: its name, and its heading."""
+    for name, heading in COLUMNS.items():
+        if name in document["yardsticks"]:
+            return name, heading.format(dtype=document["yardsticks"][name]["dtype"])
+    return None
+
+
+def yardstick_line(document: Mapping[str, Any]) -> str | None:
+    """One sentence on what PyTorch's error is elsewhere than in float32 on the CPU."""
+    found = extra_yardstick(document)
+    if found is None:
+        return None
+    name, heading = found
+    about = document["yardsticks"][name]
+    features = [e for e in document["verdict"]["summary"] if e["kind"] == "features" and name in e]
+    failed = sum(name in clip["failed"] for clip in document["clips"])
+    place = about["name"] or about["device"]
+    text = f"{heading} ({place}" + (f", TF32 {about['tf32']}" if about["tf32"] else "") + ")"
+    if not features:
+        return f"{text}: could not run {failed} of {len(document['clips'])} clips, so is not used."
+    worst = max(features, key=lambda entry: float(entry[name]["rms"]))
+    text += (
+        f": rms error of {worst['name']} {figure(worst[name]['rms'])}; "
+        f"on the CPU in float32 {figure(worst['reference']['rms'])}"
+    )
+    if "device_defaults" in worst:
+        text += (
+            f"; on this device as it comes, TF32 by PyTorch's own settings, "
+            f"{figure(worst['device_defaults']['rms'])} (information)"
+        )
+    if name == "device":
+        stages = [e for e in document["verdict"]["summary"] if "yardstick" in e]
+        held = sum("device" in entry["yardstick"].values() for entry in stages)
+        text += (
+            f". The larger error of the two is the limit's base: this device's in {held} of "
+            f"{len(stages)} rows"
+        )
+    return text + "."
+
+
 def headline(document: Mapping[str, Any]) -> str:
     """``PASSED`` or ``FAILED``."""
     return "PASSED" if document["verdict"]["passed"] else "FAILED"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One figure between MLX and the original in float32: the worst of all clips."""
+
+    #: "max absolute difference" or "cosine similarity"
+    what: str
+    value: float
+    #: the call that gave the features, ``layer 12``
+    features: str
+    clip: str
+
+    @property
+    def written(self) -> str:
+        """The value as the reports show it."""
+        return figure(self.value) if self.what == MAX_ABS else similarity(self.value)
+
+    @property
+    def where(self) -> str:
+        """``layer 12, clip 3s``."""
+        return f"{self.features}, clip {self.clip}"
+
+
+MAX_ABS, COSINE = "max absolute difference", "cosine similarity"
+
+
+def agreement(document: Mapping[str, Any], features: str | None = None) -> list[Agreement]:
+    """Max absolute difference and cosine similarity between MLX and the original.
+
+    features: of these only (a row's ``name``); of all by default
+
+    Empty if nothing could be compared. The cosine is that of a clip's features taken
+    as one vector each.
+    """
+    rows = [
+        row
+        for row in document["stages"]
+        if row["kind"] == "features" and row["comparable"] and features in (None, row["name"])
+    ]
+    if not rows:
+        return []
+    largest = max(rows, key=lambda row: row["apart"]["max_abs"])
+    lowest = min(rows, key=lambda row: row["apart"]["cosine"])
+    return [
+        Agreement(what, row["apart"][metric], row["name"], row["clip"])
+        for what, metric, row in ((MAX_ABS, "max_abs", largest), (COSINE, "cosine", lowest))
+    ]
 
 
 def feature_tables(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -200,9 +301,13 @@ def _is_shown(document: Mapping[str, Any], clip: Mapping[str, Any]) -> bool:
     return recorded or clip["name"] in BUILT_IN or "file" in clip["origin"]
 
 
+#: what an entry of the feature tables shows, where it was measured
+_MEASURED = ("candidate", "reference", "device", "half", "apart")
+
+
 def _feature_entry(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["comparable"]:
-        return {key: row[key] for key in ("clip", "candidate", "reference", "apart")}
+        return {key: row[key] for key in ("clip", *_MEASURED) if key in row}
     return {"clip": row["clip"], "problem": not_comparable(row)}
 
 
@@ -217,12 +322,18 @@ def _pool_features(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     """The worst of several clips in every metric; rms over all values."""
     total = sum(row["values"] for row in rows)
     found: dict[str, Any] = {}
-    for who in ("candidate", "reference", "apart"):
+    for who in _MEASURED:
+        if not all(who in row for row in rows):
+            continue
         squares = sum(row["values"] * row[who]["rms"] ** 2 for row in rows)
         found[who] = {
             "max_abs": max(row[who]["max_abs"] for row in rows),
             "rms": math.sqrt(squares / total),
-            **{m: min(row[who][m] for row in rows) for m in ("cosine", "worst_frame_cosine")},
+            **{
+                m: min(row[who][m] for row in rows)
+                for m in ("cosine", "worst_frame_cosine")
+                if m in rows[0][who]
+            },
         }
     return found
 
@@ -300,15 +411,15 @@ def stage_entries(
     }
 
 
-def default_line(document: Mapping[str, Any]) -> str | None:
-    """One sentence on what users get who set nothing, where that differs."""
-    default = document["device_default"]
-    if default is None:
+def tf32_line(document: Mapping[str, Any]) -> str | None:
+    """One sentence on what turning TF32 on costs, where it was measured."""
+    found = document["with_tf32"]
+    if found is None:
         return None
-    entry = max(default["summary"], key=lambda e: max(e["ratio"].values()))
-    snr = "no error at all" if default["snr_db"] is None else f"{default['snr_db']:.0f} dB"
+    entry = max(found["summary"], key=lambda e: max(e["ratio"].values()))
+    snr = "no error at all" if found["snr_db"] is None else f"{found['snr_db']:.0f} dB"
     return (
-        "Device default: without MLX_ENABLE_TF32=0 the error of the features is up to "
+        "With TF32 (MLX_ENABLE_TF32=1) the error of the features is up to "
         f"{times(max(entry['ratio'].values()))} x PyTorch's ({entry['name']}, largest "
         f"{figure(entry['candidate']['max_abs'])}; signal to noise {snr} or better)."
     )

@@ -7,8 +7,9 @@ from typing import Any
 
 from .document import (
     advice,
-    default_line,
+    agreement,
     device_line,
+    extra_yardstick,
     feature_tables,
     figure,
     headline,
@@ -17,14 +18,25 @@ from .document import (
     similarity,
     stage_entries,
     tensor_line,
+    tf32_line,
     times,
+    yardstick_line,
 )
 
 
 def to_markdown(document: Mapping[str, Any]) -> str:
     """The verdict, the features and the stages as GitHub Markdown."""
     verdict = document["verdict"]
+    extra = extra_yardstick(document)
+    sides = {"MLX": "candidate", "PyTorch": "reference", **({extra[1]: extra[0]} if extra else {})}
+    headings = [
+        *("features", "clip", "max absolute difference", "cosine similarity"),
+        *(f"{side} {metric}" for metric in ("max", "rms") for side in sides),
+        "worst frame's cosine",
+    ]
     lines = [f"**Parity: {headline(document).lower()}.** {sentence(verdict['reason'])}", ""]
+    lines += [f"- {found.what}: {found.written} ({found.where})" for found in agreement(document)]
+    lines += [""]
     lines += [f"- {sentence(line.strip())}" for line in advice(document)]
     if document["source"].get("stand_in"):
         lines += [f"> Stand-in: {document['source']['stand_in']}", ""]
@@ -32,24 +44,30 @@ def to_markdown(document: Mapping[str, Any]) -> str:
         "",
         f"MLX on {device_line(document)}, against {reference_line(document)}; "
         f"{document['machine']['chip']}, {document['machine']['system']}. "
-        "Errors are those against the same model in float64.",
+        "The first two figures of a row compare MLX with PyTorch, as the last one does; errors are "
+        "those of each against the same model in float64.",
         "",
-        "| features | clip | MLX max | PyTorch max | MLX rms | PyTorch rms "
-        "| MLX - PyTorch max | worst frame's cosine |",
-        "|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(headings) + " |",
+        "|---" * len(headings) + "|",
     ]
     for label, entries in feature_tables(document).items():
         for entry in entries:
             if "problem" in entry:
-                lines.append(f"| {label} | {entry['clip']} | {entry['problem']} | | | | | |")
+                empty = " |" * (len(headings) - 3)
+                lines.append(f"| {label} | {entry['clip']} | {entry['problem']} |{empty}")
                 continue
-            sides = (entry["candidate"], entry["reference"])
+            apart = entry["apart"]
             cells = [
                 label,
                 entry["clip"],
-                *(figure(side[metric]) for metric in ("max_abs", "rms") for side in sides),
-                figure(entry["apart"]["max_abs"]),
-                similarity(entry["apart"]["worst_frame_cosine"]),
+                figure(apart["max_abs"]),
+                similarity(apart["cosine"]),
+                *(
+                    figure(entry[side][metric]) if side in entry else "-"
+                    for metric in ("max_abs", "rms")
+                    for side in sides.values()
+                ),
+                similarity(apart["worst_frame_cosine"]),
             ]
             lines.append("| " + " | ".join(cells) + " |")
     lines += [
@@ -66,6 +84,7 @@ def to_markdown(document: Mapping[str, Any]) -> str:
             for metric in ("rms", "max_abs")
         ]
         lines.append("| " + " | ".join([stage, *ratios]) + " |")
-    default = default_line(document)
-    lines += ["", tensor_line(document), *(["", default] if default else []), ""]
+    for line in (yardstick_line(document), tensor_line(document), tf32_line(document)):
+        lines += ["", line] if line else []
+    lines.append("")
     return "\n".join(lines)

@@ -43,12 +43,14 @@ def _draw(axes: Any, document: Mapping[str, Any], kind: str, palette: Mapping[st
     ]
     drawn = [(name, entry) for name, entry in entries if entry and "candidate" in entry]
     places = range(len(drawn))
+    half = all("half" in entry for _, entry in drawn)
     for metric, size, filled in (("max_abs", 14, False), ("rms", 26, True)):
         for who, marker, label in (("reference", "D", "PyTorch"), ("candidate", "o", "MLX")):
             colour = palette["mlx" if who == "candidate" else "pytorch"]
             what = "rms" if metric == "rms" else "largest"
+            side = "half" if who == "reference" and half else who
             axes.scatter(
-                [max(entry[who][metric], 1e-12) for _, entry in drawn],
+                [max(entry[side][metric], 1e-12) for _, entry in drawn],
                 places,
                 s=size,
                 marker=marker,
@@ -136,7 +138,8 @@ def stage_plot(document: Mapping[str, Any], path: Path) -> None:
             _draw(axes, document, kind, palette)
         weights = document["weights"].get("name", "")
         figure.suptitle(
-            f"{headline(document)}: {weights}, MLX and PyTorch float32 against float64",
+            f"{headline(document)}: {weights}, MLX and PyTorch "
+            f"{document['yardsticks'].get('half', {}).get('dtype', 'float32')} against float64",
             fontsize=9,
             color=palette["ink"],
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from .document import (
     advice,
-    default_line,
+    agreement,
     device_line,
     feature_tables,
     figure,
@@ -16,7 +16,9 @@ from .document import (
     similarity,
     stage_entries,
     tensor_line,
+    tf32_line,
     times,
+    yardstick_line,
 )
 
 
@@ -26,6 +28,10 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
     colour = "green" if verdict["passed"] else "red"
     console.print(f"[bold {colour}]{headline(document)}[/]  ", end="")
     console.print(verdict["reason"], highlight=False, markup=False)
+    for found in agreement(document):
+        console.print(
+            f"{found.what:24} {found.written:>8}  {found.where}", highlight=False, markup=False
+        )
     for line in advice(document):
         console.print(f"  {line}", highlight=False, markup=False)
     if document["source"].get("stand_in"):
@@ -40,14 +46,18 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
     )
     console.print(_feature_table(document))
     console.print(_stage_table(document))
-    for line in filter(None, (tensor_line(document), default_line(document))):
+    for line in filter(
+        None, (yardstick_line(document), tensor_line(document), tf32_line(document))
+    ):
         console.print(line, highlight=False, markup=False)
 
 
 def _table(title: str, first: str, *headings: str) -> Any:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 0, 0, 1)
+    )
     table.add_column(first, no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -56,14 +66,14 @@ def _table(title: str, first: str, *headings: str) -> Any:
 
 def _feature_table(document: Mapping[str, Any]) -> Any:
     table = _table(
-        "\nFeatures: errors against the float64 truth, and how far MLX is from PyTorch",
+        "\nFeatures: MLX against PyTorch, then the error of each against float64",
         "",
+        "max absol.\ndifference",
+        "cosine\nsimilarity",
         "largest\nMLX",
         "error\nPyTorch",
         "rms\nMLX",
         "error\nPyTorch",
-        "MLX - PyT\nlargest",
-        "worst frame's\ncosine",
     )
     for label, entries in feature_tables(document).items():
         table.add_row(f"[bold]{label}[/]")
@@ -74,12 +84,12 @@ def _feature_table(document: Mapping[str, Any]) -> Any:
             mine, theirs, apart = entry["candidate"], entry["reference"], entry["apart"]
             table.add_row(
                 f"  {entry['clip']}",
+                figure(apart["max_abs"]),
+                similarity(apart["cosine"]),
                 figure(mine["max_abs"]),
                 figure(theirs["max_abs"]),
                 figure(mine["rms"]),
                 figure(theirs["rms"]),
-                figure(apart["max_abs"]),
-                similarity(apart["worst_frame_cosine"]),
             )
     return table
 

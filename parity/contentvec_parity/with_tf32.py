@@ -1,8 +1,9 @@
-"""What users get who set nothing: the same features at the device's own precision.
+"""The same features with TF32 products: what turning them on costs.
 
-MLX computes float32 products at TF32 precision on some devices unless told not
-to, and reads that setting once, when it starts. So the second measurement is a
-second process.
+On CUDA and on an Apple M5 or later MLX can compute float32 products at TF32
+precision. Importing ``mlx_contentvec`` turns that off unless the user has set
+``MLX_ENABLE_TF32``, and MLX reads the variable once, at its first product. So
+this measurement is a second process.
 """
 
 from __future__ import annotations
@@ -27,24 +28,15 @@ from .references.recording import write
 CLIPS = ("short", "quiet", "min")
 
 #: as long as the slowest device may take for one and a half seconds of audio
-PATIENCE_SECONDS = 300
-
-
-def record_for_it(original: Reference, source: Mapping[str, Any], folder: Path) -> Path:
-    """A recording of a few clips' features, for the other process to compare with."""
-    path = folder / "features.safetensors"
-    clips = [(clip, "features") for clip in built_in() if clip.name in CLIPS]
-    write(original, source, path, clips)
-    return path
+TIMEOUT_SECONDS = 300
 
 
 def measure(recording: Path, converted: Path) -> dict[str, Any]:
-    """``flags``, ``summary`` and ``snr_db`` of the features with MLX's own settings.
+    """``flags``, ``summary`` and ``snr_db`` of the features with TF32 allowed.
 
-    Raises ParityError if the other process does not come to an end with a report.
+    Raises ParityError if the other process does not end with a report.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "MLX_ENABLE_TF32"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "mlx_contentvec", "parity", "run", "--tf32", "--json", "-"]
     try:
         done = subprocess.run(
@@ -52,15 +44,15 @@ def measure(recording: Path, converted: Path) -> dict[str, Any]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_SECONDS,
+            timeout=TIMEOUT_SECONDS,
             check=False,
         )
         document = json.loads(done.stdout)
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         raise ParityError(
-            "the device's own precision could not be measured",
+            "the features with TF32 could not be measured",
             found=str(error),
-            hint="--no-device-default leaves it out",
+            hint="--no-compare-tf32 leaves them out",
         ) from error
     rows = [row for row in document["stages"] if row["kind"] == "features"]
     ratios = [row["candidate"]["snr_db"] for row in rows if row["comparable"]]
@@ -74,6 +66,8 @@ def measure(recording: Path, converted: Path) -> dict[str, Any]:
 def measure_original(
     original: Reference, source: Mapping[str, Any], converted: Path
 ) -> dict[str, Any]:
-    """The same, for an original that is open in this process."""
+    """The same, against an original that is open in this process."""
     with tempfile.TemporaryDirectory(prefix="contentvec-parity-") as folder:
-        return measure(record_for_it(original, source, Path(folder)), converted)
+        recording = Path(folder) / "features.safetensors"
+        write(original, source, recording, [(c, "features") for c in built_in() if c.name in CLIPS])
+        return measure(recording, converted)
