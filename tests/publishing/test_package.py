@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from contentvec_parity.publishing import checks
 from contentvec_parity.publishing import package as packaging
 from contentvec_parity.publishing.evidence import Package
 from contentvec_parity.publishing.package import open_package, package
@@ -174,8 +176,16 @@ def spoil(evidence: Path, how: str) -> None:
 
     def worse(document: dict[str, Any]) -> None:
         for row in document["stages"]:
-            row["candidate"]["rms"] *= 50
+            mine = row["candidate"]
+            mine.update(rms=50 * mine["rms"], max_abs=50 * mine["max_abs"])
+            mine["snr_db"] -= 20 * math.log10(50)
+            if "apart" in row:
+                row["apart"].update(rms=mine["rms"], max_abs=mine["max_abs"])
         assert document["verdict"]["passed"], "and yet it says that it passed"
+
+    def without_a_clip(document: dict[str, Any]) -> None:
+        document["clips"] = [clip for clip in document["clips"] if clip["name"] != "3s"]
+        document["stages"] = [row for row in document["stages"] if row["clip"] != "3s"]
 
     def patient(document: dict[str, Any]) -> None:
         worse(document)
@@ -200,6 +210,41 @@ def spoil(evidence: Path, how: str) -> None:
             ),
         ),
         "no tensors": lambda: edited(parity, lambda document: document.update(tensors=None)),
+        "another format": lambda: edited(
+            parity, lambda document: document["weights"].update(precision="q4")
+        ),
+        "another model": lambda: edited(
+            parity, lambda document: document["config"].update(sample_rate=8000)
+        ),
+        "another size of the checkpoint": lambda: edited(
+            parity, lambda document: document["source"].update(size=1)
+        ),
+        "known as another": lambda: edited(
+            parity, lambda document: document["source"].update(known_as="contentvec")
+        ),
+        "a clip less": lambda: edited(parity, without_a_clip),
+        "a shorter clip": lambda: edited(
+            parity, lambda document: document["clips"][0].update(samples=400)
+        ),
+        "a row of the ledger less": lambda: edited(
+            ledger, lambda document: document["tensors"].pop()
+        ),
+        "a row of the ledger twice": lambda: edited(
+            ledger, lambda document: document["tensors"].append(document["tensors"][0])
+        ),
+        "a row of the ledger of other bytes": lambda: edited(
+            ledger, lambda document: document["tensors"][0].update(sha256="0" * 64)
+        ),
+        "a row of the ledger of another shape": lambda: edited(
+            ledger, lambda document: document["tensors"][0]["shape"].reverse()
+        ),
+        "counts of the ledger": lambda: edited(
+            ledger, lambda document: document["counts"].update(exact=99)
+        ),
+        "a ledger without rows": lambda: edited(ledger, lambda document: document.pop("tensors")),
+        "a row of the ledger that is none": lambda: edited(
+            ledger, lambda document: document["tensors"].append({"target": "x"})
+        ),
         "no features": lambda: edited(
             parity,
             lambda document: document.update(
@@ -231,10 +276,23 @@ def spoil(evidence: Path, how: str) -> None:
         ("failed, with other limits", "float32.safetensors has not passed parity"),
         ("a tensor differs", "float32.safetensors has not passed parity"),
         ("no tensors", "did not compare the tensors"),
-        ("no features", "measured no features"),
-        ("an older report", "cannot be judged"),
+        ("no features", "layer 3 was not measured on '3s'"),
+        ("an older report", "has no candidate"),
+        ("another format", "measured another number format"),
+        ("another model", "measured another model"),
+        ("another size of the checkpoint", "compared with another checkpoint"),
+        ("known as another", "compared with another checkpoint"),
+        ("a clip less", "the clip 3s among them"),
+        ("a shorter clip", "the clip 3s among them"),
+        ("a row of the ledger less", "does not account for"),
+        ("a row of the ledger twice", "does not account for"),
+        ("a row of the ledger of other bytes", "is not as it says"),
+        ("a row of the ledger of another shape", "is not as it says"),
+        ("counts of the ledger", "counts that its rows do not have"),
+        ("a ledger without rows", "no tensors, drops or counts"),
+        ("a row of the ledger that is none", "a tensor that is not described"),
         ("not a report", "is not a saved parity run"),
-        ("not JSON", "is not JSON"),
+        ("not JSON", "it is not JSON"),
         ("ledger of another source", "does not fit"),
     ],
 )
@@ -291,7 +349,7 @@ def test_a_recording_of_another_checkpoint_is_refused(
 def test_a_recording_too_large_to_ship_is_refused(
     evidence_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packaging, "RECORDING_LIMIT", 1000)
+    monkeypatch.setattr(checks, "RECORDING_LIMIT", 1000)
     with pytest.raises(HubError, match="too large to ship"):
         make(tmp_path / "package", evidence_folder)
 
@@ -351,7 +409,7 @@ def test_a_change_that_took_its_checksum_along_is_found_out(
 @pytest.mark.parametrize(
     ("pattern", "by", "said"),
     [
-        (r"^Errors are", "It agrees to 1.0e-09. Errors are", "It agrees to 1.0e-09"),
+        (r"^The max abs", "It agrees to 1.0e-09. The max abs", "It agrees to 1.0e-09"),
         (r"^(\| layer 3 \(.*?\| )\d\.\d", r"\g<1>0.1", "0.1e-"),
         (r"^\| layer 3 \+ projection .*\n", "", "layer 3 + projection"),
         (r"(\| `float16`.*? )(\d+\.\d) dB", r"\g<1>99.9 dB", "99.9 dB"),
@@ -466,10 +524,11 @@ def test_the_full_size_stand_in_is_packaged_and_its_card_runs(
 
     few = {"few": lambda: [clip for clip in inputs.built_in() if clip.name in ("short", "min")]}
     monkeypatch.setattr(harness, "INPUT_SETS", few)
+    monkeypatch.setattr(checks, "MEASURED", few["few"])
     document = harness.compare_files(standin, converted_standin, inputs="few")
     (tmp_path / "report.json").write_text(report.to_json(document))
     recording.record(standin, tmp_path / "recording.safetensors")
-    assert (tmp_path / "recording.safetensors").stat().st_size < packaging.RECORDING_LIMIT
+    assert (tmp_path / "recording.safetensors").stat().st_size < checks.RECORDING_LIMIT
     made = package(
         converted_standin,
         tmp_path / "package",
