@@ -354,16 +354,84 @@ def test_a_recording_too_large_to_ship_is_refused(
         make(tmp_path / "package", evidence_folder)
 
 
-def test_a_folder_that_exists_is_replaced_only_on_request(
-    evidence_folder: Path, tmp_path: Path
+def test_a_package_is_replaced_only_on_request(
+    evidence_folder: Path, copied: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "mine").write_text("keep")
+    (copied / "LICENSE").unlink()
+    (copied / ".DS_Store").write_text("Finder's")
     with pytest.raises(OutputError, match="exists"):
-        make(tmp_path / "package", evidence_folder)
-    assert (tmp_path / "package" / "mine").exists()
+        make(copied, evidence_folder)
+    assert not (copied / "LICENSE").exists()
+    made = make(copied, evidence_folder, force=True)
+    assert {path.name for path in copied.iterdir()} == set(made.names)
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+
+
+def test_an_empty_folder_is_replaced_on_request(evidence_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
     make(tmp_path / "package", evidence_folder, force=True)
-    assert not (tmp_path / "package" / "mine").exists()
+    assert (tmp_path / "package" / "SHA256SUMS").exists()
+
+
+def what_is_no_package(folder: Path, how: str) -> None:
+    def renamed() -> None:
+        edited(folder / "config.json", lambda config: config.update(library_name="mlx"))
+
+    {
+        "a file more": lambda: (folder / "mine").write_text("precious"),
+        "a hidden file more": lambda: (folder / ".env").write_text("precious"),
+        "a folder more": lambda: (folder / "model.q8.safetensors").mkdir(),
+        "no checksums": lambda: (folder / "SHA256SUMS").unlink(),
+        "no configuration": lambda: (folder / "config.json").unlink(),
+        "a configuration that is none": lambda: (folder / "config.json").write_text("[]"),
+        "of another library": renamed,
+    }[how]()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a file more",
+        "a hidden file more",
+        "a folder more",
+        "no checksums",
+        "no configuration",
+        "a configuration that is none",
+        "of another library",
+    ],
+)
+def test_what_is_no_package_is_never_replaced(
+    evidence_folder: Path, copied: Path, how: str
+) -> None:
+    what_is_no_package(copied, how)
+    before = {path.name: path.stat().st_ino for path in copied.iterdir()}
+    with pytest.raises(OutputError, match="and is not replaced"):
+        make(copied, evidence_folder, force=True)
+    assert {path.name: path.stat().st_ino for path in copied.iterdir()} == before
+
+
+def test_files_and_links_are_never_replaced(
+    evidence_folder: Path, copied: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(copied)
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match="and is not replaced"):
+            make(tmp_path / name, evidence_folder, force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (copied / "SHA256SUMS").exists()
+
+
+def test_what_a_folder_got_meanwhile_is_not_lost(
+    evidence_folder: Path, copied: Path, tmp_path: Path
+) -> None:
+    def meanwhile(step: str) -> None:
+        (copied / "mine").write_text("precious")
+
+    with pytest.raises(OutputError, match="and is not replaced"):
+        make(copied, evidence_folder, force=True, step=meanwhile)
+    assert (copied / "mine").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
 
 
 # what is found out afterwards -----------------------------------------------------

@@ -80,7 +80,7 @@ def computed_fingerprint(values: NDArray[Any]) -> dict[str, Any]:
 def agrees(values: NDArray[Any], dtype: str, known: Fingerprint) -> bool:
     """Whether loaded values, stored as ``dtype``, are those that ``known`` was made from."""
     if "either" not in known:
-        return hash_values(values) == known[dtype]
+        return hash_values(values) == str(known[dtype])
     flat = np.asarray(values, np.float32).ravel()
     return all(
         _hash_on_grid(flat, grid, known["either"][grid]) == known[grid]
@@ -91,9 +91,8 @@ def agrees(values: NDArray[Any], dtype: str, known: Fingerprint) -> bool:
 def _number(values: NDArray[np.float32], grid: str) -> NDArray[np.int64]:
     """Which point of the grid each value is nearest to, counted from zero, without sign."""
     on_grid = np.abs(rounded(values, grid))
-    if grid == "bfloat16":
-        return on_grid.view(np.uint32).astype(np.int64) >> 16
-    return on_grid.view(np.uint16).astype(np.int64)
+    on_grid = on_grid.view(np.uint32) >> 16 if grid == "bfloat16" else on_grid.view(np.uint16)
+    return np.asarray(on_grid, np.int64)
 
 
 def _hash_on_grid(flat: NDArray[np.float32], grid: str, either: Mapping[str, list[int]]) -> str:

@@ -239,7 +239,8 @@ def _require_side(about: str, figures: Any) -> float | None:
         return None
     if noise == -math.inf:
         return 0.0
-    return rms * 10.0 ** (_number(about, figures, "snr_db", largest=1000.0) / 20)
+    decibels = _number(about, figures, "snr_db", largest=1000.0)
+    return float(rms * 10.0 ** (decibels / 20))
 
 
 def _require_features(about: str, row: Fields) -> None:
@@ -260,7 +261,7 @@ def _require_features(about: str, row: Fields) -> None:
 
 
 def _number(about: str, figures: Fields, name: str, largest: float = 1e30) -> float:
-    value = figures.get(name)
+    value: Any = figures.get(name)
     if type(value) not in (int, float) or not abs(value) <= largest:
         _refuse(f"{about} {name} is no finite number, or none that can be")
     return float(value)

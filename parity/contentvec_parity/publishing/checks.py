@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.known_files import KNOWN_FILES
@@ -62,7 +63,7 @@ def check_metadata(weights: Path, metadata: Mapping[str, str]) -> None:
         ) from error
     ModelConfig.from_dict(parsed["config"])
     source = parsed["source"]
-    facts = [source.get(key) for key in ("size", "md5", "sha256")]
+    facts: list[Any] = [source.get(key) for key in ("size", "md5", "sha256")]
     if [type(fact) for fact in facts] != [int, str, str]:
         raise HubError(f"{weights.name} does not say what it was made from")
     known = source.get("known_as")

@@ -21,16 +21,24 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from contentvec_convert.conversion import ledger_path
+from contentvec_convert.precision import PRECISIONS
 from mlx_contentvec import hub
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import HubError, OutputError, name_list
-from mlx_contentvec.files import is_file, left_by_the_system
+from mlx_contentvec.files import (
+    cannot_write,
+    explained,
+    is_file,
+    is_folder,
+    left_by_the_system,
+    write_text,
+)
+from mlx_contentvec.folders import Room
 from mlx_contentvec.json_text import JsonError, read_object
 
 from ..compare.candidate import read_metadata
@@ -59,6 +67,8 @@ from .evidence import (
 _FIXED = frozenset(
     (MODEL, EARLIER_NAME, hub.CONFIG, LEDGER, PARITY, PAGE, PLOT, RECORDING, CARD, LICENSE)
 )
+
+_ELSEWHERE = "give another folder"
 
 #: bytes of a card, which has 10,000
 CARD_LIMIT = 1_000_000
@@ -91,10 +101,7 @@ def package(
     The folder appears when it is complete. Raises HubError for weights that are
     not proven, OutputError when the folder cannot be written.
     """
-    if folder.exists() and not force:
-        raise OutputError(f"{folder} exists", hint="give another folder, or --force to replace it")
-    if not folder.parent.is_dir():
-        raise OutputError(f"there is no folder {folder.parent}", hint="make it first")
+    _check_target(folder, force)
     recording = recording or converted.with_name(f"{converted.stem}.recording.safetensors")
     if not is_file(recording):
         raise HubError(
@@ -108,19 +115,18 @@ def package(
         evidence.append(_gather(path, ledger_path(path), given or _parity_beside(path)))
     _check_together(evidence, allow_stand_in)
     license_id = license_id or _license(evidence[0])
-    with tempfile.TemporaryDirectory(prefix=".mlx-contentvec-", dir=folder.parent) as made:
-        draft = Path(made) / "package"
-        draft.mkdir()
-        step("copying")
-        _fill(draft, evidence, recording, license_id)
-        step("drawing")
-        _show(draft, repo_id or _address_of(folder))
-        _sum_up(draft)
+    with Room(folder, is_own=_is_own) as room:
+        draft = room.path / "package"
+        with explained(folder):
+            draft.mkdir()
+            step("copying")
+            _fill(draft, evidence, recording, license_id)
+            step("drawing")
+            _show(draft, repo_id or _address_of(folder))
+            _sum_up(draft)
         step("checking the package")
         open_package(draft, allow_stand_in=allow_stand_in)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
+        room.publish(draft, force=force, may_replace=lambda: _require_replaceable(folder))
     return open_package(folder, allow_stand_in=allow_stand_in, hashed=True)
 
 
@@ -170,10 +176,63 @@ def addressed(found: Package, repo_id: str) -> Package:
     card = found.folder / CARD
     if _read_text(card) == text:
         return found
-    card.write_text(text, encoding="utf-8")
+    write_text(card, text)
     checksums = {**found.checksums, CARD: hub.sha256_of(card)}
     _write_sums(found.folder, checksums)
     return Package(found.folder, checksums, found.config, found.evidence)
+
+
+# what is replaced ------------------------------------------------------------------
+
+
+def _is_own(name: str) -> bool:
+    """Whether a package has a file of this name."""
+    variant = (name for dtype in PRECISIONS for name in _variant_names(dtype))
+    return name in _FIXED or name in (hub.CHECKSUMS, *variant) or left_by_the_system(name)
+
+
+def _check_target(folder: Path, force: bool) -> None:
+    if not is_folder(folder.parent):
+        raise OutputError(f"there is no folder {folder.parent}", hint="make it first")
+    if os.path.lexists(folder):
+        if not force:
+            raise OutputError(
+                f"{folder} exists", hint="give another folder, or --force to replace it"
+            )
+        _require_replaceable(folder)
+
+
+def _require_replaceable(folder: Path) -> None:
+    """OutputError unless ``folder`` is a package, or empty: nothing else is ever deleted."""
+    try:
+        if folder.is_symlink() or not folder.is_dir():
+            raise OutputError(f"{folder} is not a folder, and is not replaced", hint=_ELSEWHERE)
+        there = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    foreign = [name for name in there if not _is_own(name) or (folder / name).is_dir()]
+    if foreign:
+        raise OutputError(
+            f"{folder} holds what no package has, and is not replaced",
+            found=name_list(foreign),
+            hint=_ELSEWHERE,
+        )
+    if not all(map(left_by_the_system, there)) and not _is_ours(folder):
+        raise OutputError(
+            f"{folder} is not a package, and is not replaced",
+            found=name_list(there),
+            expected=f"{hub.CHECKSUMS} and a {hub.CONFIG} that {LIBRARY} wrote",
+            hint=_ELSEWHERE,
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    if not is_file(folder / hub.CHECKSUMS):
+        return False
+    try:
+        return _read_json(folder / hub.CONFIG).get("library_name") == LIBRARY
+    except HubError:
+        return False
 
 
 # what is refused -------------------------------------------------------------------
@@ -463,7 +522,7 @@ def _sum_up(folder: Path) -> None:
 
 def _write_sums(folder: Path, checksums: Mapping[str, str]) -> None:
     lines: Iterable[str] = (f"{checksums[name]}  {name}\n" for name in sorted(checksums))
-    (folder / hub.CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+    write_text(folder / hub.CHECKSUMS, "".join(lines))
 
 
 def _link(source: Path, target: Path) -> None:
