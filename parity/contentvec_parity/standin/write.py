@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_contentvec.errors import ConfigError, OutputError
-from mlx_contentvec.files import check_target
+from mlx_contentvec.files import cannot_write, check_target
 from mlx_contentvec.folders import Room
 
 from .weights import DEFAULT_SEED, DTYPES, Progress
@@ -56,10 +56,12 @@ def write_standin(
         try:
             save(state, unfinished, legacy)
         except (OSError, RuntimeError) as error:
-            # torch's writer has exceptions of its own for a disk that is full
-            reason = error.strerror if isinstance(error, OSError) else None
+            # torch's writer complains of its own position when a disk is full
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, OSError):
+                raise cannot_write(output, cause) from error
             raise OutputError(
-                f"cannot write {output}", found=reason or str(error).partition("\n")[0]
+                f"cannot write {output}", found=str(error).partition("\n")[0]
             ) from error
         room.publish(unfinished, force=force, may_replace=lambda: None)
     return output
