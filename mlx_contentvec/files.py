@@ -13,6 +13,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -244,6 +245,19 @@ def folder_lock(folder: Path) -> Iterator[None]:
             except OSError:  # some network file systems have no locks
                 break
         yield
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let Ctrl-C and a request to end wait for a few steps that belong together."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Draft:
