@@ -272,6 +272,8 @@ def main() -> int:
         return 0
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    # others' plugins take longer to import than most tests to run
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     # the project itself must not be found, only its copy
     sys.path[:] = [p for p in sys.path if not Path(p or ".").resolve().is_relative_to(PROJECT)]
     for module in HEAVY:
