@@ -206,6 +206,7 @@ def test_a_differing_tensor_blames_the_stage_that_reads_it() -> None:
     verdict = judge(report(*healthy(), tensors={"failures": [failure]}), Gates())
     assert not verdict["passed"]
     assert verdict["blame"]["wrong"][0]["differing_tensors"] == ["two.weight"]
+    assert verdict["reason"].endswith("it reads two.weight, which is not what the original holds")
 
 
 def test_a_report_without_tensors_can_be_judged() -> None:
@@ -511,7 +512,7 @@ def test_a_stage_given_something_else_is_blamed(
     document["reference"]["stages"] = ["zero", "one", "two"]
     document["reference"]["reads"]["zero"] = []
     document["reference"]["inputs"]["zero"] = None
-    document["stages"].append(row("stage", "zero", "a", 1e-6, 1e-6))
+    document["stages"].append(row("stage", "zero", "a", 1e-2, 1e-6))
     verdict = judge(document, Gates())
     assert verdict["blame"] == {"wrong": [], "stage_input": {"stage": stage, "input": given}}
     assert f"{stage} is right by itself and {given} is right" in verdict["reason"]
