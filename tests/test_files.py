@@ -15,6 +15,7 @@ from mlx_contentvec import files
 from mlx_contentvec.errors import OutputError
 from mlx_contentvec.files import (
     Draft,
+    cannot_write,
     check_target,
     folder_lock,
     is_file,
@@ -29,6 +30,12 @@ from mlx_contentvec.files import (
     sync,
     write_text,
 )
+
+
+def open_descriptors() -> int:
+    """How many this process has, where the system tells; else 0."""
+    listed = Path("/proc/self/fd")
+    return len(list(listed.iterdir())) if listed.exists() else 0
 
 
 def test_what_is_a_file_and_what_is_a_folder(tmp_path: Path) -> None:
@@ -68,6 +75,24 @@ def test_regular_files_are_opened_and_nothing_else(tmp_path: Path) -> None:
             open_regular(path)
 
 
+def test_what_is_no_regular_file_is_not_even_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "open", None)
+    with pytest.raises(ValueError, match="not a regular file"):
+        open_regular(tmp_path / "pipe")
+
+
+def test_the_systems_refusal_is_said_in_its_words_with_what_to_do() -> None:
+    full = cannot_write(Path("x"), OSError(errno.ENOSPC, "No space left on device"))
+    assert full.problem == "cannot write x: No space left on device"
+    assert full.hint is not None
+    assert "free some space" in full.hint
+    other = cannot_write(Path("x"), OSError("a library's own"))
+    assert (other.problem, other.hint) == ("cannot write x: a library's own", None)
+
+
 def test_a_file_exchanged_for_a_pipe_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,11 +105,10 @@ def test_a_file_exchanged_for_a_pipe_is_noticed(
         return real(tmp_path / "pipe", flags)
 
     monkeypatch.setattr(os, "open", exchanged)
-    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    before = open_descriptors()
     with pytest.raises(ValueError, match="not a regular file"):
         open_regular(tmp_path / "file")
-    if before:
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_descriptors() == before
 
 
 def test_a_file_of_our_own_is_made_and_kept(tmp_path: Path) -> None:
@@ -101,8 +125,10 @@ def test_a_file_of_our_own_is_made_and_kept(tmp_path: Path) -> None:
         open_own(tmp_path / "link")
     assert not (tmp_path / "elsewhere").exists()
     os.mkfifo(tmp_path / "pipe")
+    before = open_descriptors()
     with pytest.raises(OSError, match="something else has its name"):
         open_own(tmp_path / "pipe")
+    assert open_descriptors() == before
 
 
 def test_locks_are_exclusive_or_shared(tmp_path: Path) -> None:
