@@ -62,8 +62,8 @@ NAMES = ("one", "other")
 Listing = dict[str, str]
 
 
-def command(arguments: list[str], go: Any) -> None:
-    """In a process of its own: run a command, silently, once ``go`` is set."""
+def command(arguments: list[str], go: Path) -> None:
+    """In a process of its own: run a command, silently, once the file ``go`` is there."""
     from mlx_contentvec.cli import main
 
     if arguments[0] == "package":
@@ -71,7 +71,9 @@ def command(arguments: list[str], go: Any) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
-    go.wait()
+    # no lock that a process which is killed could take along
+    while not go.exists():
+        time.sleep(0.001)
     main(arguments)
 
 
@@ -252,7 +254,13 @@ class Proof:
         self.whole: dict[str, Listing] = {}
         self.seconds = 0.0
 
-    def start(self, who: str, folder: Path, go: Any) -> Any:
+    def not_yet(self) -> Path:
+        """A file that lets processes begin once it is there; it is not there yet."""
+        go = self.work / "go"
+        go.unlink(missing_ok=True)
+        return go
+
+    def start(self, who: str, folder: Path, go: Path) -> Any:
         process = self.context.Process(
             target=command, args=(self.target.arguments(who, folder), go), daemon=True
         )
@@ -261,11 +269,11 @@ class Proof:
 
     def run(self, who: str, folder: Path) -> tuple[int, float]:
         """One undisturbed run; its exit status and how long it took."""
-        go = self.context.Event()
+        go = self.not_yet()
         process = self.start(who, folder, go)
         time.sleep(0.05)
         begun = time.monotonic()
-        go.set()
+        go.touch()
         process.join()
         return process.exitcode, time.monotonic() - begun
 
@@ -296,7 +304,7 @@ class Proof:
         before = NAMES[number % 4 // 2] if number % 2 else None
         if before is not None:
             shutil.copytree(self.work / f"{before}-2", self.folder, dirs_exist_ok=True)
-        go = self.context.Event()
+        go = self.not_yet()
         processes = [self.start(who, self.folder, go) for who in NAMES]
         time.sleep(0.05)
         # two share the processor
@@ -306,7 +314,7 @@ class Proof:
             if self.random.random() < KILLED
         )
         begun = time.monotonic()
-        go.set()
+        go.touch()
         for moment, process in moments:
             process.join(max(0.0, begun + moment - time.monotonic()))
             if process.exitcode is None:

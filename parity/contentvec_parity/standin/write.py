@@ -7,6 +7,7 @@ tests hold the two files against each other.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mlx_contentvec.errors import ConfigError, OutputError
@@ -44,7 +45,9 @@ def write_standin(
     output = Path(output)
     if dtype not in DTYPES:
         raise ConfigError(f"no stand-in dtype {dtype!r}", expected=", ".join(DTYPES))
-    check_target(output, force=force)
+    if os.path.lexists(output) and not force:
+        raise OutputError(f"{output} exists", hint="--force overwrites it")
+    check_target(output, force=True)
     if made_with == "fairseq":
         from .with_fairseq import save_with_fairseq as save
         from .with_fairseq import state_from_fairseq as make_state
