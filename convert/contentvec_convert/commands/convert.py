@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_contentvec.errors import IdentityError, did_you_mean, name_list
+from mlx_contentvec.errors import IdentityError, name_list
+from mlx_contentvec.files import similar_name
 from mlx_contentvec.terminal import labelled, late_bar, say
 
 # Nothing here imports numpy: hashing the source takes longest and begins first.
@@ -136,19 +137,12 @@ def _fetched(source: Path) -> Path:
             f"cannot read {_shown(source)}: No such file or directory",
             expected="a checkpoint, a Hugging Face folder, or a name that `mlx-contentvec models` "
             "lists",
-            hint=did_you_mean(str(source), [*keys, *_beside(source)]),
+            hint=similar_name(source, keys),
         )
     from ..fetch import fetch
 
     click.echo(f"fetching {source}", err=True)
     return fetch(str(source))[0]
-
-
-def _beside(missing: Path) -> list[str]:
-    """What lies where ``missing`` does not, as it would be typed."""
-    with contextlib.suppress(OSError):
-        return [str(missing.with_name(path.name)) for path in missing.parent.iterdir()]
-    return []
 
 
 def _shown(path: Path) -> str:
