@@ -402,6 +402,19 @@ def test_the_same_run_gives_the_same_page(passed: tuple[Any, Path]) -> None:
     assert to_html(document) == to_html(document)
 
 
+def test_the_worst_frame_of_a_clip_in_a_batch_is_drawn_too(passed: tuple[Any, Path]) -> None:
+    from contentvec_parity.report.page import worst_frames
+
+    document = report.read(passed[1] / "run.json")
+    for row in document["stages"]:
+        row["candidate"]["worst_frame_at"] = [1, 3]
+    quiet, loud = np.zeros(8000, np.float32), np.ones(8000, np.float32)
+    heard = {clip["name"]: np.stack([quiet, loud]) for clip in document["clips"]}
+    drawn = worst_frames(document, heard)
+    assert len(drawn) == 3
+    assert all(entry["outline"].startswith("0.0,2.0 ") for entry in drawn)
+
+
 def test_without_its_packages_a_page_is_refused_before_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
