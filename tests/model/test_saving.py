@@ -31,7 +31,7 @@ CLIP = noise(6000)
 
 
 def features(model: ContentvecModel) -> np.ndarray:
-    return model.extract(CLIP, layer=3)
+    return model.extract(CLIP, sample_rate=16000, layer=3)
 
 
 def changed(change: str) -> ContentvecModel:
@@ -242,26 +242,29 @@ def test_a_file_of_rvc_mlx_loads(tmp_path: Path) -> None:
     path = write_rvc_mlx(tmp_path / "hubert.safetensors", DEEP)
     expected = random_model(DEEP, mx.float16)
     for version in ("v1", "v2"):
-        wanted = expected.extract(CLIP, version=version)
+        wanted = expected.extract(CLIP, sample_rate=16000, version=version)
         np.testing.assert_array_equal(
-            ContentvecModel.from_file(path).extract(CLIP, version=version), wanted
+            ContentvecModel.from_file(path).extract(CLIP, sample_rate=16000, version=version),
+            wanted,
         )
     named = ContentvecModel.from_pretrained(path)
-    np.testing.assert_array_equal(named.extract(CLIP), expected.extract(CLIP))
+    np.testing.assert_array_equal(named.extract(CLIP, sample_rate=16000), expected.extract(CLIP))
     loaded = ContentvecModel(DEEP).load_weights(path)
-    np.testing.assert_array_equal(loaded.extract(CLIP), expected.extract(CLIP))
+    np.testing.assert_array_equal(loaded.extract(CLIP, sample_rate=16000), expected.extract(CLIP))
     answer = Hubert.load(path)(CLIP[None]).last_hidden_state
-    np.testing.assert_allclose(answer[0], expected.extract(CLIP), atol=1e-6)
+    np.testing.assert_allclose(answer[0], expected.extract(CLIP, sample_rate=16000), atol=1e-6)
     named.save(tmp_path / "ours.safetensors")
     ours = ContentvecModel.from_file(tmp_path / "ours.safetensors")
-    np.testing.assert_array_equal(ours.extract(CLIP), expected.extract(CLIP))
+    np.testing.assert_array_equal(ours.extract(CLIP, sample_rate=16000), expected.extract(CLIP))
 
 
 def test_the_zeros_that_rvc_mlx_has_for_a_projection_are_none(tmp_path: Path) -> None:
     path = write_rvc_mlx(tmp_path / "hubert.safetensors", DEEP, has_final_proj="0")
     model = ContentvecModel.from_file(path)
     assert model.config == dataclasses.replace(DEEP, final_dim=None)
-    np.testing.assert_array_equal(model.extract(CLIP), random_model(DEEP, mx.float16).extract(CLIP))
+    np.testing.assert_array_equal(
+        model.extract(CLIP, sample_rate=16000), random_model(DEEP, mx.float16).extract(CLIP)
+    )
 
 
 @pytest.mark.parametrize("kind", ["voice", "rmvpe"])
