@@ -262,7 +262,9 @@ def test_a_copy_of_a_model_without_weights_has_none_either(how: str) -> None:
 def test_a_model_goes_to_a_process_of_its_own(tmp_path: Path) -> None:
     model = load(random_weights_file(tmp_path / "weights.safetensors", DEEP))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        sent = pool.submit(ContentvecModel.extract, model, CLIP).result(timeout=60)
+        sent = pool.submit(ContentvecModel.extract, model, CLIP, sample_rate=16000).result(
+            timeout=60
+        )
     assert_same([sent], answer(model, "extract"))
 
 
