@@ -15,7 +15,7 @@ import pytest
 from contentvec_parity import harness, with_tf32
 from contentvec_parity.compare.candidate import MlxCandidate
 from contentvec_parity.harness import assemble, compare_files
-from contentvec_parity.inputs import Clip, built_in, speech_like
+from contentvec_parity.inputs import Clip, speech_like
 from contentvec_parity.machine import describe
 from contentvec_parity.references import open_reference
 from contentvec_parity.report import document as report
