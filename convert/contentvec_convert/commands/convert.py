@@ -83,7 +83,7 @@ def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **opti
     SOURCE may also be the name of a known model (see mlx-contentvec models): it
     is fetched into the working folder first.
 
-    Only a known file is converted unasked. Every tensor is accounted for in a
+    Only a known file is converted unasked, and a file of the first release. Every tensor is accounted for in a
     ledger beside the output, and nothing appears before it has been written,
     flushed, read back and compared.
     """
@@ -160,14 +160,16 @@ def _line(label: str, text: str) -> None:
     say(labelled(label, text))
 
 
-def _show_identity(identity: Identity, stand_in: str | None) -> None:
+def _show_identity(identity: Identity, stand_in: str | None, naming: str) -> None:
+    from ..recognition import BY_CONTENT
+
     known = identity.known
     if stand_in is not None:
         said = "a STAND-IN with synthetic weights, not a trained model"
     elif known is not None:
         said = f"{known.key}: {known.what}"
     else:
-        said = "not a file that is known here"
+        said = BY_CONTENT.get(naming, "not a file that is known here")
     _line("is", said)
     _line("md5", identity.md5)
     _line("sha256", identity.sha256)
@@ -182,7 +184,7 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
     counts, made, origin = facts["counts"], facts["output"], facts["source"]
     click.echo(f"{_shown(source)} -> {_shown(output)}")
     click.echo("source")
-    _show_identity(ledger.identity, ledger.stand_in)
+    _show_identity(ledger.identity, ledger.stand_in, origin["naming"])
     _line("model", describe(ledger.config, origin["naming"]))
     click.echo("tensors")
     _line("read", f"{counts['source_tensors']} of {origin['naming']} naming, all accounted for")
@@ -211,7 +213,7 @@ def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
 
     click.echo(f"{_shown(path)}  {found.identity.size:,} bytes, {found.container}")
     if found.provenance is None:
-        _show_identity(found.identity, found.stand_in)
+        _show_identity(found.identity, found.stand_in, found.naming)
     else:
         _show_provenance(found)
     if found.config is not None:
