@@ -81,9 +81,9 @@ def _converted(key: str) -> Path:
     from huggingface_hub import cached_assets_path
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-    from . import __version__
-
-    folder = cached_assets_path("mlx-contentvec", namespace="converted", subfolder=__version__)
+    # another release may convert otherwise
+    release = _converter("conversion").__version__
+    folder = cached_assets_path("mlx-contentvec", namespace="converted", subfolder=release)
     path = folder / f"{key}.safetensors"
     with WeakFileLock(folder / f"{key}.lock"):
         if not path.exists():

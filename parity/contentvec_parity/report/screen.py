@@ -35,8 +35,10 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
     for line in advice(document):
         console.print(f"  {line}", highlight=False, markup=False)
     if document["source"].get("stand_in"):
-        console.print("[yellow]stand-in[/]  ", end="")
-        console.print(document["source"]["stand_in"], highlight=False, markup=False)
+        from rich.text import Text
+
+        text = document["source"]["stand_in"]
+        console.print(Text.assemble(("stand-in", "yellow"), f"  {text}"), highlight=False)
     console.print(
         f"MLX on {device_line(document)}; against {reference_line(document)}\n"
         f"{document['machine']['chip']}, {document['machine']['cores']} cores, "
