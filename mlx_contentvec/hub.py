@@ -87,10 +87,13 @@ def resolve_pretrained(
     filename:     one file of the repository or folder; where that release had it, a
                   second positional argument that ends in ``.safetensors``, it is
                   taken for that
-    weights_path: a file of this machine, in place of all these
+    weights_path: a file of this machine, in place of all these; that release's third
+                  positional argument, before which it did not read the others
 
     Raises HubError as :func:`resolve` does, and for arguments that contradict each other.
     """
+    if dtype is not None and os.fspath(dtype).endswith(".safetensors"):
+        return resolve(Path(dtype))
     if revision is not None and revision.endswith(".safetensors"):
         revision, filename = None, filename or revision
     if weights_path is not None:

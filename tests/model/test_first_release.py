@@ -360,6 +360,9 @@ LOADED: dict[str, Callable[[Path], ContentvecModel]] = {
     "weights_path=": lambda path: ContentvecModel.from_pretrained(weights_path=path),
     "weights_path= as text": lambda path: ContentvecModel.from_pretrained(weights_path=str(path)),
     "by position": lambda path: ContentvecModel.from_pretrained(str(path.parent), path.name),
+    "all by position": lambda path: ContentvecModel.from_pretrained(
+        first_release.HF_REPO_ID, first_release.HF_WEIGHTS_FILE, str(path)
+    ),
     "filename=": lambda path: ContentvecModel.from_pretrained(
         repo_id=str(path.parent), filename=path.name
     ),
@@ -433,6 +436,17 @@ def test_a_model_is_called_as_the_release_was(weights_path: Path) -> None:
     assert "spk_emb=" in str(caught.value)
     with pytest.raises(ConfigError, match="shape of a mask"):
         model(source, mx.zeros(source.shape))
+
+
+def test_what_was_saved_is_loaded_into_a_model_of_the_same_options(
+    weights_path: Path, tmp_path: Path
+) -> None:
+    model = ContentvecModel.from_pretrained(weights_path=weights_path)
+    model.save_weights(str(tmp_path / "saved.safetensors"))
+    options = {**CONSTRUCTOR, **SMALL, "encoder_layers_1": 0, "final_dim": None}
+    again = ContentvecModel(**options).load_weights(tmp_path / "saved.safetensors")
+    source = mx.array(AUDIO).reshape(1, -1)
+    np.testing.assert_array_equal(np.array(again(source)["x"]), np.array(model(source)["x"]))
 
 
 def test_a_mask_is_held_to_its_waveform_by_the_model(weights_path: Path) -> None:

@@ -83,9 +83,9 @@ def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **opti
     SOURCE may also be the name of a known model (see mlx-contentvec models): it
     is fetched into the working folder first.
 
-    Only a known file is converted unasked, and a file of the first release. Every tensor is accounted for in a
-    ledger beside the output, and nothing appears before it has been written,
-    flushed, read back and compared.
+    Only a known file, or one of the first release, is converted unasked. Every
+    tensor is accounted for in a ledger beside the output, and nothing appears
+    before it has been written, flushed, read back and compared.
     """
     source = _fetched(source)
     with contextlib.ExitStack() as stack:
