@@ -166,13 +166,13 @@ def _model_inside(path: Path) -> Foreign | None:
 
 def _get(wanted: KnownFile) -> str:
     """Where a file is that is wanted, to somebody who has another."""
-    if wanted.hub_path is not None:
+    if wanted.fetchable:
         return f"to get {wanted.names[0]}: mlx-contentvec fetch {wanted.key}"
     return f"{wanted.names[0]} is at {wanted.home}"
 
 
 def _download(wanted: KnownFile) -> str:
     """How to get a file that is wanted."""
-    if wanted.hub_path is not None:
+    if wanted.fetchable:
         return f"download it again with `mlx-contentvec fetch {wanted.key}`"
     return f"download it again from {wanted.home}"

@@ -20,6 +20,7 @@ from ..known_files import KNOWN_FILES
 if TYPE_CHECKING:
     from ..inspection import Inspection
     from ..ledger import Ledger
+    from ..repository import Fetched
 
 
 def _digits(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -73,21 +74,32 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     callback=_digits,
     help="Convert only the file with this SHA-256.",
 )
+@click.option("--revision", help="Branch, tag or commit of a repository.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @_HEADS
 @_NORMALIZE
 @_JSON
-def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **options: Any) -> None:
+def convert(
+    source: Path,
+    output: Path | None,
+    dtype: str,
+    revision: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Convert the checkpoint SOURCE, a file or a Hugging Face folder, to MLX safetensors.
 
-    SOURCE may also be the name of a known model (see mlx-contentvec models): it
-    is fetched into the working folder first.
+    SOURCE may also be the name of a known model (see mlx-contentvec models), or
+    of a repository on the Hugging Face Hub, OWNER/NAME, or of a folder or file in
+    it, OWNER/NAME/PATH. It is fetched into the working folder first, and held to
+    the checksum that is known of it or that the Hub states.
 
-    Only a known file, or one of the first release, is converted unasked. Every
+    Of files that are there, only a known one, or one of the first release, is
+    converted unasked. Every
     tensor is accounted for in a ledger beside the output, and nothing appears
     before it has been written, flushed, read back and compared.
     """
-    source = _fetched(source)
+    source, fetched = _fetched(source, revision)
     with contextlib.ExitStack() as stack:
         options["identification"] = (
             stack.enter_context(Identification(source)) if not source.is_dir() else None
@@ -99,7 +111,9 @@ def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **opti
             raise click.BadParameter(f"not one of {', '.join(PRECISIONS)}", param_hint="--dtype")
         output = output if output is not None else conversion.default_output(source)
         progress = stack.enter_context(late_bar())
-        ledger = conversion.convert(source, output, dtype=dtype, progress=progress, **options)
+        ledger = conversion.convert(
+            source, output, dtype=dtype, progress=progress, fetched=fetched, **options
+        )
     if as_json:
         click.echo(json.dumps({"path": _shown(output), **ledger.to_dict()}, ensure_ascii=False))
     else:
@@ -126,22 +140,26 @@ def inspect(
         _show_inspection(found, path, tensors)
 
 
-def _fetched(source: Path) -> Path:
-    """``source``, or the known file of that name, fetched where there is no such path."""
-    keys = [row.key for row in KNOWN_FILES]
+def _fetched(source: Path, revision: str | None) -> tuple[Path, Fetched | None]:
+    """``source``; or, where there is no such path, what was downloaded by that name."""
     if source.exists():
-        return source
-    if str(source) not in keys:
+        if revision is not None:
+            raise click.BadParameter(f"{source} is no repository", param_hint="--revision")
+        return source, None
+    from ..fetch import fetch
+    from ..repository import is_address
+
+    name, keys = str(source), [row.key for row in KNOWN_FILES]
+    if name not in keys and not is_address(name):
         raise IdentityError(
             f"cannot read {_shown(source)}: No such file or directory",
-            expected="a checkpoint, a Hugging Face folder, or a name that `mlx-contentvec models` "
-            "lists",
-            hint=did_you_mean(str(source), [*keys, *_beside(source)]),
+            expected="a checkpoint, a Hugging Face folder, a repository like owner/name, or a name "
+            "that `mlx-contentvec models` lists",
+            hint=did_you_mean(name, [*keys, *_beside(source)]),
         )
-    from ..fetch import fetch
-
-    click.echo(f"fetching {source}", err=True)
-    return fetch(str(source))[0]
+    click.echo(f"fetching {name}", err=True)
+    fetched = fetch(name, revision=revision)
+    return fetched.path, fetched
 
 
 def _beside(missing: Path) -> list[str]:
