@@ -166,6 +166,7 @@ NAMINGS = {
     "fairseq": "fairseq names",
     "transformers": "Hugging Face names",
     "mlx-contentvec": "converted by mlx-contentvec",
+    "rvc-mlx": "written by rvc-mlx",
     "mlx-contentvec 0.1": "names of the first mlx-contentvec release",
 }
 
