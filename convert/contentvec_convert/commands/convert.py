@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_contentvec.errors import IdentityError, did_you_mean, name_list
+from mlx_contentvec.files import explained
+from mlx_contentvec.hub import WEIGHTS
 from mlx_contentvec.terminal import labelled, late_bar, say
 
 # Nothing here imports numpy: hashing the source takes longest and begins first.
@@ -46,9 +49,42 @@ _NORMALIZE = click.option(
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
+#: options of mlx-lm's convert that are another command or another option here
+_ELSEWHERE = {
+    "--quantize": "say --dtype q8 (8 bits) or --dtype q4 (4 bits, far less exact)",
+    "--q-bits": "say --dtype q8 or --dtype q4",
+    "--q-group-size": "groups are of 64 weights: say --dtype q8 or --dtype q4",
+    "--upload-repo": "put what proves the weights beside them and publish both: "
+    "mlx-contentvec package, then mlx-contentvec publish",
+}
+
+
+def _elsewhere(context: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value is not None and value is not False:
+        name = parameter.opts[-1]
+        raise click.UsageError(f"{name} is an option of mlx-lm; here, {_ELSEWHERE[name]}")
+
+
+def _words_of_mlx_lm(command: Callable[..., None]) -> Callable[..., None]:
+    """Hidden options: mlx-lm's two paths, and an answer to those that are not here."""
+    for name in reversed(_ELSEWHERE):
+        flag = name == "--quantize"
+        option = click.option(
+            *(("-q", name) if flag else (name,)),
+            is_flag=flag,
+            hidden=True,
+            expose_value=False,
+            callback=_elsewhere,
+        )
+        command = option(command)
+    paths = {"--mlx-path": click.Path(path_type=Path), "--hf-path": str}
+    for name, kind in paths.items():
+        command = click.option(name, type=kind, hidden=True)(command)
+    return command
+
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path), required=False)
 @click.option(
     "-o",
     "--output",
@@ -79,9 +115,12 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @_HEADS
 @_NORMALIZE
 @_JSON
+@_words_of_mlx_lm
 def convert(
-    source: Path,
+    source: Path | None,
     output: Path | None,
+    hf_path: str | None,
+    mlx_path: Path | None,
     dtype: str,
     revision: str | None,
     as_json: bool,
@@ -99,6 +138,14 @@ def convert(
     tensor is accounted for in a ledger beside the output, and nothing appears
     before it has been written, flushed, read back and compared.
     """
+    if hf_path is not None and source is None:
+        source = Path(hf_path)
+    elif source is None or hf_path is not None:
+        raise click.UsageError("name one SOURCE: a file, a folder, or OWNER/NAME on the Hub")
+    if mlx_path is not None:
+        if output is not None:
+            raise click.UsageError("name one output: -o FILE.safetensors")
+        output = _file_at(mlx_path)
     source, fetched = _fetched(source, revision)
     with contextlib.ExitStack() as stack:
         options["identification"] = (
@@ -138,6 +185,15 @@ def inspect(
         click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
     else:
         _show_inspection(found, path, tensors)
+
+
+def _file_at(path: Path) -> Path:
+    """The output for ``--mlx-path``: a file, or one in a folder for ``from_pretrained``."""
+    if path.suffix == ".safetensors":
+        return path
+    with explained(path):
+        path.mkdir(exist_ok=True)
+    return path / WEIGHTS[0]
 
 
 def _fetched(source: Path, revision: str | None) -> tuple[Path, Fetched | None]:
