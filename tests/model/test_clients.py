@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +173,10 @@ def test_applio(
         return model.final_proj(feats[0]).unsqueeze(0) if use == "v1" else feats
 
     features = hold(client, model, transformers)
+    if use == "training":
+        with ThreadPoolExecutor(3) as pool:  # a worker for every processor
+            for answer in pool.map(lambda _: client(model, torch.float32), range(6)):
+                np.testing.assert_array_equal(answer, features)
     assert not np.isnan(np.asarray(features)).any()
 
 
