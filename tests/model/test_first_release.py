@@ -394,10 +394,18 @@ def test_the_release_is_what_from_pretrained_loads(
         "assert (HF_REPO_ID, HF_WEIGHTS_FILE) == "
         "('lexandstuff/mlx-contentvec', 'contentvec_base.safetensors')\n"
         "audio = mx.array(np.load(sys.argv[1])).reshape(1, -1)\n"
+        "from mlx_contentvec.rvc import Hubert\n"
         "for model in (ContentvecModel.from_pretrained(),\n"
         "              ContentvecModel.from_pretrained(HF_REPO_ID),\n"
-        "              ContentvecModel.from_pretrained(repo_id=HF_REPO_ID)):\n"
-        "    np.save(sys.argv[2], np.array(model(audio)['x']))\n"
+        "              ContentvecModel.from_pretrained(HF_REPO_ID, HF_WEIGHTS_FILE),\n"
+        "              ContentvecModel.from_pretrained(repo_id=HF_REPO_ID),\n"
+        "              ContentvecModel.from_pretrained(\n"
+        "                  repo_id=HF_REPO_ID, filename=HF_WEIGHTS_FILE),\n"
+        "              Hubert.load(HF_REPO_ID).model):\n"
+        "    x = np.array(model(audio)['x'])\n"
+        "    assert np.array_equal(x, np.load(sys.argv[2])) if sys.argv[3:] else True\n"
+        "    np.save(sys.argv[2], x)\n"
+        "    sys.argv[3:] = ['again']\n"
     )
     np.save(tmp_path / "audio.npy", AUDIO)
     with HubServer() as server:
