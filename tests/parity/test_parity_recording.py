@@ -177,12 +177,12 @@ def other(
 
 
 def test_a_recording_of_another_checkpoint_is_refused_with_both_names(
-    other: tuple[Path, Path], converted_tiny: Path, tiny_checkpoint: Path
+    other: tuple[Path, Path], converted_tiny: Path
 ) -> None:
     with pytest.raises(ParityError, match="is not a recording of what") as refused:
         replay(other[1], converted_tiny)
     assert other[0].name in str(refused.value)
-    assert tiny_checkpoint.name in str(refused.value)
+    assert converted_tiny.name in str(refused.value)
 
 
 def test_a_checkpoint_that_is_not_the_recorded_one_is_refused(
