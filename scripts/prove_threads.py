@@ -52,7 +52,7 @@ CALLS: dict[str, Callable[[ContentvecModel, np.ndarray], Any]] = {
         iter(model.extract_many([clip, clip[::2]], sample_rate=RATE))
     ),
     "fairseq": lambda model, clip: Hubert(model).extract_features(clip[None], output_layer=9)[0],
-    "transformers": lambda model, clip: Hubert(model)(clip[None]).last_hidden_state,
+    "transformers": lambda model, clip: Hubert(model)(clip[None])[0],
     "live": streamed,
 }
 
