@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HubError, name_list
+from .files import similar_name
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
 
 CHECKSUMS = "SHA256SUMS"
@@ -141,7 +142,8 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
         raise HubError(
             f"there are no weights at {name}",
             expected="a .safetensors file, a folder with one, or a repository like owner/name",
-            hint="a local path is taken from the current folder: " + str(Path.cwd()),
+            hint=similar_name(path)
+            or "a local path is taken from the current folder: " + str(Path.cwd()),
         )
     return RepositoryFiles(name, revision)
 

@@ -30,7 +30,7 @@ from contentvec_convert.conversion import ledger_path
 from mlx_contentvec import hub
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import HubError, OutputError, name_list
-from mlx_contentvec.files import left_by_the_system
+from mlx_contentvec.files import left_by_the_system, similar_name
 
 from ..compare.candidate import read_metadata
 from ..compare.verdict import Gates, judge
@@ -181,7 +181,7 @@ def addressed(found: Package, repo_id: str) -> Package:
 def _gather(weights: Path, ledger: Path, parity: Path, sha256: str | None = None) -> Evidence:
     """One weights file with its papers; HubError unless they are about this very file."""
     if not weights.is_file():
-        raise HubError(f"there is no converted file {weights}")
+        raise HubError(f"there is no converted file {weights}", hint=similar_name(weights))
     metadata = read_metadata(weights)
     if not {"config", "source", "dtype"} <= set(metadata) or metadata.get("format") != "mlx":
         raise HubError(
