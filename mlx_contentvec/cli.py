@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "export": (
         "contentvec_convert.commands.export:export",
-        "Write a converted file for transformers or fairseq.",
+        "Write a converted file for transformers, fairseq or rvc-mlx.",
     ),
     "models": ("contentvec_convert.commands.models:models", "List the embedders that are known."),
     "extract": ("mlx_contentvec.extract.command:extract", "Extract features from audio files."),

@@ -38,7 +38,7 @@ SKIPS = {
 }
 FENCE = re.compile(r"^```(\S*)[ ]?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: these pages work on a checkpoint and what was made of it; the others need layers 9 and 12
-WITH_CHECKPOINT = {"docs/parity.md", "docs/embedders.md", "docs/publishing.md"}
+WITH_CHECKPOINT = {"docs/parity.md", "docs/embedders.md", "docs/ports.md", "docs/publishing.md"}
 #: this one publishes: to a Hub on this machine, what does not say that it is a stand-in
 PUBLISHES = "docs/publishing.md"
 
