@@ -211,7 +211,10 @@ def _target(row: KnownFile, output: str | Path | None) -> Path:
         path = path / row.names[0] if path.is_dir() else path
         folder = path.parent
     if not folder.is_dir():
-        raise OutputError(f"there is no folder {folder}", hint="make it first")
+        raise OutputError(
+            f"there is no folder {folder}",
+            hint="make the folder first, or write to another one with -o",
+        )
     with explained(path.parent):
         path.parent.mkdir(exist_ok=True)
     return path
