@@ -240,7 +240,7 @@ def test_a_file_in_the_cache_is_taken_from_there_even_offline(
 def test_json_is_one_document(fetch: Run) -> None:
     document = json.loads(fetch("--json").stdout)
     assert document["sha256"] == hashlib.sha256(CONTENT).hexdigest()
-    assert Path(document["path"]).name == "hubert_base.pt"
+    assert Path(document["path"]).name == document["name"] == "hubert_base.pt"
 
 
 def test_list_names_what_can_be_fetched(fetch: Run) -> None:
