@@ -52,11 +52,11 @@ MOST_PADDING = 0.25
 LOOK_AHEAD = 64
 #: seconds of audio in one batch, which fit into ``memory.GPU_ROOM``. On a CPU batches are
 #: no faster than single clips
-BATCH_SECONDS = {"cpu": 0.0, "metal": 60.0, "cuda": 60.0}
+BATCH_SECONDS = {"cpu": 0.0, "metal": 30.0, "cuda": 30.0}
 #: lengths between one and its double to which clips are padded in half precision on CUDA.
-#: A convolution of each length needs a plan of its own, which takes longer to make than
-#: the clip to compute, and 29 of 600 clips of as many lengths were lost to MLX's bound on
-#: plans. A clip is padded by a sixteenth at most and keeps its features
+#: The fused attention of each length needs a plan of its own, which takes longer to make
+#: than the clip to compute, and MLX keeps 256. A clip is padded by a sixteenth at most and
+#: keeps its features
 LENGTHS_PER_OCTAVE = 16
 
 

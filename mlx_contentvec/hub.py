@@ -16,7 +16,6 @@ Where files come from and go to (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME`
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -26,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HubError, name_list
+from .files import open_regular, similar_name
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
+from .json_text import JsonError, read_object
 
 CHECKSUMS = "SHA256SUMS"
 CONFIG = "config.json"
@@ -44,6 +45,8 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
 #: the folder of a repository in the client's cache
 _CACHED = re.compile(r"models--(.+?)--(.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+#: bytes of a list of checksums: some thousand files
+_SUMS_BYTES = 1024 * 1024
 _TOKEN = re.compile(r"hf_\w+")
 #: top-level modules whose exceptions mean that the network did not deliver
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "ssl", "socket"}
@@ -141,7 +144,8 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
         raise HubError(
             f"there are no weights at {name}",
             expected="a .safetensors file, a folder with one, or a repository like owner/name",
-            hint="a local path is taken from the current folder: " + str(Path.cwd()),
+            hint=similar_name(path)
+            or "a local path is taken from the current folder: " + str(Path.cwd()),
         )
     return RepositoryFiles(name, revision)
 
@@ -154,10 +158,20 @@ def is_repo_id(name: str) -> bool:
 def read_checksums(path: Path) -> dict[str, str]:
     """File name -> SHA-256 (hex), from a ``SHA256SUMS`` as sha256sum writes it.
 
-    Raises HubError on a line that is not one.
+    Raises HubError on a line that is not one, and for a file that is too large or
+    not UTF-8.
     """
     sums: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            text = file.read(_SUMS_BYTES + 1)
+        if len(text) > _SUMS_BYTES:
+            raise ValueError(f"more than {_SUMS_BYTES:,} bytes")
+        lines = text.decode("utf-8").splitlines()
+    except ValueError as error:
+        problem = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise HubError(f"{path} is not a list of checksums", found=problem) from error
+    for line in lines:
         digest, separator, name = line.partition("  ")
         if not separator or not _SHA256.fullmatch(digest) or not name:
             raise HubError(
@@ -254,22 +268,24 @@ class PackageFiles:
             return {}
         path = self.file(CONFIG)
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise HubError(f"{path} is not JSON", found=str(error)) from error
-        return config if isinstance(config, dict) else {}
+            return read_object(path)
+        except JsonError as error:
+            raise HubError(f"{path} is not what it should be", found=str(error)) from error
 
     def _variant(self, dtype: str) -> tuple[str, ...]:
         """The file of the variant called ``dtype``, or the main names if those will do."""
         config = self.config()
         variants = config.get("variants", {})
-        if dtype in variants:
-            return (variants[dtype]["file"],)
+        variants = variants if isinstance(variants, dict) else {}
+        row = variants.get(dtype)
+        file = row.get("file") if isinstance(row, dict) else None
+        if isinstance(file, str) and Path(file).name == file:
+            return (file,)
         if dtype in FLOATS or dtype == config.get("dtype"):
             return WEIGHTS
         raise HubError(
             f"there are no {dtype} weights in {self.where}",
-            found=name_list([config.get("dtype", "float32"), *variants]),
+            found=name_list([str(config.get("dtype", "float32")), *variants]),
             hint="make them with\nmlx-contentvec convert SOURCE -o FILE.safetensors --dtype "
             + dtype,
         )

@@ -14,10 +14,11 @@ no partial file between two runs, which is why the ``.part`` is kept here.)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -32,6 +33,7 @@ from mlx_contentvec.errors import (
     printable,
 )
 from mlx_contentvec.files import (
+    Draft,
     cannot_write,
     check_target,
     explained,
@@ -153,7 +155,7 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
     part = _part_of(path)
     with explained(part):
         file = os.fdopen(open_own(part), "r+b")
-    with file:
+    with _closed_quietly(file):
         if not lock_now(file.fileno()):
             raise OutputError(
                 f"another process is downloading {path}",
@@ -187,6 +189,16 @@ def _part_of(path: Path) -> Path:
     return path.with_name(name)
 
 
+@contextlib.contextmanager
+def _closed_quietly(file: BinaryIO) -> Iterator[None]:
+    """Close a file; what could not be written has been said by then."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
 def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
@@ -199,7 +211,8 @@ def _target(row: KnownFile, output: str | Path | None) -> Path:
     folder = path.parent.parent if row.beside else path.parent
     if not folder.is_dir():
         raise OutputError(f"there is no folder {folder}", hint="make it first")
-    path.parent.mkdir(exist_ok=True)
+    with explained(path.parent):
+        path.parent.mkdir(exist_ok=True)
     return path
 
 
@@ -217,7 +230,11 @@ def _fetch_beside(row: KnownFile, folder: Path, *, force: bool) -> None:
                     f"{path} exists, and is not that of {repository_of(row)}",
                     hint="give another --output, or --force to replace it",
                 )
-        path.write_bytes(found)
+        with Draft(path) as draft:
+            with draft.open() as copy, explained(path):
+                copy.write(found)
+            draft.sync()
+            draft.rename(force=True)
 
 
 def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None) -> Identity:

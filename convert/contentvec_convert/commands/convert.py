@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_contentvec.errors import IdentityError, did_you_mean, name_list
-from mlx_contentvec.files import explained
+from mlx_contentvec.errors import IdentityError, name_list
+from mlx_contentvec.files import explained, similar_name
 from mlx_contentvec.hub import WEIGHTS
 from mlx_contentvec.terminal import labelled, late_bar, say
 
@@ -211,18 +211,11 @@ def _fetched(source: Path, revision: str | None) -> tuple[Path, Fetched | None]:
             f"cannot read {_shown(source)}: No such file or directory",
             expected="a checkpoint, a Hugging Face folder, a repository like owner/name, or a name "
             "that `mlx-contentvec models` lists",
-            hint=did_you_mean(name, [*keys, *_beside(source)]),
+            hint=similar_name(source, keys),
         )
     click.echo(f"fetching {name}", err=True)
     fetched = fetch(name, revision=revision)
     return fetched.path, fetched
-
-
-def _beside(missing: Path) -> list[str]:
-    """What lies where ``missing`` does not, as it would be typed."""
-    with contextlib.suppress(OSError):
-        return [str(missing.with_name(path.name)) for path in missing.parent.iterdir()]
-    return []
 
 
 def _shown(path: Path) -> str:

@@ -24,6 +24,7 @@ def doctor(measure: bool, json_file: str | None) -> None:
     from rich.console import Console
 
     from mlx_contentvec.errors import ContentvecError, OutputError
+    from mlx_contentvec.terminal import say
 
     from .. import doctor as examination
 
@@ -45,5 +46,8 @@ def doctor(measure: bool, json_file: str | None) -> None:
             Path(json_file).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{json_file} cannot be written: {error.strerror}") from error
-    click.echo(text if json_file == "-" else examination.to_text(document))
+    if json_file == "-":
+        click.echo(text)
+    else:
+        say(examination.to_text(document))
     click.get_current_context().exit(1 if document["troubles"] else 0)
