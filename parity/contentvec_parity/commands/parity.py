@@ -185,12 +185,13 @@ def record_command(checkpoint: Path, output: Path, reference: str | None, force:
 def judge_command(saved: Path, **delivery: Any) -> None:
     """Judge a saved run (--json FILE) by other limits, without running it again."""
     from ..compare.verdict import judge
-    from ..report.document import read
+    from ..report.document import read, used
 
     _require_page(delivery)
     document = read(saved)
-    document["verdict"] = judge(document, _gates(delivery))
-    _deliver(document, **delivery)
+    with used(saved.name):
+        document["verdict"] = judge(document, _gates(delivery))
+        _deliver(document, **delivery)
 
 
 def _require_page(options: dict[str, Any]) -> None:
@@ -213,7 +214,7 @@ def _deliver(
     html: Path | None,
     audio: tuple[Path, ...] = (),
 ) -> None:
-    """Write and print what was asked for, and end with the verdict's status."""
+    """Write and print what was asked for, all of it made first; end with the verdict's status."""
     from ..report.document import to_json
     from ..report.markdown import to_markdown
     from ..report.screen import print_screen
@@ -229,15 +230,18 @@ def _deliver(
 
         heard = {clip.name: clip.waveform[0] for clip in from_files(audio)}
         written.append((html, to_html(document, heard)))
-    for path, text in written:
-        write_text(path, text)
     if json_file == "-":
-        click.echo(to_json(document))
+        shown = to_json(document)
     else:
         from rich.console import Console
 
         console = Console()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = 100
-        print_screen(document, console)
+        with console.capture() as screen:
+            print_screen(document, console)
+        shown = screen.get().removesuffix("\n")
+    for path, text in written:
+        write_text(path, text)
+    click.echo(shown)
     click.get_current_context().exit(0 if document["verdict"]["passed"] else 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from numpy.typing import NDArray
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
+from mlx_contentvec.files import is_file
+from mlx_contentvec.json_text import JsonError, parse_object
 
 from ..inputs import Clip
 
@@ -53,9 +54,11 @@ class MlxCandidate:
 
     @property
     def source(self) -> dict[str, Any]:
-        """What the file says it was made from; empty if it does not."""
-        found: dict[str, Any] = json.loads(self.metadata.get("source", "{}"))
-        return found
+        """What the file says it was made from; empty if it does not, or not so that it is read."""
+        try:
+            return parse_object(self.metadata.get("source", "{}"))
+        except JsonError:
+            return {}
 
     def stages(self, clip: Clip) -> dict[str, NDArray[np.float32]]:
         """Every stage from the audio."""
@@ -132,6 +135,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if path.exists() and not is_file(path):
+        raise ParityError(f"{path} is not a file", expected="a .safetensors file")
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})

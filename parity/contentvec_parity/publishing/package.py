@@ -30,7 +30,8 @@ from contentvec_convert.conversion import ledger_path
 from mlx_contentvec import hub
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import HubError, OutputError, name_list
-from mlx_contentvec.files import left_by_the_system
+from mlx_contentvec.files import left_by_the_system, read_regular
+from mlx_contentvec.json_text import JsonError, parse_object, read_object
 
 from ..compare.candidate import read_metadata
 from ..compare.verdict import Gates, judge
@@ -61,8 +62,11 @@ _FIXED = frozenset(
 
 #: a recording larger than this does not ship
 RECORDING_LIMIT = 10_000_000
+#: no card has as many bytes
+_CARD_BYTES = 1 << 20
 
 
+@report.used("the evidence of these weights")
 def package(
     converted: Path,
     folder: Path,
@@ -123,6 +127,7 @@ def package(
     return open_package(folder, allow_stand_in=allow_stand_in, hashed=True)
 
 
+@report.used("the evidence in this folder")
 def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = False) -> Package:
     """A folder that :func:`package` made, every claim in it checked again.
 
@@ -139,7 +144,7 @@ def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = F
         )
     checksums = hub.read_checksums(sums_path)
     _check_files(folder, checksums, hashed)
-    config = _read_json(folder / hub.CONFIG)
+    config = hub.read_config(folder / hub.CONFIG)
     if config.get("library_name") != LIBRARY:
         raise HubError(f"{folder / hub.CONFIG} was not made by {LIBRARY}")
     evidence = _gather_packaged(folder, config, checksums)
@@ -229,7 +234,7 @@ def _check_ledger(evidence: Evidence, path: Path) -> None:
         )
     if evidence.ledger.get("source") != evidence.source or evidence.ledger.get(
         "config"
-    ) != json.loads(evidence.metadata["config"]):
+    ) != parse_object(evidence.metadata["config"]):
         raise HubError(
             f"the ledger {path.name} does not fit {evidence.weights.name}",
             found="another source or configuration than the weights name",
@@ -320,6 +325,7 @@ def _check_files(folder: Path, checksums: Mapping[str, str], hashed: bool) -> No
     for name, stated in checksums.items():
         if hashed:
             continue
+        hub.require_plausible_size(folder / name)
         stat = (folder / name).stat()
         # two names of one blob are hashed once
         key = (stat.st_dev, stat.st_ino)
@@ -353,10 +359,17 @@ def _check_recording(path: Path, evidence: Evidence) -> None:
         )
 
 
+def _card_text(path: Path) -> str:
+    try:
+        return read_regular(path, _CARD_BYTES).decode("utf-8")
+    except OSError as error:
+        raise HubError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _check_card(found: Package) -> None:
     """The card must be the generated one, for whatever address it names, and fit for the Hub."""
     path = found.folder / CARD
-    text = path.read_text(encoding="utf-8")
+    text = _card_text(path)
     address = re.search(r'from_pretrained\("([^"\n]+)"', text)
     generated = render(found, address[1] if address else "")
     if text != generated:
@@ -429,7 +442,7 @@ def _show(draft: Path, address: str) -> None:
     document = report.read(draft / PARITY)
     (draft / PAGE).write_text(to_html(document), encoding="utf-8")
     stage_plot(document, draft / PLOT)
-    config, checksums = _read_json(draft / hub.CONFIG), _hashes(draft)
+    config, checksums = hub.read_config(draft / hub.CONFIG), _hashes(draft)
     evidence = tuple(_gather_packaged(draft, config, checksums))
     text = render(Package(draft, checksums, config, evidence), address)
     (draft / CARD).write_text(text, encoding="utf-8")
@@ -438,7 +451,7 @@ def _show(draft: Path, address: str) -> None:
 def _config(evidence: Sequence[Evidence], license_id: str) -> dict[str, Any]:
     """config.json: what a program needs to know before it opens the weights."""
     main = evidence[0]
-    model = ModelConfig.from_dict(json.loads(main.metadata["config"]))
+    model = ModelConfig.from_json(main.metadata["config"])
     last = model.encoder_layers
     first = min(9, last)
     config: dict[str, Any] = {
@@ -487,7 +500,7 @@ def _config(evidence: Sequence[Evidence], license_id: str) -> dict[str, Any]:
 def _quantization(evidence: Evidence) -> dict[str, Any]:
     if "quantization" not in evidence.metadata:
         return {}
-    return {"quantization": json.loads(evidence.metadata["quantization"])}
+    return {"quantization": parse_object(evidence.metadata["quantization"])}
 
 
 def _title(main: Evidence) -> str:
@@ -542,14 +555,11 @@ def _link(source: Path, target: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except OSError as error:
         raise HubError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise HubError(f"{path} is not JSON", found=str(error)) from error
-    if not isinstance(found, dict):
-        raise HubError(f"{path} is not what it should be", expected="a JSON object")
-    return found
+    except JsonError as error:
+        raise HubError(f"{path} is not JSON that can be used", found=str(error)) from error
 
 
 def _read_report(path: Path, weights: Path) -> report.Document:

@@ -40,6 +40,7 @@ from contentvec_convert.writer import Entry, header, lay_out
 from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 from mlx_contentvec.errors import OutputError, ParityError
 from mlx_contentvec.files import Draft, check_target
+from mlx_contentvec.json_text import NUMBER, JsonError, parse_object, require
 
 from .. import machine
 from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows
@@ -234,6 +235,20 @@ def hash_values(values: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
 
 
+_ERRORS = {...: {...: {"max_abs": NUMBER, "rms": NUMBER}}}
+#: what a header has
+_FORM = {
+    "schema": str,
+    "source": {"name": str, "sha256": str},
+    "config": dict,
+    "reference": {"name": str, "versions": {...: str}},
+    "clips": [{"name": str, "about": str, "origin": dict, "stages": [str]}],
+    "scales": {...: NUMBER},
+    "tensors": {...: str},
+    "half": {...: {"about": dict, "errors": {...: _ERRORS}}},
+}
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """What a recording is of.
 
@@ -249,14 +264,17 @@ def read_header(path: Path) -> dict[str, Any]:
             hint="mlx-contentvec parity record CHECKPOINT FILE makes one",
         )
     try:
-        header: dict[str, Any] = json.loads(metadata["recording"])
-        schema = header["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+        header = parse_object(metadata["recording"])
+        require(header, {"schema": str})
+        if header["schema"] != SCHEMA:
+            raise ParityError(
+                f"{path.name} is a recording of another layout",
+                found=header["schema"],
+                expected=SCHEMA,
+            )
+        require(header, _FORM)
+    except JsonError as error:
         raise ParityError(f"the header of {path.name} cannot be read: {error}") from error
-    if schema != SCHEMA:
-        raise ParityError(
-            f"{path.name} is a recording of another layout", found=str(schema), expected=SCHEMA
-        )
     return header
 
 
@@ -280,8 +298,45 @@ class Recording:
                 self._arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.clips = [self._clip(about) for about in self.header["clips"]]
             self._stages = {about["name"]: about["stages"] for about in self.header["clips"]}
-        except (SafetensorError, KeyError, OSError, TypeError) as error:
+            self._require_whole()
+        except (SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
             raise ParityError(f"{path.name} is damaged: {error}") from error
+
+    def _require_whole(self) -> None:
+        """Raise KeyError or ValueError unless all is there that is asked for, in its shape."""
+        known = set(stage_names(self.config))
+        if not self.clips or len(self._stages) < len(self.clips):
+            raise ValueError("it holds no clip, or one twice")
+        for clip in self.clips:
+            rows, samples = self._shape(f"{clip.name}/waveform", 2)
+            whole = {"padding_mask": 2, "input": 2}
+            for name, axes in whole.items():
+                entry = f"{clip.name}/{name}"
+                if entry in self._arrays and self._shape(entry, axes) != (rows, samples):
+                    raise ValueError(f"{entry} has another shape than its waveform")
+            kept = self._stages[clip.name]
+            if not kept or set(kept) - known:
+                raise ValueError(f"{clip.name} has stages that the model has not")
+            for stage in kept:
+                shape = self._shape(f"{clip.name}/{stage}", 3)
+                if shape[0] != rows or not all(shape):
+                    raise ValueError(f"{clip.name}/{stage} has the impossible shape {shape}")
+                before = stage_input(self.config, stage)
+                kinds = ["truth", "local"] if before is None or before in kept else ["truth"]
+                for kind in kinds:
+                    entry = f"{clip.name}/{stage}/{kind}"
+                    if self._shape(entry, 3) != shape or not self.header["scales"][entry] > 0:
+                        raise ValueError(f"{entry} does not fit what it is the truth of")
+        for recorded in self.header["half"].values():
+            if set(recorded["errors"]) != set(self._stages):
+                raise ValueError("the errors in half precision are of other clips")
+
+    def _shape(self, entry: str, axes: int) -> tuple[int, ...]:
+        array = self._arrays[entry]
+        if array.ndim != axes or not np.isfinite(array).all():
+            raise ValueError(f"{entry} has {array.ndim} axes, or values that are not finite")
+        shape: tuple[int, ...] = array.shape
+        return shape
 
     def _clip(self, about: Mapping[str, Any]) -> Clip:
         name = about["name"]

@@ -61,14 +61,16 @@ Infinite numbers are written as the strings "inf" and "-inf".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_contentvec.errors import ParityError
+from mlx_contentvec.errors import ParityError, printable
+from mlx_contentvec.json_text import JsonError, read_object, require
 
 from ..inputs import built_in
 
@@ -95,31 +97,37 @@ def _strict(value: Any) -> Any:
     return value
 
 
+#: characters of a text that is kept of a saved document: a verdict's reason has some hundred
+_CHARACTERS = 2_000
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
 def _lenient(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _lenient(item) for key, item in value.items()}
+        return {printable(key[:_CHARACTERS]): _lenient(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_lenient(item) for item in value]
-    return (
-        {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}.get(value, value)
-        if isinstance(value, str)
-        else value
-    )
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, printable(value[:_CHARACTERS]))
+    return value
 
 
 def read(path: Path) -> Document:
     """A saved document.
 
-    Raises ParityError if the file is not one, or of another schema.
+    Raises ParityError if the file is not one, or of another schema. What it holds
+    besides is for those who use it to judge: see :func:`used`.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
+        require(found, {"schema": str})
         schema = found["schema"]
     except OSError as error:
         raise ParityError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except JsonError as error:
         raise ParityError(
             f"{path.name} is not a saved parity run",
+            found=str(error),
             expected=f"JSON with a schema, as --json FILE writes ({SCHEMA})",
         ) from error
     if schema != SCHEMA:
@@ -131,6 +139,22 @@ def read(path: Path) -> Document:
         )
     document: Document = _lenient(found)
     return document
+
+
+@contextlib.contextmanager
+def used(name: str) -> Iterator[None]:
+    """Judge, or show, what is saved under ``name``, whose parts nobody vouches for.
+
+    Raises ParityError where one is missing, of another type, or no possible figure.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ParityError(
+            f"{name} lacks a part, or has one that cannot be",
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+            hint="it was edited or damaged: make it again with this version",
+        ) from error
 
 
 # ---- words and figures the renderings share --------------------------------------------
