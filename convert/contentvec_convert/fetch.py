@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from mlx_contentvec import hub
 from mlx_contentvec.errors import (
@@ -153,12 +153,11 @@ def _target(row: KnownFile, output: str | Path | None) -> Path:
 
 def _fetch_beside(row: KnownFile, folder: Path) -> None:
     """The small files that belong to the weights; the client keeps them in its cache."""
-    from huggingface_hub import hf_hub_download
-
     inside = PurePosixPath(row.hub_path or "").parent
     for name in row.beside:
         with hub.plain_words(_repository(row), f"download {inside / name} from"):
-            found = hf_hub_download(_repository(row), str(inside / name))
+            hub.require_plausible_file(_repository(row), str(inside / name))
+            found = hub.download(_repository(row), str(inside / name))
         shutil.copyfile(found, folder / name)
 
 
@@ -216,6 +215,25 @@ def _download(row: KnownFile, file: BinaryIO) -> None:
             return
 
 
+class _Bounded:
+    """A file that takes no more than the known file has; the client writes all that is sent."""
+
+    def __init__(self, file: BinaryIO, row: KnownFile) -> None:
+        self._file = file
+        self._row = row
+        self._most = row.size if row.size is not None else hub.most_bytes(row.hub_path or "")
+
+    def write(self, piece: bytes) -> int:
+        if self._file.tell() + len(piece) > self._most:
+            # not a byte of it can be the file's
+            self._file.truncate(0)
+            raise hub.endless(_repository(self._row), self._row.hub_path or "", self._most)
+        return self._file.write(piece)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -228,7 +246,7 @@ def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
             raise OfflineModeIsEnabled
         http_get(
             hf_hub_url(repo_id, row.hub_path or ""),
-            file,
+            cast(BinaryIO, _Bounded(file, row)),
             resume_size=done,
             headers=build_hf_headers(library_name="mlx-contentvec"),
             displayed_filename=row.names[0],
