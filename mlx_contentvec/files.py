@@ -27,7 +27,7 @@ except ImportError:  # Windows has no advisory locks of this kind; leftovers the
 
 from .errors import OutputError
 
-_PREFIX, _SUFFIX = ".mlx-contentvec-", ".partial"
+_PREFIX, TEMPORARY_SUFFIX = ".mlx-contentvec-", ".partial"
 #: no link at the path itself is followed, no pipe blocks, no child process inherits
 _SAFE = (
     getattr(os, "O_NOFOLLOW", 0)
@@ -276,7 +276,7 @@ class Draft:
             if self._clean:
                 _remove_leftovers(self.final)
             while self._descriptor < 0:
-                name = f"{_prefix(self.final)}{secrets.token_hex(4)}{_SUFFIX}"
+                name = f"{temporary_prefix(self.final)}{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
                 temporary = self.final.with_name(name)
                 self._descriptor = os.open(
                     temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, 0o666
@@ -356,13 +356,13 @@ def place(temporary: Path, final: Path, *, force: bool) -> None:
         try:
             os.link(temporary, final)
         except FileExistsError:
-            raise _appeared(final) from None
+            raise appeared(final) from None
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             # no second names here: look first, as closely before as can be
             if os.path.lexists(final):
-                raise _appeared(final) from None
+                raise appeared(final) from None
         else:
             temporary.unlink()
             return
@@ -381,7 +381,8 @@ def write_text(path: Path, text: str) -> None:
         draft.rename(force=True)
 
 
-def _appeared(final: Path) -> OutputError:
+def appeared(final: Path) -> OutputError:
+    """What to raise where a name was free and is not any more."""
     return OutputError(
         f"{final} appeared while it was being written",
         hint="another process may be writing it; --force replaces it",
@@ -390,21 +391,25 @@ def _appeared(final: Path) -> OutputError:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files that no process works on any more from ``folder`` and below."""
-    for path in folder.rglob(f"{_PREFIX}*{_SUFFIX}"):
+    for path in folder.rglob(f"{_PREFIX}*{TEMPORARY_SUFFIX}"):
         _remove_leftover(path)
 
 
-def _prefix(final: Path) -> str:
+def temporary_prefix(final: Path) -> str:
     """How the temporary names of ``final`` begin: short however long its own name is."""
     digest = hashlib.sha256(os.fsencode(final.name)).hexdigest()
     return f"{_PREFIX}{digest[:8]}-"
 
 
+def is_leftover_name(name: str, final: Path) -> bool:
+    """Whether ``name`` is a temporary name of ``final``."""
+    return name.startswith(temporary_prefix(final)) and name.endswith(TEMPORARY_SUFFIX)
+
+
 def _remove_leftovers(final: Path) -> None:
     """Remove temporary files of ``final`` that no process works on any more."""
-    prefix = _prefix(final)
     for path in final.parent.iterdir():
-        if path.name.startswith(prefix) and path.name.endswith(_SUFFIX):
+        if is_leftover_name(path.name, final):
             _remove_leftover(path)
 
 

@@ -190,30 +190,6 @@ def read_checksums(path: Path) -> dict[str, str]:
     return sums
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A package's config.json; its ``variants``, where it has some, name a plain file each.
-
-    Raises HubError for what is none.
-    """
-    try:
-        config = read_object(path)
-    except OSError as error:
-        raise HubError(f"{path} cannot be read: {error.strerror}") from error
-    except JsonError as error:
-        raise HubError(f"{path} is not JSON that can be used", found=str(error)) from None
-    variants = config.get("variants", {})
-    if not isinstance(variants, dict) or not all(
-        isinstance(row, dict) and _is_plain_name(row.get("file")) for row in variants.values()
-    ):
-        raise HubError(
-            f"{path} does not say which variants there are",
-            found=f"variants {str(variants)[:80]}",
-            expected='"variants": {"float16": {"file": "model.float16.safetensors"}}',
-            hint="make or download the package again",
-        )
-    return config
-
-
 def require_plausible_size(path: Path) -> None:
     """Raise HubError for a file that is no weights and takes long to be hashed."""
     size = path.stat().st_size
@@ -223,11 +199,6 @@ def require_plausible_size(path: Path) -> None:
             found=f"{size:,} bytes",
             expected=f"at most {_PAPER_BYTES:,}",
         )
-
-
-def _is_plain_name(name: object) -> bool:
-    """Whether ``name`` is that of a file in its folder, and no path to somewhere else."""
-    return isinstance(name, str) and name.isprintable() and Path(name).name == name
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
@@ -303,14 +274,20 @@ class PackageFiles:
         if self.find(CONFIG) is None:
             return {}
         path = self.file(CONFIG)
-        return read_config(path)
+        try:
+            return read_object(path)
+        except JsonError as error:
+            raise HubError(f"{path} is not what it should be", found=str(error)) from error
 
     def _variant(self, dtype: str) -> tuple[str, ...]:
         """The file of the variant called ``dtype``, or the main names if those will do."""
         config = self.config()
-        variants: dict[str, Any] = config.get("variants", {})
-        if dtype in variants:
-            return (variants[dtype]["file"],)
+        variants = config.get("variants", {})
+        variants = variants if isinstance(variants, dict) else {}
+        row = variants.get(dtype)
+        file = row.get("file") if isinstance(row, dict) else None
+        if isinstance(file, str) and Path(file).name == file:
+            return (file,)
         if dtype in FLOATS or dtype == config.get("dtype"):
             return WEIGHTS
         raise HubError(

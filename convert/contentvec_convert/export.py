@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,8 @@ import numpy as np
 from mlx_contentvec import __version__
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint, name_list
-from mlx_contentvec.files import (
-    cannot_write,
-    check_target,
-    left_by_the_system,
-    place,
-    sync,
-    sync_folder,
-)
+from mlx_contentvec.files import check_target, explained, left_by_the_system, sync
+from mlx_contentvec.folders import Room
 
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .ledger import account
@@ -116,16 +109,14 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
         plan = mlx.plan(converted)
         account(plan, converted.tensors)
         config = plan.config
-        try:
-            with tempfile.TemporaryDirectory(
-                prefix=".mlx-contentvec-", suffix=".partial", dir=output.parent
-            ) as room:
-                draft = Path(room) / output.name
+        with Room(output, is_own=_is_own) as room:
+            draft = room.path / output.name
+            with explained(output):
                 written, notes = _WRITERS[to](converted, config, draft)
-                _verify(draft, config, written)
-                _replace(draft, output, Path(room) / "replaced", force=force)
-        except OSError as error:
-            raise cannot_write(output, error) from error
+            _verify(draft, config, written)
+            room.publish(
+                draft, force=force, may_replace=lambda: _require_replaceable(source, output)
+            )
     return Export(output, to, len(written), notes)
 
 
@@ -320,19 +311,25 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
         return
     if not force:
         raise OutputError(f"{output} exists", hint="--force replaces it, -o names another place")
+    _require_replaceable(source, output)
+
+
+def _is_own(name: str) -> bool:
+    """Whether a folder that an export wrote has a file of this name."""
+    own = ("config.json", "preprocessor_config.json", "model.safetensors")
+    return name in own or left_by_the_system(name)
+
+
+def _require_replaceable(source: Path, output: Path) -> None:
+    """OutputError unless what is at ``output`` is a file, or a folder that an export wrote."""
     if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise OutputError(
             f"{output} is the source itself, or holds it", hint="name another place with -o"
         )
     if not output.is_dir():
-        check_target(output, force=force)
+        check_target(output, force=True)
     else:
-        own = {"config.json", "preprocessor_config.json", "model.safetensors"}
-        foreign = sorted(
-            entry.name
-            for entry in output.iterdir()
-            if entry.name not in own and not left_by_the_system(entry.name)
-        )
+        foreign = sorted(entry.name for entry in output.iterdir() if not _is_own(entry.name))
         if foreign:
             raise OutputError(
                 f"{output} holds more than an export writes, and is not replaced",
@@ -354,17 +351,6 @@ def _verify(draft: Path, config: ModelConfig, written: dict[str, Array]) -> None
                 f"{draft.name} did not come back from the disk as it was written",
                 hint="the disk or the memory is failing; try again on another one",
             )
-
-
-def _replace(draft: Path, output: Path, aside: Path, *, force: bool) -> None:
-    """Put ``draft`` at ``output``; a folder in the way goes to ``aside``."""
-    if not draft.is_dir():
-        place(draft, output, force=force)
-    else:
-        if force and output.exists():
-            output.replace(aside)
-        draft.replace(output)
-    sync_folder(output.parent)
 
 
 def _flush(stream: Any) -> None:

@@ -12,10 +12,11 @@ no partial file between two runs, which is why the ``.part`` is kept here.)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -28,7 +29,7 @@ from mlx_contentvec.errors import (
     name_list,
     printable,
 )
-from mlx_contentvec.files import cannot_write, explained, lock_now, open_own, place, sync
+from mlx_contentvec.files import Draft, cannot_write, explained, lock_now, open_own, place, sync
 
 from .diagnosis import accept
 from .identity import Identification, Identity
@@ -99,7 +100,7 @@ def fetch(
     part = _part_of(path)
     with explained(part):
         file = os.fdopen(open_own(part), "r+b")
-    with file:
+    with _closed_quietly(file):
         if not lock_now(file.fileno()):
             raise OutputError(
                 f"another process is downloading {path}",
@@ -131,6 +132,16 @@ def _part_of(path: Path) -> Path:
     return path.with_name(name)
 
 
+@contextlib.contextmanager
+def _closed_quietly(file: BinaryIO) -> Iterator[None]:
+    """Close a file; what could not be written has been said by then."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
 def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
@@ -147,7 +158,8 @@ def _target(row: KnownFile, output: str | Path | None) -> Path:
         folder = path.parent
     if not folder.is_dir():
         raise OutputError(f"there is no folder {folder}", hint="make it first")
-    path.parent.mkdir(exist_ok=True)
+    with explained(path.parent):
+        path.parent.mkdir(exist_ok=True)
     return path
 
 
@@ -158,7 +170,12 @@ def _fetch_beside(row: KnownFile, folder: Path) -> None:
         with hub.plain_words(_repository(row), f"download {inside / name} from"):
             hub.require_plausible_file(_repository(row), str(inside / name))
             found = hub.download(_repository(row), str(inside / name))
-        shutil.copyfile(found, folder / name)
+        target = folder / name
+        with found.open("rb") as source, Draft(target) as draft:
+            with draft.open() as copy, explained(target):
+                shutil.copyfileobj(source, copy)
+            draft.sync()
+            draft.rename(force=True)
 
 
 def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None) -> Identity:

@@ -292,3 +292,41 @@ def test_two_downloads_of_one_file_do_not_mix(fetch: Run, tmp_path: Path) -> Non
         done = fetch()
     assert done.returncode == 1
     assert "another process is downloading" in done.stderr
+
+
+#: in front of the command: no file may be larger than this many bytes
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
+
+
+@pytest.mark.parametrize("key", ["contentvec", "contentvec-hf"])
+def test_a_disk_that_is_full_is_one_error_and_gives_no_file_its_name(
+    fetch: Run, tmp_path: Path, server: HubServer, key: str
+) -> None:
+    files = {"hubert_base.pt": CONTENT, "hubert_base/pytorch_model.bin": CONTENT}
+    server.add_repo(REPO, {**files, "hubert_base/config.json": b"{}"})
+    result = fetch(key, before=LIMIT.format(100_000))
+    assert result.returncode == 1
+    assert result.stderr.count("error: cannot write") == 1, result.stderr
+    assert "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert not left & {"hubert_base.pt", "pytorch_model.bin", "config.json"}
+
+
+def test_a_small_file_beside_the_weights_is_whole_or_not_there(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    server.add_repo(
+        REPO, {"hubert_base/pytorch_model.bin": CONTENT, "hubert_base/config.json": OTHER}
+    )
+    # the client's cache and the weights have room, the copy of the configuration has not
+    before = (
+        "import shutil, errno\n"
+        "def full(*_):\n    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "fetch.shutil.copyfileobj = full\n"
+    )
+    result = fetch("contentvec-hf", before=before)
+    assert result.returncode == 1
+    assert "error: cannot write" in result.stderr
+    assert "No space left" in result.stderr
+    assert not (tmp_path / "contentvec-hf" / "config.json").exists()

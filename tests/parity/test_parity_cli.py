@@ -15,6 +15,7 @@ import pytest
 from contentvec_parity import harness, with_tf32
 from contentvec_parity.compare.candidate import MlxCandidate
 from contentvec_parity.harness import assemble, compare_files
+from contentvec_parity.identity import identify_checkpoint
 from contentvec_parity.inputs import Clip, speech_like
 from contentvec_parity.machine import describe
 from contentvec_parity.references import open_reference
@@ -362,7 +363,8 @@ def test_the_features_with_tf32_are_measured_in_a_process_of_their_own(
     fairseq: Any, tiny_checkpoint: Path, converted_tiny: Path
 ) -> None:
     original = open_reference("fairseq", tiny_checkpoint)
-    found = with_tf32.measure_original(original, {"sha256": None}, converted_tiny)
+    source = identify_checkpoint(tiny_checkpoint)
+    found = with_tf32.measure_original(original, source, converted_tiny)
     assert found["flags"]["tf32"] is True
     assert {entry["kind"] for entry in found["summary"]} == {"features"}
     assert found["snr_db"] > 80

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from contentvec_parity.compare.fingerprints import hash_values
 from contentvec_parity.compare.verdict import summarise
 from contentvec_parity.harness import replay
 from contentvec_parity.references import open_reference
 from contentvec_parity.references.recording import (
     Recording,
-    hash_values,
     read_header,
     record,
     small,
@@ -26,6 +26,7 @@ from contentvec_parity.references.recording import (
 )
 from mlx_contentvec.backend import mx
 from mlx_contentvec.errors import OutputError, ParityError
+from mlx_contentvec.hub import sha256_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -175,13 +176,13 @@ def other(
     return checkpoint, path
 
 
-def test_a_recording_of_another_checkpoint_is_refused_with_both_names(
+def test_a_recording_of_another_checkpoint_is_refused_and_both_are_named(
     other: tuple[Path, Path], converted_tiny: Path, tiny_checkpoint: Path
 ) -> None:
     with pytest.raises(ParityError, match="is not a recording of what") as refused:
         replay(other[1], converted_tiny)
     assert other[0].name in str(refused.value)
-    assert tiny_checkpoint.name in str(refused.value)
+    assert sha256_of(tiny_checkpoint) in str(refused.value)
 
 
 def test_a_checkpoint_that_is_not_the_recorded_one_is_refused(

@@ -185,13 +185,12 @@ def record_command(checkpoint: Path, output: Path, reference: str | None, force:
 def judge_command(saved: Path, **delivery: Any) -> None:
     """Judge a saved run (--json FILE) by other limits, without running it again."""
     from ..compare.verdict import judge
-    from ..report.document import read, used
+    from ..report.document import read
 
     _require_page(delivery)
     document = read(saved)
-    with used(saved.name):
-        document["verdict"] = judge(document, _gates(delivery))
-        _deliver(document, **delivery)
+    document["verdict"] = judge(document, _gates(delivery))
+    _deliver(document, **delivery)
 
 
 def _require_page(options: dict[str, Any]) -> None:

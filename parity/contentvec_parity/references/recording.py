@@ -18,15 +18,17 @@ Entries, for clip C and stage S:
 The metadata's ``recording`` is JSON: ``schema``, ``source`` (the checkpoint:
 name, size, md5, sha256, known_as, stand_in), ``config``, ``reference`` (name,
 versions), ``chip``, ``clips`` (name, about, origin, stages), ``scales``
-(entry -> scale), ``tensors`` (parameter -> SHA-256 of the float32 values it
-must have) and ``half``: for float16 and bfloat16 what computed it (``about``) and
-clip -> kind -> stage -> the errors of PyTorch in that format, on the CPU. The same
-checkpoint on the same machine gives the same bytes.
+(entry -> scale), ``tensors`` (parameter -> what its values are known by, see
+``contentvec_parity.compare.fingerprints``) and ``half``: for float16 and
+bfloat16 what computed it (``about``) and clip -> kind -> stage -> the errors of
+PyTorch in that format, on the CPU. The same checkpoint on the same machine gives
+the same bytes.
+
+Everything in it is checked when it is opened: ``recording_checks``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,9 +42,10 @@ from contentvec_convert.writer import Entry, header, lay_out
 from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 from mlx_contentvec.errors import OutputError, ParityError
 from mlx_contentvec.files import Draft, check_target
-from mlx_contentvec.json_text import NUMBER, JsonError, parse_object, require
+from mlx_contentvec.json_text import JsonError, parse_object
 
 from .. import machine
+from ..compare.fingerprints import Fingerprint, computed_fingerprint, fingerprint
 from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows
 from ..inputs import Clip, padded_batch, spoken
 from . import Reference
@@ -149,7 +152,7 @@ def write(
         "chip": machine.chip(),
         "clips": listed,
         "scales": scales,
-        "tensors": _tensor_hashes(original),
+        "tensors": _fingerprints(original),
         "half": half,
     }
     metadata = {"format": "mlx", "recording": json.dumps(about, sort_keys=True)}
@@ -214,39 +217,20 @@ def _half_yardsticks(original: Reference) -> dict[str, TorchYardstick]:
     return {dtype: TorchYardstick(original, "cpu", dtype) for dtype in HALF}
 
 
-def _tensor_hashes(original: Reference) -> dict[str, str]:
-    """SHA-256 of each parameter's float32 values, little-endian, C order.
-
-    Those that are computed (the folded positional kernel) are left out: another
-    machine may round one value of five million the other way.
-    """
+def _fingerprints(original: Reference) -> dict[str, dict[str, Any]]:
+    """Parameter -> what it is known by, of every parameter that the original has tensors for."""
     naming, tensors = original.tensors()
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for row in rows(original.config):
         sources = getattr(row, naming)
-        if row.layout not in ROUNDED_LAYOUTS and all(name in tensors for name in sources):
-            values = LAYOUTS[row.layout](*(tensors[name] for name in sources))
-            found[row.target] = hash_values(values)
+        if any(name not in tensors for name in sources):
+            continue
+        if row.layout in ROUNDED_LAYOUTS:
+            exact = LAYOUTS[row.layout](*(tensors[name].astype(np.float64) for name in sources))
+            found[row.target] = computed_fingerprint(exact)
+        else:
+            found[row.target] = fingerprint(LAYOUTS[row.layout](*(tensors[n] for n in sources)))
     return found
-
-
-def hash_values(values: NDArray[Any]) -> str:
-    """SHA-256 of an array's values as little-endian float32."""
-    return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
-
-
-_ERRORS = {...: {...: {"max_abs": NUMBER, "rms": NUMBER}}}
-#: what a header has
-_FORM = {
-    "schema": str,
-    "source": {"name": str, "sha256": str},
-    "config": dict,
-    "reference": {"name": str, "versions": {...: str}},
-    "clips": [{"name": str, "about": str, "origin": dict, "stages": [str]}],
-    "scales": {...: NUMBER},
-    "tensors": {...: str},
-    "half": {...: {"about": dict, "errors": {...: _ERRORS}}},
-}
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -265,16 +249,14 @@ def read_header(path: Path) -> dict[str, Any]:
         )
     try:
         header = parse_object(metadata["recording"])
-        require(header, {"schema": str})
-        if header["schema"] != SCHEMA:
-            raise ParityError(
-                f"{path.name} is a recording of another layout",
-                found=header["schema"],
-                expected=SCHEMA,
-            )
-        require(header, _FORM)
     except JsonError as error:
-        raise ParityError(f"the header of {path.name} cannot be read: {error}") from error
+        raise ParityError(f"the header of {path.name} cannot be read", found=str(error)) from error
+    if header.get("schema") != SCHEMA:
+        raise ParityError(
+            f"{path.name} is a recording of another layout",
+            found=repr(header.get("schema"))[:80],
+            expected=SCHEMA,
+        )
     return header
 
 
@@ -285,58 +267,23 @@ class Recording:
 
     def __init__(self, path: Path) -> None:
         """Raises ParityError if the file is not a sound recording."""
-        from safetensors import SafetensorError, safe_open
+        from . import recording_checks as checks
 
         self.path = path
         self.header = read_header(path)
-        self.config = ModelConfig.from_dict(self.header["config"])
+        self.config = checks.require_header(path, self.header)
         recorded = self.header["reference"]
         self.recorded_from: str = recorded["name"]
         self.versions: dict[str, str] = recorded["versions"]
-        try:
-            with safe_open(path, framework="numpy") as file:
-                self._arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.clips = [self._clip(about) for about in self.header["clips"]]
-            self._stages = {about["name"]: about["stages"] for about in self.header["clips"]}
-            self._require_whole()
-        except (SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
-            raise ParityError(f"{path.name} is damaged: {error}") from error
+        self._arrays = checks.read_arrays(path, self.header)
+        self.clips = [self._clip(about) for about in self.header["clips"]]
+        self._stages = {about["name"]: about["stages"] for about in self.header["clips"]}
 
-    def _require_whole(self) -> None:
-        """Raise KeyError or ValueError unless all is there that is asked for, in its shape."""
-        known = set(stage_names(self.config))
-        if not self.clips or len(self._stages) < len(self.clips):
-            raise ValueError("it holds no clip, or one twice")
-        for clip in self.clips:
-            rows, samples = self._shape(f"{clip.name}/waveform", 2)
-            whole = {"padding_mask": 2, "input": 2}
-            for name, axes in whole.items():
-                entry = f"{clip.name}/{name}"
-                if entry in self._arrays and self._shape(entry, axes) != (rows, samples):
-                    raise ValueError(f"{entry} has another shape than its waveform")
-            kept = self._stages[clip.name]
-            if not kept or set(kept) - known:
-                raise ValueError(f"{clip.name} has stages that the model has not")
-            for stage in kept:
-                shape = self._shape(f"{clip.name}/{stage}", 3)
-                if shape[0] != rows or not all(shape):
-                    raise ValueError(f"{clip.name}/{stage} has the impossible shape {shape}")
-                before = stage_input(self.config, stage)
-                kinds = ["truth", "local"] if before is None or before in kept else ["truth"]
-                for kind in kinds:
-                    entry = f"{clip.name}/{stage}/{kind}"
-                    if self._shape(entry, 3) != shape or not self.header["scales"][entry] > 0:
-                        raise ValueError(f"{entry} does not fit what it is the truth of")
-        for recorded in self.header["half"].values():
-            if set(recorded["errors"]) != set(self._stages):
-                raise ValueError("the errors in half precision are of other clips")
+    def require_complete(self) -> None:
+        """Raise ParityError unless it holds the clips that travel with published weights."""
+        from .recording_checks import require_clips
 
-    def _shape(self, entry: str, axes: int) -> tuple[int, ...]:
-        array = self._arrays[entry]
-        if array.ndim != axes or not np.isfinite(array).all():
-            raise ValueError(f"{entry} has {array.ndim} axes, or values that are not finite")
-        shape: tuple[int, ...] = array.shape
-        return shape
+        require_clips(self.path, self.config, self.clips, self._stages, small())
 
     def _clip(self, about: Mapping[str, Any]) -> Clip:
         name = about["name"]
@@ -379,8 +326,8 @@ class Recording:
         return np.asarray(self._arrays[name].astype(np.float64) + error * scale)
 
     def tensors(self) -> tuple[str, Mapping[str, NDArray[Any]]]:
-        """A recording holds no tensors, only what they hash to."""
-        raise ParityError("a recording holds no tensors", hint="use tensor_hashes")
+        """A recording holds no tensors, only what they are known by."""
+        raise ParityError("a recording holds no tensors", hint="use fingerprints")
 
     def yardsticks(self, precision: str) -> dict[str, Yardstick]:
         """PyTorch in half precision, for weights stored in it; else none."""
@@ -390,7 +337,7 @@ class Recording:
         return {HALF_PRECISION: RecordedYardstick(found["about"], found["errors"])}
 
     @property
-    def tensor_hashes(self) -> dict[str, str]:
-        """Parameter -> SHA-256 of the float32 values it must have."""
-        hashes: dict[str, str] = self.header["tensors"]
-        return hashes
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Parameter -> what its values are known by."""
+        found: dict[str, Fingerprint] = self.header["tensors"]
+        return found

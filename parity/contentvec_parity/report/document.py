@@ -61,22 +61,25 @@ Infinite numbers are written as the strings "inf" and "-inf".
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_contentvec.errors import ParityError, printable
-from mlx_contentvec.json_text import JsonError, read_object, require
+from mlx_contentvec.errors import ParityError
+from mlx_contentvec.json_text import JsonError, read_object
 
+from ..compare.soundness import require_sound
 from ..inputs import built_in
 
 SCHEMA = "mlx-contentvec-parity/1"
 
 Document = dict[str, Any]
+
+#: a report of --thorough has 25 MB and two million values and keys
+REPORT_BYTES, REPORT_VALUES = 96 * 1024 * 1024, 8_000_000
 
 #: the clips whose figures are shown one by one
 BUILT_IN = frozenset(clip.name for clip in built_in())
@@ -97,31 +100,32 @@ def _strict(value: Any) -> Any:
     return value
 
 
-#: characters of a text that is kept of a saved document: a verdict's reason has some hundred
-_CHARACTERS = 2_000
-_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+#: what may be infinite in a report
+_MAY_BE_INFINITE = frozenset(
+    ("max_abs", "rms", "snr_db", "min_snr_db", "ratio", "local_ratio", "min_snr")
+)
+_INFINITE = {"inf": math.inf, "-inf": -math.inf}
 
 
-def _lenient(value: Any) -> Any:
+def _undone(value: Any, key: str = "") -> Any:
+    """``value`` with infinite numbers where ``to_json`` wrote strings for them."""
     if isinstance(value, dict):
-        return {printable(key[:_CHARACTERS]): _lenient(item) for key, item in value.items()}
+        return {name: _undone(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_lenient(item) for item in value]
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, printable(value[:_CHARACTERS]))
+        return [_undone(item, key) for item in value]
+    if key in _MAY_BE_INFINITE and isinstance(value, str):
+        return _INFINITE.get(value, value)
     return value
 
 
 def read(path: Path) -> Document:
-    """A saved document.
+    """A saved document, found to be complete and possible; its verdict is not looked at.
 
-    Raises ParityError if the file is not one, or of another schema. What it holds
-    besides is for those who use it to judge: see :func:`used`.
+    Raises ParityError if the file is not one, of another schema, or not sound
+    (``contentvec_parity.compare.soundness``).
     """
     try:
-        found = read_object(path)
-        require(found, {"schema": str})
-        schema = found["schema"]
+        found = read_object(path, size=REPORT_BYTES, values=REPORT_VALUES)
     except OSError as error:
         raise ParityError(f"{path} cannot be read: {error.strerror}") from error
     except JsonError as error:
@@ -130,31 +134,21 @@ def read(path: Path) -> Document:
             found=str(error),
             expected=f"JSON with a schema, as --json FILE writes ({SCHEMA})",
         ) from error
-    if schema != SCHEMA:
+    if "schema" not in found:
+        raise ParityError(
+            f"{path.name} is not a saved parity run",
+            expected=f"JSON with a schema, as --json FILE writes ({SCHEMA})",
+        )
+    if found["schema"] != SCHEMA:
         raise ParityError(
             f"{path.name} was saved in another layout",
-            found=str(schema),
+            found=repr(found["schema"])[:80],
             expected=SCHEMA,
             hint="run parity again with this version",
         )
-    document: Document = _lenient(found)
+    document: Document = _undone(found)
+    require_sound(document)
     return document
-
-
-@contextlib.contextmanager
-def used(name: str) -> Iterator[None]:
-    """Judge, or show, what is saved under ``name``, whose parts nobody vouches for.
-
-    Raises ParityError where one is missing, of another type, or no possible figure.
-    """
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ParityError(
-            f"{name} lacks a part, or has one that cannot be",
-            found=f"{type(error).__name__}: {str(error)[:200]}",
-            hint="it was edited or damaged: make it again with this version",
-        ) from error
 
 
 # ---- words and figures the renderings share --------------------------------------------
@@ -459,7 +453,8 @@ def tensor_line(document: Mapping[str, Any]) -> str:
     if tensors["sources"] is None:
         return (
             f"Tensors: {tensors['exact']} of {tensors['parameters']} parameters equal the recorded "
-            f"ones bit for bit, {tensors['uncompared']} cannot be compared by a hash."
+            f"ones bit for bit, {tensors['rounded']} computed to the recorded grid"
+            + (f", {tensors['quantized']} quantised." if tensors["quantized"] else ".")
         )
     text = f"Tensors: all {tensors['sources']} of the original accounted for; {tensors['exact']} "
     text += "parameters equal it bit for bit"
