@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -282,6 +283,26 @@ def test_a_name_as_long_as_can_be_is_downloaded_to(fetch: Run, tmp_path: Path) -
     done = fetch("-o", name)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} - {"home"} == {name}
+
+
+def test_a_download_without_end_is_broken_off_at_the_known_size(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    server.fail("GET /storage", times=99, endless=True)
+    result = fetch()
+    assert result.returncode == 1
+    assert "it does not end" in result.stderr
+    assert f"more than {len(CONTENT):,} bytes" in result.stderr
+    assert not list(tmp_path.glob("hubert_base.pt*"))
+
+
+def test_a_server_that_never_answers_is_given_up(fetch: Run, server: HubServer) -> None:
+    server.fail("GET|HEAD", times=99, silence=30)
+    begun = time.monotonic()
+    result = fetch(HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert result.returncode == 1
+    assert "the connection to" in result.stderr
+    assert time.monotonic() - begun < 25
 
 
 def test_two_downloads_of_one_file_do_not_mix(fetch: Run, tmp_path: Path) -> None:
