@@ -208,15 +208,18 @@ class Extraction:
         return self.summary
 
     def _batches(self, jobs: Sequence[Job]) -> list[list[Job]]:
-        from ..features import batches
+        from ..features import batches, stacks
 
         if not self.batch_seconds:
             return [[job] for job in jobs]
         rate = self.model.config.sample_rate
         lengths = [round(job.seconds * rate) for job in jobs]
-        return [
-            [jobs[i] for i in batch] for batch in batches(lengths, int(self.batch_seconds * rate))
-        ]
+        limit = int(self.batch_seconds * rate)
+        stacked = stacks(self.model, self._padding())
+        return [[jobs[i] for i in batch] for batch in batches(lengths, limit, stacked=stacked)]
+
+    def _padding(self) -> Padding:
+        return "fairseq" if self.settings.padding == "fairseq" else "exact"
 
     def _decoded(
         self, batched: Iterable[list[Job]]
@@ -286,9 +289,8 @@ class Extraction:
         settings = self.settings
         kind = FeatureKind(settings.layer, settings.project)
         if settings.window is None or settings.overlap is None:
-            padding: Padding = "fairseq" if settings.padding == "fairseq" else "exact"
             return features_of_batch(
-                self.model, waveforms, kind, padding, self.max_memory, progress
+                self.model, waveforms, kind, self._padding(), self.max_memory, progress
             )
         results = []
         for waveform in waveforms:
