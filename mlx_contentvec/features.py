@@ -55,11 +55,11 @@ MOST_PADDING = 0.25
 LOOK_AHEAD = 64
 #: seconds of audio in one batch, which fit into ``memory.GPU_ROOM``. On a CPU clips are
 #: stacked (``stacking``): from 16 s, 800 rows, on products are as fast as they get
-BATCH_SECONDS = {"cpu": 16.0, "metal": 60.0, "cuda": 60.0}
+BATCH_SECONDS = {"cpu": 16.0, "metal": 30.0, "cuda": 30.0}
 #: lengths between one and its double to which clips are padded in half precision on CUDA.
-#: A convolution of each length needs a plan of its own, which takes longer to make than
-#: the clip to compute, and 29 of 600 clips of as many lengths were lost to MLX's bound on
-#: plans. A clip is padded by a sixteenth at most and keeps its features
+#: The fused attention of each length needs a plan of its own, which takes longer to make
+#: than the clip to compute, and MLX keeps 256. A clip is padded by a sixteenth at most and
+#: keeps its features
 LENGTHS_PER_OCTAVE = 16
 
 
@@ -175,7 +175,7 @@ def extract_many(
     """Features of many clips, in their order, computed in batches where that pays.
 
     Clips share a batch of at most ``batch_seconds`` of audio: on a GPU those of like
-    length, by default 60 s; on a CPU neighbours of any length, 16 s, without padding.
+    length, by default 30 s; on a CPU neighbours of any length, 16 s, without padding.
     With ``padding="exact"`` every clip gets the features it gets alone, within
     float32 noise. ``padding="fairseq"`` is the original's own treatment: its
     group norm hears the padding, so features depend on the batch.

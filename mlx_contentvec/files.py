@@ -13,9 +13,10 @@ import hashlib
 import os
 import secrets
 import shutil
+import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -25,9 +26,9 @@ try:
 except ImportError:  # Windows has no advisory locks of this kind; leftovers then stay
     fcntl = None  # type: ignore[assignment]
 
-from .errors import OutputError
+from .errors import OutputError, did_you_mean
 
-_PREFIX, _SUFFIX = ".mlx-contentvec-", ".partial"
+_PREFIX, TEMPORARY_SUFFIX = ".mlx-contentvec-", ".partial"
 #: no link at the path itself is followed, no pipe blocks, no child process inherits
 _SAFE = (
     getattr(os, "O_NOFOLLOW", 0)
@@ -53,6 +54,14 @@ _HINTS = {
     errno.ENOTDIR: "write to another folder with -o",
     errno.ENAMETOOLONG: "give it a shorter name with -o",
 }
+
+
+def similar_name(missing: Path, others: Iterable[str] = ()) -> str | None:
+    """A question that names the files beside ``missing``, or ``others``, which it may mean."""
+    beside: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        beside = [str(missing.with_name(path.name)) for path in missing.parent.iterdir()]
+    return did_you_mean(str(missing), [*others, *beside])
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
@@ -246,6 +255,19 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let Ctrl-C and a request to end wait for a few steps that belong together."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Draft:
     """A file on its way to ``final``: there is a temporary one until :meth:`rename`.
 
@@ -267,7 +289,7 @@ class Draft:
             if self._clean:
                 _remove_leftovers(self.final)
             while self._descriptor < 0:
-                name = f"{_prefix(self.final)}{secrets.token_hex(4)}{_SUFFIX}"
+                name = f"{temporary_prefix(self.final)}{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
                 temporary = self.final.with_name(name)
                 self._descriptor = os.open(
                     temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, 0o666
@@ -347,13 +369,13 @@ def place(temporary: Path, final: Path, *, force: bool) -> None:
         try:
             os.link(temporary, final)
         except FileExistsError:
-            raise _appeared(final) from None
+            raise appeared(final) from None
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             # no second names here: look first, as closely before as can be
             if os.path.lexists(final):
-                raise _appeared(final) from None
+                raise appeared(final) from None
         else:
             temporary.unlink()
             return
@@ -372,7 +394,8 @@ def write_text(path: Path, text: str) -> None:
         draft.rename(force=True)
 
 
-def _appeared(final: Path) -> OutputError:
+def appeared(final: Path) -> OutputError:
+    """What to raise where a name was free and is not any more."""
     return OutputError(
         f"{final} appeared while it was being written",
         hint="another process may be writing it; --force replaces it",
@@ -381,21 +404,25 @@ def _appeared(final: Path) -> OutputError:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files that no process works on any more from ``folder`` and below."""
-    for path in folder.rglob(f"{_PREFIX}*{_SUFFIX}"):
+    for path in folder.rglob(f"{_PREFIX}*{TEMPORARY_SUFFIX}"):
         _remove_leftover(path)
 
 
-def _prefix(final: Path) -> str:
+def temporary_prefix(final: Path) -> str:
     """How the temporary names of ``final`` begin: short however long its own name is."""
     digest = hashlib.sha256(os.fsencode(final.name)).hexdigest()
     return f"{_PREFIX}{digest[:8]}-"
 
 
+def is_leftover_name(name: str, final: Path) -> bool:
+    """Whether ``name`` is a temporary name of ``final``."""
+    return name.startswith(temporary_prefix(final)) and name.endswith(TEMPORARY_SUFFIX)
+
+
 def _remove_leftovers(final: Path) -> None:
     """Remove temporary files of ``final`` that no process works on any more."""
-    prefix = _prefix(final)
     for path in final.parent.iterdir():
-        if path.name.startswith(prefix) and path.name.endswith(_SUFFIX):
+        if is_leftover_name(path.name, final):
             _remove_leftover(path)
 
 

@@ -16,7 +16,6 @@ Where files come from and go to (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME`
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -26,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HubError, name_list
+from .files import open_regular, similar_name
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
+from .json_text import JsonError, read_object
 
 CHECKSUMS = "SHA256SUMS"
 CONFIG = "config.json"
@@ -41,7 +42,11 @@ TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS = ("float32", "float16", "bfloat16")
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
+#: the folder of a repository in the client's cache
+_CACHED = re.compile(r"models--(.+?)--(.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+#: bytes of a list of checksums: some thousand files
+_SUMS_BYTES = 1024 * 1024
 _TOKEN = re.compile(r"hf_\w+")
 #: top-level modules whose exceptions mean that the network did not deliver
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "ssl", "socket"}
@@ -87,10 +92,13 @@ def resolve_pretrained(
     filename:     one file of the repository or folder; where that release had it, a
                   second positional argument that ends in ``.safetensors``, it is
                   taken for that
-    weights_path: a file of this machine, in place of all these
+    weights_path: a file of this machine, in place of all these; that release's third
+                  positional argument, before which it did not read the others
 
     Raises HubError as :func:`resolve` does, and for arguments that contradict each other.
     """
+    if dtype is not None and os.fspath(dtype).endswith(".safetensors"):
+        return resolve(Path(dtype))
     if revision is not None and revision.endswith(".safetensors"):
         revision, filename = None, filename or revision
     if weights_path is not None:
@@ -136,7 +144,8 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
         raise HubError(
             f"there are no weights at {name}",
             expected="a .safetensors file, a folder with one, or a repository like owner/name",
-            hint="a local path is taken from the current folder: " + str(Path.cwd()),
+            hint=similar_name(path)
+            or "a local path is taken from the current folder: " + str(Path.cwd()),
         )
     return RepositoryFiles(name, revision)
 
@@ -149,10 +158,20 @@ def is_repo_id(name: str) -> bool:
 def read_checksums(path: Path) -> dict[str, str]:
     """File name -> SHA-256 (hex), from a ``SHA256SUMS`` as sha256sum writes it.
 
-    Raises HubError on a line that is not one.
+    Raises HubError on a line that is not one, and for a file that is too large or
+    not UTF-8.
     """
     sums: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            text = file.read(_SUMS_BYTES + 1)
+        if len(text) > _SUMS_BYTES:
+            raise ValueError(f"more than {_SUMS_BYTES:,} bytes")
+        lines = text.decode("utf-8").splitlines()
+    except ValueError as error:
+        problem = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise HubError(f"{path} is not a list of checksums", found=problem) from error
+    for line in lines:
         digest, separator, name = line.partition("  ")
         if not separator or not _SHA256.fullmatch(digest) or not name:
             raise HubError(
@@ -177,13 +196,24 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
 
 
 def how_to_convert(source: str | os.PathLike[str]) -> str:
-    """The command that makes a file of this project out of a checkpoint or a folder."""
+    """The command that makes a file of this project out of a checkpoint or a folder.
+
+    Of a file in the client's cache it names the repository that the file is from.
+    """
     path = Path(source)
+    *_, cached, snapshots, _, _ = ("", "", "", "", *path.parts)
+    if snapshots == "snapshots" and (repo := _CACHED.fullmatch(cached)) is not None:
+        return _how_to_convert_repository(repo[1] + "/" + repo[2])
     if path.suffix in (".bin", ".safetensors") and (path.parent / CONFIG).is_file():
         path = path.parent  # what transformers keeps beside its weights is needed as well
     source = os.fspath(path)
     output = f"{path.absolute().stem}-mlx.safetensors"
     return f"mlx-contentvec convert {shlex.quote(source)} -o {shlex.quote(output)}"
+
+
+def _how_to_convert_repository(repo_id: str) -> str:
+    output = f"{repo_id.partition('/')[2]}-mlx.safetensors"
+    return f"mlx-contentvec convert {shlex.quote(repo_id)} -o {shlex.quote(output)}"
 
 
 # the files of a package ---------------------------------------------------------
@@ -238,22 +268,24 @@ class PackageFiles:
             return {}
         path = self.file(CONFIG)
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise HubError(f"{path} is not JSON", found=str(error)) from error
-        return config if isinstance(config, dict) else {}
+            return read_object(path)
+        except JsonError as error:
+            raise HubError(f"{path} is not what it should be", found=str(error)) from error
 
     def _variant(self, dtype: str) -> tuple[str, ...]:
         """The file of the variant called ``dtype``, or the main names if those will do."""
         config = self.config()
         variants = config.get("variants", {})
-        if dtype in variants:
-            return (variants[dtype]["file"],)
+        variants = variants if isinstance(variants, dict) else {}
+        row = variants.get(dtype)
+        file = row.get("file") if isinstance(row, dict) else None
+        if isinstance(file, str) and Path(file).name == file:
+            return (file,)
         if dtype in FLOATS or dtype == config.get("dtype"):
             return WEIGHTS
         raise HubError(
             f"there are no {dtype} weights in {self.where}",
-            found=name_list([config.get("dtype", "float32"), *variants]),
+            found=name_list([str(config.get("dtype", "float32")), *variants]),
             hint="make them with\nmlx-contentvec convert SOURCE -o FILE.safetensors --dtype "
             + dtype,
         )
@@ -290,8 +322,7 @@ class RepositoryFiles(PackageFiles):
 
     def conversion(self) -> str:
         """See :meth:`PackageFiles.conversion`."""
-        folder = self.where.partition("/")[2]
-        return f"hf download {self.where} --local-dir {folder}\n{how_to_convert(folder)}"
+        return _how_to_convert_repository(self.where)
 
     def weights(self, dtype: str | None = None) -> Path:
         """See :meth:`PackageFiles.weights`."""

@@ -30,14 +30,18 @@ def count_values(raw: bytes) -> int:
     return 1 + sum(map(raw.count, (b",", b":", b"[", b"{")))
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
+def parse_object(
+    text: str | bytes, *, size: int = JSON_BYTES, values: int = JSON_VALUES
+) -> dict[str, Any]:
     """The JSON object that a text, or its UTF-8 bytes, holds.
+
+    size, values: bytes, and values and keys, that it may have at most
 
     Raises JsonError for one that is no JSON or no object, beyond a limit of
     this module, uses a key twice, or has NaN or infinity, which JSON has not.
     """
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    if len(raw) > JSON_BYTES or count_values(raw) > JSON_VALUES:
+    if len(raw) > size or count_values(raw) > values:
         raise JsonError("it is too large")
     try:
         value = json.loads(
@@ -61,8 +65,8 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_object(path: Path, *, size: int = JSON_BYTES, values: int = JSON_VALUES) -> dict[str, Any]:
+    """The JSON object in a file, within the limits of :func:`parse_object`.
 
     Raises JsonError for one that :func:`parse_object` does not take or that is
     no regular file, OSError for one that cannot be read.
@@ -72,7 +76,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise JsonError(f"it is {error}") from None
     with os.fdopen(descriptor, "rb") as file:
-        return parse_object(file.read(JSON_BYTES + 1))
+        return parse_object(file.read(size + 1), size=size, values=values)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

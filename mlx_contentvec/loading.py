@@ -90,10 +90,8 @@ def _converted(key: str) -> Path:
             # an interrupted download is left there, and goes on the next time
             download = folder / f"{key}.download"
             download.mkdir(exist_ok=True)
-            source, identity = _converter("fetch").fetch(key, download)
-            _converter("conversion").convert(
-                source, path, expect_sha256=identity.sha256, force=True
-            )
+            fetched = _converter("fetch").fetch(key, download)
+            _converter("conversion").convert(fetched.path, path, fetched=fetched, force=True)
             shutil.rmtree(download, ignore_errors=True)
     return path
 

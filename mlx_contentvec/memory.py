@@ -38,13 +38,18 @@ GPU_PART = 1 / 4
 GPU_MEMORY = 8 << 30
 #: sizes that a piece may have, the first being the least that works. A CPU is
 #: fastest while its pieces stay in cache, a GPU wants them large
-FRAMES = {"cpu": (32, 64, 128, 256), "metal": (32, 128, 512, 2048), "cuda": (32, 128, 512, 2048)}
+FRAMES = {
+    "cpu": (32, 64, 128, 256),
+    "metal": (32, 128, 512, 1024, 2048),
+    "cuda": (32, 128, 512, 1024, 2048),
+}
 QUERIES = (16, 64, 256, 1024)
 #: arrays as large as its largest that front end or feed-forward hold at their peak, and
 #: copies of the scores that attention holds (measured; assumed for Metal). A CPU works
 #: in tiles, so that most of its arrays are small. On a GPU the second convolution holds
-#: its input, the 12 parts of its sums at half that size each, and their sum
-COPIES = {"cpu": 3, "metal": 8, "cuda": 8}
+#: its input, in a batch also the windows of it as a copy, the 12 parts of its sums at half
+#: that size each, and their sum, while the next one is in work: 13.5 on an H100
+COPIES = {"cpu": 3, "metal": 14, "cuda": 14}
 SCORES = {"cpu": 0.0, "metal": 2.25, "cuda": 2.25}
 #: numbers held of a row of stacked clips, by its width: queries, keys and values, what is
 #: attended, the residual and the rows before and after it

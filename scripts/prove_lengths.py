@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +87,8 @@ def references(weights: Path, sources: list[np.ndarray], layer: int) -> list[np.
 
 def decibels(features: np.ndarray, reference: np.ndarray) -> float:
     noise = float(((features - reference).astype(np.float64) ** 2).sum())
-    return 10 * np.log10(float((reference.astype(np.float64) ** 2).sum()) / max(noise, 1e-30))
+    signal = float((reference.astype(np.float64) ** 2).sum())
+    return 10 * math.log10(signal / max(noise, 1e-30))
 
 
 def main() -> int:
@@ -114,7 +117,7 @@ def main() -> int:
             start = time.perf_counter()
             row = {"dtype": dtype, "way": way, "clips": len(sources)}
             kept: list[float] = []
-            found = iter(())
+            found: Iterator[np.ndarray] = iter(())
             try:
                 found = model.extract_many(
                     sources,

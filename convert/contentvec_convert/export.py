@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_contentvec import __version__
+from mlx_contentvec import __version__, rvc_mlx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint, name_list
-from mlx_contentvec.files import (
-    cannot_write,
-    check_target,
-    left_by_the_system,
-    place,
-    sync,
-    sync_folder,
-)
+from mlx_contentvec.files import check_target, explained, left_by_the_system, sync
+from mlx_contentvec.folders import Room
 
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from .ledger import account
@@ -38,7 +31,7 @@ from .torch_writer import write_torch_file
 from .writer import Entry, header, lay_out
 
 #: the formats of the way back
-FORMATS = ("transformers", "fairseq")
+FORMATS = ("transformers", "fairseq", "rvc-mlx")
 
 #: of the names of a weight norm, the pair that every version of either library reads
 _KERNEL = "weight_g"
@@ -89,7 +82,7 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
     """Write the converted file ``source`` as a checkpoint of another library.
 
     to: "transformers", a folder with config.json, preprocessor_config.json and
-        model.safetensors; or "fairseq", one .pt file.
+        model.safetensors; "fairseq", one .pt file; or "rvc-mlx", its hubert.safetensors.
     force: replace what is at ``output``; of a folder, only one that an export wrote.
 
     Weights keep their precision; bfloat16, which numpy lacks, becomes float32.
@@ -116,16 +109,14 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
         plan = mlx.plan(converted)
         account(plan, converted.tensors)
         config = plan.config
-        try:
-            with tempfile.TemporaryDirectory(
-                prefix=".mlx-contentvec-", suffix=".partial", dir=output.parent
-            ) as room:
-                draft = Path(room) / output.name
+        with Room(output, is_own=_is_own) as room:
+            draft = room.path / output.name
+            with explained(output):
                 written, notes = _WRITERS[to](converted, config, draft)
-                _verify(draft, config, written)
-                _replace(draft, output, Path(room) / "replaced", force=force)
-        except OSError as error:
-            raise cannot_write(output, error) from error
+            _verify(draft, config, written)
+            room.publish(
+                draft, force=force, may_replace=lambda: _require_replaceable(source, output)
+            )
     return Export(output, to, len(written), notes)
 
 
@@ -284,10 +275,38 @@ def _write_fairseq(
     return tensors, notes
 
 
-_WRITERS = {"transformers": _write_transformers, "fairseq": _write_fairseq}
+# ---- rvc-mlx ------------------------------------------------------------------
 
 
-# ---- both ---------------------------------------------------------------------
+def _write_rvc_mlx(
+    converted: Checkpoint, config: ModelConfig, path: Path
+) -> tuple[dict[str, Array], tuple[str, ...]]:
+    metadata = rvc_mlx.metadata_of(config)
+    tensors = {
+        name: np.ascontiguousarray(_array(tensor)) for name, tensor in converted.tensors.items()
+    }
+    notes: tuple[str, ...] = ()
+    if config.final_dim is None:
+        # rvc-mlx loads strictly, and has a projection whether it is used or not
+        tensors["final_proj.weight"] = np.zeros(
+            (rvc_mlx.HEAD_WIDTH, config.encoder_embed_dim), np.float32
+        )
+        tensors["final_proj.bias"] = np.zeros(rvc_mlx.HEAD_WIDTH, np.float32)
+        notes = ("there is no final_proj: zeros stand for it, and voices of RVC v1 cannot be used",)
+    metadata["converted_by"] = f"mlx-contentvec {__version__}"
+    metadata |= {key: converted.metadata[key] for key in _CARRIED if key in converted.metadata}
+    _write_safetensors(path, tensors, metadata)
+    return tensors, notes
+
+
+_WRITERS = {
+    "transformers": _write_transformers,
+    "fairseq": _write_fairseq,
+    "rvc-mlx": _write_rvc_mlx,
+}
+
+
+# ---- all ---------------------------------------------------------------------
 
 
 def _kernel(config: ModelConfig) -> str:
@@ -320,19 +339,25 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
         return
     if not force:
         raise OutputError(f"{output} exists", hint="--force replaces it, -o names another place")
+    _require_replaceable(source, output)
+
+
+def _is_own(name: str) -> bool:
+    """Whether a folder that an export wrote has a file of this name."""
+    own = ("config.json", "preprocessor_config.json", "model.safetensors")
+    return name in own or left_by_the_system(name)
+
+
+def _require_replaceable(source: Path, output: Path) -> None:
+    """OutputError unless what is at ``output`` is a file, or a folder that an export wrote."""
     if output.resolve() in (source.resolve(), *source.resolve().parents):
         raise OutputError(
             f"{output} is the source itself, or holds it", hint="name another place with -o"
         )
     if not output.is_dir():
-        check_target(output, force=force)
+        check_target(output, force=True)
     else:
-        own = {"config.json", "preprocessor_config.json", "model.safetensors"}
-        foreign = sorted(
-            entry.name
-            for entry in output.iterdir()
-            if entry.name not in own and not left_by_the_system(entry.name)
-        )
+        foreign = sorted(entry.name for entry in output.iterdir() if not _is_own(entry.name))
         if foreign:
             raise OutputError(
                 f"{output} holds more than an export writes, and is not replaced",
@@ -354,17 +379,6 @@ def _verify(draft: Path, config: ModelConfig, written: dict[str, Array]) -> None
                 f"{draft.name} did not come back from the disk as it was written",
                 hint="the disk or the memory is failing; try again on another one",
             )
-
-
-def _replace(draft: Path, output: Path, aside: Path, *, force: bool) -> None:
-    """Put ``draft`` at ``output``; a folder in the way goes to ``aside``."""
-    if not draft.is_dir():
-        place(draft, output, force=force)
-    else:
-        if force and output.exists():
-            output.replace(aside)
-        draft.replace(output)
-    sync_folder(output.parent)
 
 
 def _flush(stream: Any) -> None:

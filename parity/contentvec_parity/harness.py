@@ -12,11 +12,13 @@ from typing import Any
 from contentvec_convert.identity import Identification
 from mlx_contentvec.config import stage_input, stage_names
 from mlx_contentvec.errors import ParityError
+from mlx_contentvec.files import similar_name
 
 from . import machine, with_tf32
 from .compare import tensors
 from .compare.candidate import MlxCandidate
 from .compare.naming import stage_parameters
+from .compare.soundness import require_sound
 from .compare.stages import Progress, measure, require_same_architecture
 from .compare.verdict import Gates, judge
 from .identity import checkpoint_being_identified, identify_checkpoint, weights_facts
@@ -93,6 +95,7 @@ def replay(
     converted: Path,
     *,
     checkpoint: Path | None = None,
+    published: bool = False,
     gates: Gates | None = None,
     compare_tf32: bool | None = None,
 ) -> report.Document:
@@ -101,11 +104,16 @@ def replay(
     Needs neither torch nor fairseq nor the checkpoint; if one is given, it must
     be the one that was recorded.
 
+    published: the recording must hold the clips of all published ones, and be of the
+               very file that the weights say they were made from
+
     Raises ParityError if the recording is of another checkpoint than the
     weights, saying which two do not fit.
     """
     _require_files(recording, converted, *([checkpoint] if checkpoint else []))
     original = Recording(recording)
+    if published:
+        original.require_complete()
     if checkpoint is not None:
         found = identify_checkpoint(checkpoint)
         if found["sha256"] != original.header["source"]["sha256"]:
@@ -117,7 +125,7 @@ def replay(
     with _progress(f"loading {converted.name}") as show, Identification(converted) as weights:
         candidate = MlxCandidate.open(converted)
         require_same_architecture(original.config, candidate.config)
-        _require_recorded(original, candidate, converted)
+        _require_recorded(original, candidate, converted, same_file=published)
         document = assemble(
             original,
             candidate,
@@ -127,29 +135,38 @@ def replay(
             source=lambda: original.header["source"],
             weights=lambda: weights_facts(weights, candidate),
         )
+        # a recording's figures are another's word
+        require_sound(document)
         if _tf32_is_off() if compare_tf32 is None else compare_tf32:
             show("the features with TF32")
             document["with_tf32"] = with_tf32.measure(recording, converted)
     return document
 
 
-def _require_recorded(recording: Recording, candidate: MlxCandidate, converted: Path) -> None:
+def _require_recorded(
+    recording: Recording, candidate: MlxCandidate, converted: Path, *, same_file: bool
+) -> None:
     """Raise ParityError unless the weights can be those that were recorded.
 
     Weights of another container of the same checkpoint have another source hash
-    and the same tensors; weights of another checkpoint have other tensors.
+    and the same tensors, every one; weights of another checkpoint have other tensors.
+
+    same_file: another container will not do
     """
     recorded, stated = recording.header["source"], candidate.source
     if stated.get("sha256") == recorded["sha256"]:
         return
-    proof = tensors.prove_by_hash(recording.tensor_hashes, candidate.parameters(), recording.config)
-    if proof["exact"] > len(proof["failures"]):
-        return
+    if not same_file:
+        table = recording.fingerprints
+        proof = tensors.prove_by_hash(table, candidate.parameters(), recording.config)
+        if not proof["failures"] and not proof["quantized"]:
+            return
     raise ParityError(
         f"{recording.path.name} is not a recording of what {converted.name} was made from",
         found=f"recorded from {recorded['name']}, sha256 {recorded['sha256']}",
-        expected=f"{stated.get('name', 'unknown')}, sha256 {stated.get('sha256', 'not stated')}, "
-        f"which {converted.name} was made from",
+        expected=f"sha256 {stated['sha256']}, which {converted.name} was made from"
+        if "sha256" in stated
+        else f"what {converted.name} was made from, which it does not say",
     )
 
 
@@ -180,7 +197,7 @@ def assemble(
         progress("comparing tensors")
     parameters = candidate.parameters()
     if isinstance(original, Recording):
-        proof = tensors.prove_by_hash(original.tensor_hashes, parameters, original.config)
+        proof = tensors.prove_by_hash(original.fingerprints, parameters, original.config)
     else:
         proof = tensors.prove(*original.tensors(), parameters, original.config)
     if yardsticks is None:
@@ -228,7 +245,7 @@ def _reference(original: Reference) -> dict[str, Any]:
 def _require_files(*paths: Path) -> None:
     for path in paths:
         if not path.exists():
-            raise ParityError(f"no such file: {path}")
+            raise ParityError(f"no such file: {path}", hint=similar_name(path))
 
 
 def reference_named(given: str | None) -> tuple[str | None, Path | None]:

@@ -18,6 +18,7 @@ from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, BackendError, ConfigError
 from mlx_contentvec.features import (
+    BATCH_SECONDS,
     LENGTHS_PER_OCTAVE,
     VERSIONS,
     FeatureKind,
@@ -463,8 +464,9 @@ def test_without_a_cap_a_gpu_holds_less_than_four_gigabytes(
     extract(Measured(random_model(TINY), gpu), noise(8000), sample_rate=16000, layer=1)
     assert max(gpu.limits[:-1]) < 4 << 30
     assert gpu.limits[-1] == 1 << 60
-    # what is put into one batch fits: 60 s in clips of 10 s
-    assert memory.whole_clip_bytes(ModelConfig(), 16000 * 10, 6) <= memory.limit_of(None)
+    # what is put into one batch fits: clips of 10 s
+    clips = int(BATCH_SECONDS["cuda"]) // 10
+    assert memory.whole_clip_bytes(ModelConfig(), 16000 * 10, clips) <= memory.limit_of(None)
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:

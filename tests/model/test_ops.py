@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,25 @@ class TestEveryForm:
         bound = 2e-5 if form == "cpu" else 5e-6
         assert closeness(mlx_ops.conv1d(*given), expected) < bound
         assert closeness(mlx_ops.conv1d(*given, then_gelu=True), exact_gelu(expected)) < bound
+
+    def test_half_precision_on_cuda_needs_no_plan_of_a_convolution(
+        self, form: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x, weight = rng.standard_normal((2, 61, 64)), rng.standard_normal((24, 3, 64)) / 14
+        given = array(x).astype(mx.float16), array(weight).astype(mx.float16)
+        expected = np.array(mx.conv1d(*(a.astype(mx.float32) for a in given), 2))
+        planned = []
+
+        def conv1d(*arguments: Any, **options: Any) -> Any:
+            planned.append(arguments)
+            return own(*arguments, **options)
+
+        own = mx.conv1d
+        monkeypatch.setattr(mx, "conv1d", conv1d)
+        got = mlx_ops.conv1d(*given, None, 2)
+        assert got.dtype == mx.float16
+        assert closeness(got, expected) < 2e-3
+        assert bool(planned) is (form != "cuda")
 
     @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1003])
     def test_a_sum_over_time_is_in_short_sums(self, count: int, rng: np.random.Generator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from contentvec_parity.publishing import checks
 from contentvec_parity.publishing import package as packaging
 from contentvec_parity.publishing.evidence import Package
 from contentvec_parity.publishing.package import open_package, package
@@ -174,8 +176,16 @@ def spoil(evidence: Path, how: str) -> None:
 
     def worse(document: dict[str, Any]) -> None:
         for row in document["stages"]:
-            row["candidate"]["rms"] *= 50
+            mine = row["candidate"]
+            mine.update(rms=50 * mine["rms"], max_abs=50 * mine["max_abs"])
+            mine["snr_db"] -= 20 * math.log10(50)
+            if "apart" in row:
+                row["apart"].update(rms=mine["rms"], max_abs=mine["max_abs"])
         assert document["verdict"]["passed"], "and yet it says that it passed"
+
+    def without_a_clip(document: dict[str, Any]) -> None:
+        document["clips"] = [clip for clip in document["clips"] if clip["name"] != "3s"]
+        document["stages"] = [row for row in document["stages"] if row["clip"] != "3s"]
 
     def patient(document: dict[str, Any]) -> None:
         worse(document)
@@ -200,6 +210,41 @@ def spoil(evidence: Path, how: str) -> None:
             ),
         ),
         "no tensors": lambda: edited(parity, lambda document: document.update(tensors=None)),
+        "another format": lambda: edited(
+            parity, lambda document: document["weights"].update(precision="q4")
+        ),
+        "another model": lambda: edited(
+            parity, lambda document: document["config"].update(sample_rate=8000)
+        ),
+        "another size of the checkpoint": lambda: edited(
+            parity, lambda document: document["source"].update(size=1)
+        ),
+        "known as another": lambda: edited(
+            parity, lambda document: document["source"].update(known_as="contentvec")
+        ),
+        "a clip less": lambda: edited(parity, without_a_clip),
+        "a shorter clip": lambda: edited(
+            parity, lambda document: document["clips"][0].update(samples=400)
+        ),
+        "a row of the ledger less": lambda: edited(
+            ledger, lambda document: document["tensors"].pop()
+        ),
+        "a row of the ledger twice": lambda: edited(
+            ledger, lambda document: document["tensors"].append(document["tensors"][0])
+        ),
+        "a row of the ledger of other bytes": lambda: edited(
+            ledger, lambda document: document["tensors"][0].update(sha256="0" * 64)
+        ),
+        "a row of the ledger of another shape": lambda: edited(
+            ledger, lambda document: document["tensors"][0]["shape"].reverse()
+        ),
+        "counts of the ledger": lambda: edited(
+            ledger, lambda document: document["counts"].update(exact=99)
+        ),
+        "a ledger without rows": lambda: edited(ledger, lambda document: document.pop("tensors")),
+        "a row of the ledger that is none": lambda: edited(
+            ledger, lambda document: document["tensors"].append({"target": "x"})
+        ),
         "no features": lambda: edited(
             parity,
             lambda document: document.update(
@@ -231,10 +276,23 @@ def spoil(evidence: Path, how: str) -> None:
         ("failed, with other limits", "float32.safetensors has not passed parity"),
         ("a tensor differs", "float32.safetensors has not passed parity"),
         ("no tensors", "did not compare the tensors"),
-        ("no features", "measured no features"),
-        ("an older report", "cannot be judged"),
+        ("no features", "layer 3 was not measured on '3s'"),
+        ("an older report", "has no candidate"),
+        ("another format", "measured another number format"),
+        ("another model", "measured another model"),
+        ("another size of the checkpoint", "compared with another checkpoint"),
+        ("known as another", "compared with another checkpoint"),
+        ("a clip less", "the clip 3s among them"),
+        ("a shorter clip", "the clip 3s among them"),
+        ("a row of the ledger less", "does not account for"),
+        ("a row of the ledger twice", "does not account for"),
+        ("a row of the ledger of other bytes", "is not as it says"),
+        ("a row of the ledger of another shape", "is not as it says"),
+        ("counts of the ledger", "counts that its rows do not have"),
+        ("a ledger without rows", "no tensors, drops or counts"),
+        ("a row of the ledger that is none", "a tensor that is not described"),
         ("not a report", "is not a saved parity run"),
-        ("not JSON", "is not JSON"),
+        ("not JSON", "it is not JSON"),
         ("ledger of another source", "does not fit"),
     ],
 )
@@ -291,21 +349,89 @@ def test_a_recording_of_another_checkpoint_is_refused(
 def test_a_recording_too_large_to_ship_is_refused(
     evidence_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packaging, "RECORDING_LIMIT", 1000)
+    monkeypatch.setattr(checks, "RECORDING_LIMIT", 1000)
     with pytest.raises(HubError, match="too large to ship"):
         make(tmp_path / "package", evidence_folder)
 
 
-def test_a_folder_that_exists_is_replaced_only_on_request(
-    evidence_folder: Path, tmp_path: Path
+def test_a_package_is_replaced_only_on_request(
+    evidence_folder: Path, copied: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "mine").write_text("keep")
+    (copied / "LICENSE").unlink()
+    (copied / ".DS_Store").write_text("Finder's")
     with pytest.raises(OutputError, match="exists"):
-        make(tmp_path / "package", evidence_folder)
-    assert (tmp_path / "package" / "mine").exists()
+        make(copied, evidence_folder)
+    assert not (copied / "LICENSE").exists()
+    made = make(copied, evidence_folder, force=True)
+    assert {path.name for path in copied.iterdir()} == set(made.names)
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+
+
+def test_an_empty_folder_is_replaced_on_request(evidence_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
     make(tmp_path / "package", evidence_folder, force=True)
-    assert not (tmp_path / "package" / "mine").exists()
+    assert (tmp_path / "package" / "SHA256SUMS").exists()
+
+
+def what_is_no_package(folder: Path, how: str) -> None:
+    def renamed() -> None:
+        edited(folder / "config.json", lambda config: config.update(library_name="mlx"))
+
+    {
+        "a file more": lambda: (folder / "mine").write_text("precious"),
+        "a hidden file more": lambda: (folder / ".env").write_text("precious"),
+        "a folder more": lambda: (folder / "model.q8.safetensors").mkdir(),
+        "no checksums": lambda: (folder / "SHA256SUMS").unlink(),
+        "no configuration": lambda: (folder / "config.json").unlink(),
+        "a configuration that is none": lambda: (folder / "config.json").write_text("[]"),
+        "of another library": renamed,
+    }[how]()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a file more",
+        "a hidden file more",
+        "a folder more",
+        "no checksums",
+        "no configuration",
+        "a configuration that is none",
+        "of another library",
+    ],
+)
+def test_what_is_no_package_is_never_replaced(
+    evidence_folder: Path, copied: Path, how: str
+) -> None:
+    what_is_no_package(copied, how)
+    before = {path.name: path.stat().st_ino for path in copied.iterdir()}
+    with pytest.raises(OutputError, match="and is not replaced"):
+        make(copied, evidence_folder, force=True)
+    assert {path.name: path.stat().st_ino for path in copied.iterdir()} == before
+
+
+def test_files_and_links_are_never_replaced(
+    evidence_folder: Path, copied: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(copied)
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match="and is not replaced"):
+            make(tmp_path / name, evidence_folder, force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (copied / "SHA256SUMS").exists()
+
+
+def test_what_a_folder_got_meanwhile_is_not_lost(
+    evidence_folder: Path, copied: Path, tmp_path: Path
+) -> None:
+    def meanwhile(step: str) -> None:
+        (copied / "mine").write_text("precious")
+
+    with pytest.raises(OutputError, match="and is not replaced"):
+        make(copied, evidence_folder, force=True, step=meanwhile)
+    assert (copied / "mine").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
 
 
 # what is found out afterwards -----------------------------------------------------
@@ -351,7 +477,7 @@ def test_a_change_that_took_its_checksum_along_is_found_out(
 @pytest.mark.parametrize(
     ("pattern", "by", "said"),
     [
-        (r"^float32 has", "It agrees to 1.0e-09. float32 has", "It agrees to 1.0e-09"),
+        (r"^The max abs", "It agrees to 1.0e-09. The max abs", "It agrees to 1.0e-09"),
         (r"^(\| layer 3 \(.*?\| )\d\.\d", r"\g<1>0.1", "0.1e-"),
         (r"^\| layer 3 \+ projection .*\n", "", "layer 3 + projection"),
         (r"(\| `float16`.*? )(\d+\.\d) dB", r"\g<1>99.9 dB", "99.9 dB"),
@@ -466,10 +592,11 @@ def test_the_full_size_stand_in_is_packaged_and_its_card_runs(
 
     few = {"few": lambda: [clip for clip in inputs.built_in() if clip.name in ("short", "min")]}
     monkeypatch.setattr(harness, "INPUT_SETS", few)
+    monkeypatch.setattr(checks, "MEASURED", few["few"])
     document = harness.compare_files(standin, converted_standin, inputs="few")
     (tmp_path / "report.json").write_text(report.to_json(document))
     recording.record(standin, tmp_path / "recording.safetensors")
-    assert (tmp_path / "recording.safetensors").stat().st_size < packaging.RECORDING_LIMIT
+    assert (tmp_path / "recording.safetensors").stat().st_size < checks.RECORDING_LIMIT
     made = package(
         converted_standin,
         tmp_path / "package",

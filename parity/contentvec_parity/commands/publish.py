@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -162,7 +163,8 @@ def verify(name: str, revision: str | None, dtype: str | None, as_json: bool) ->
 
 def _say(text: str) -> None:
     """Name a step on stderr; the client's own bars may follow it."""
-    click.secho(f"{text} ...", err=True, dim=True)
+    with contextlib.suppress(OSError):  # nobody reads it
+        click.secho(f"{text} ...", err=True, dim=True)
 
 
 def _described(found: Package) -> dict[str, object]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
+from mlx_contentvec.json_text import JsonError, parse_object
 
 from ..inputs import Clip
 
@@ -40,22 +41,48 @@ class MlxCandidate:
     def open(cls, path: Path) -> MlxCandidate:
         """Load a converted file.
 
-        Raises WeightsError if it is not one.
+        Raises WeightsError if it is not one, ParityError if it states another number
+        format than its weights have: the limits of a comparison depend on that.
         """
         from mlx_contentvec.model import ContentvecModel
 
-        return cls(ContentvecModel.from_file(path), read_metadata(path))
-
-    @property
-    def precision(self) -> str:
-        """What the weights are stored as: a name in ``contentvec_convert.precision``."""
-        return self.metadata.get("dtype", "float32")
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """What the file says it was made from; empty if it does not."""
-        found: dict[str, Any] = json.loads(self.metadata.get("source", "{}"))
+        found = cls(ContentvecModel.from_file(path), read_metadata(path))
+        stated = found.metadata.get("dtype", found.precision)
+        if stated != found.precision:
+            raise ParityError(
+                f"{path.name} does not hold what it says",
+                found=f"weights in {found.precision}",
+                expected=f"{stated[:40]}, as its metadata state",
+                hint="convert the checkpoint again: mlx-contentvec convert CHECKPOINT",
+            )
         return found
+
+    @cached_property
+    def precision(self) -> str:
+        """What the weights are stored as: a name in ``contentvec_convert.precision``.
+
+        Where formats are mixed the one that keeps least; found from the weights.
+        """
+        from mlx_contentvec.backend import nn
+
+        bits = [m.bits for m in self.model.modules() if isinstance(m, nn.QuantizedLinear)]
+        if bits:
+            return f"q{min(bits)}"
+        dtypes = {parameter.dtype for parameter in self.parameters().values()}
+        return next((name for name in ("bfloat16", "float16") if name in dtypes), "float32")
+
+    @cached_property
+    def source(self) -> dict[str, Any]:
+        """What the file says it was made from; empty if it does not.
+
+        Raises ParityError if that cannot be read.
+        """
+        try:
+            return parse_object(self.metadata.get("source", "{}"))
+        except JsonError as error:
+            raise ParityError(
+                "what the weights say of their source cannot be read", found=str(error)
+            ) from error
 
     def stages(self, clip: Clip) -> dict[str, NDArray[np.float32]]:
         """Every stage from the audio."""

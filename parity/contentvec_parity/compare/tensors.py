@@ -7,7 +7,7 @@ accounted for by name, and every parameter compared exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mlx_contentvec.config import ModelConfig
 
 from .candidate import Parameter
+from .fingerprints import FORMATS, Fingerprint, agrees, rounded
 from .naming import LAYOUTS, ROUNDED_LAYOUTS, UNREAD, Row, rows
 
 #: what quantised parameters are accompanied by; the features judge those
@@ -23,50 +24,58 @@ QUANTISED = (".scales", ".biases")
 
 
 def prove_by_hash(
-    hashes: Mapping[str, str], parameters: Mapping[str, Parameter], config: ModelConfig
+    fingerprints: Mapping[str, Fingerprint],
+    parameters: Mapping[str, Parameter],
+    config: ModelConfig,
 ) -> dict[str, Any]:
-    """Compare loaded parameters with what the original's hash to, where a recording says so.
+    """Compare loaded parameters with what a recording knows the original's by.
 
-    hashes: parameter -> SHA-256 of the float32 values it must have
+    fingerprints: parameter -> its ``contentvec_parity.compare.fingerprints``
 
-    Parameters of another dtype, quantised ones, and the computed positional
-    kernel are counted as ``uncompared``.
+    Every parameter must be known and agree, in whichever format it is stored.
+    Quantised ones are counted; the features judge those.
     """
-    from ..references.recording import hash_values
-
     failures: list[dict[str, Any]] = []
-    exact = uncompared = 0
-    for row in rows(config):
-        loaded = parameters.get(row.target)
+    counts = {"exact": 0, "rounded": 0, "quantized": 0}
+    table = rows(config)
+    for row in table:
+        loaded, known = parameters.get(row.target), fingerprints.get(row.target)
         if loaded is None:
             failures.append(_failure(row, "the MLX model has no such parameter"))
-        elif row.target not in hashes or loaded.dtype != "float32":
-            uncompared += 1
-        elif hash_values(loaded.values) == hashes[row.target]:
-            exact += 1
+        elif known is None:
+            failures.append(_failure(row, "the recording does not say what its values are"))
+        elif _is_quantised(row.target, parameters):
+            counts["quantized"] += 1
+        elif loaded.dtype not in FORMATS:
+            failures.append(_failure(row, f"it is stored as {loaded.dtype}"))
+        elif agrees(loaded.values, loaded.dtype, known):
+            counts["rounded" if row.layout in ROUNDED_LAYOUTS else "exact"] += 1
         else:
             failures.append(_failure(row, "its values are not those that were recorded"))
+    failures += _surplus(parameters, {row.target for row in table})
     return {
         "sources": None,
         "parameters": len(parameters),
-        "exact": exact,
-        "rounded": 0,
-        "quantized": 0,
-        "uncompared": uncompared,
+        **counts,
         "largest_ulps": 0.0,
         "unread": [],
         "failures": failures,
     }
 
 
-def _rounded(exact: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """``exact`` rounded to nearest in ``dtype``; bfloat16 as float32."""
-    if dtype != "bfloat16":
-        return exact.astype(dtype)
-    bits = np.ascontiguousarray(exact, np.float32).view(np.uint32).astype(np.uint64)
-    # half a unit of the sixteenth bit, and one less on a tie with an even neighbour
-    kept = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
-    return kept.astype(np.uint32).view(np.float32).reshape(exact.shape)
+def _is_quantised(target: str, parameters: Mapping[str, Parameter]) -> bool:
+    return target.removesuffix(".weight") + ".scales" in parameters
+
+
+def _surplus(
+    parameters: Mapping[str, Parameter], expected: Collection[str]
+) -> list[dict[str, Any]]:
+    """Parameters that the original lacks; what accompanies a quantised one belongs to it."""
+    return [
+        {"name": name, "stage": None, "what": "a parameter that the original lacks"}
+        for name in parameters
+        if name not in expected and not name.endswith(QUANTISED)
+    ]
 
 
 def _twin(
@@ -129,7 +138,7 @@ def prove(
             fail(f"{sources[-1]} of the original has no counterpart in the MLX model")
             continue
         loaded = parameters[row.target].values
-        if row.target.removesuffix(".weight") + ".scales" in parameters:
+        if _is_quantised(row.target, parameters):
             counts["quantized"] += 1
             continue
         if row.layout in ROUNDED_LAYOUTS:
@@ -139,7 +148,7 @@ def prove(
         if loaded.shape != exact.shape:
             fail(f"shape {loaded.shape} instead of {exact.shape}")
             continue
-        expected = _rounded(exact, parameters[row.target].dtype)
+        expected = rounded(exact, parameters[row.target].dtype)
         if np.array_equal(loaded, expected):
             counts["exact"] += 1
             continue
@@ -162,16 +171,11 @@ def prove(
             failures.append(
                 {"name": name, "stage": None, "what": "a tensor of the original that nothing reads"}
             )
-    for name in parameters:
-        if name not in expected_names and not name.endswith(QUANTISED):
-            failures.append(
-                {"name": name, "stage": None, "what": "a parameter that the original lacks"}
-            )
+    failures += _surplus(parameters, expected_names)
     return {
         "sources": len(originals),
         "parameters": len(parameters),
         **counts,
-        "uncompared": 0,
         "largest_ulps": largest_ulps,
         "unread": sorted(name for name in originals if name in UNREAD),
         "failures": failures,

@@ -21,22 +21,32 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from contentvec_convert.conversion import ledger_path
+from contentvec_convert.precision import PRECISIONS
 from mlx_contentvec import hub
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import HubError, OutputError, name_list
-from mlx_contentvec.files import left_by_the_system
+from mlx_contentvec.files import (
+    cannot_write,
+    explained,
+    is_file,
+    is_folder,
+    left_by_the_system,
+    similar_name,
+    write_text,
+)
+from mlx_contentvec.folders import Room
+from mlx_contentvec.json_text import JsonError, read_object
 
 from ..compare.candidate import read_metadata
-from ..compare.verdict import Gates, judge
 from ..report import document as report
 from ..report.page import to_html
 from ..report.plots import stage_plot
+from . import checks
 from .card import fill, render
 from .card_lint import lint
 from .evidence import (
@@ -59,8 +69,10 @@ _FIXED = frozenset(
     (MODEL, EARLIER_NAME, hub.CONFIG, LEDGER, PARITY, PAGE, PLOT, RECORDING, CARD, LICENSE)
 )
 
-#: a recording larger than this does not ship
-RECORDING_LIMIT = 10_000_000
+_ELSEWHERE = "give another folder"
+
+#: bytes of a card, which has 10,000
+CARD_LIMIT = 1_000_000
 
 
 def package(
@@ -90,12 +102,9 @@ def package(
     The folder appears when it is complete. Raises HubError for weights that are
     not proven, OutputError when the folder cannot be written.
     """
-    if folder.exists() and not force:
-        raise OutputError(f"{folder} exists", hint="give another folder, or --force to replace it")
-    if not folder.parent.is_dir():
-        raise OutputError(f"there is no folder {folder.parent}", hint="make it first")
+    _check_target(folder, force)
     recording = recording or converted.with_name(f"{converted.stem}.recording.safetensors")
-    if not recording.is_file():
+    if not is_file(recording):
         raise HubError(
             f"there is no recording for {converted.name}",
             expected=str(recording),
@@ -107,19 +116,18 @@ def package(
         evidence.append(_gather(path, ledger_path(path), given or _parity_beside(path)))
     _check_together(evidence, allow_stand_in)
     license_id = license_id or _license(evidence[0])
-    with tempfile.TemporaryDirectory(prefix=".mlx-contentvec-", dir=folder.parent) as made:
-        draft = Path(made) / "package"
-        draft.mkdir()
-        step("copying")
-        _fill(draft, evidence, recording, license_id)
-        step("drawing")
-        _show(draft, repo_id or _address_of(folder))
-        _sum_up(draft)
+    with Room(folder, is_own=_is_own) as room:
+        draft = room.path / "package"
+        with explained(folder):
+            draft.mkdir()
+            step("copying")
+            _fill(draft, evidence, recording, license_id)
+            step("drawing")
+            _show(draft, repo_id or _address_of(folder))
+            _sum_up(draft)
         step("checking the package")
         open_package(draft, allow_stand_in=allow_stand_in)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
+        room.publish(draft, force=force, may_replace=lambda: _require_replaceable(folder))
     return open_package(folder, allow_stand_in=allow_stand_in, hashed=True)
 
 
@@ -142,7 +150,7 @@ def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = F
     config = _read_json(folder / hub.CONFIG)
     if config.get("library_name") != LIBRARY:
         raise HubError(f"{folder / hub.CONFIG} was not made by {LIBRARY}")
-    evidence = _gather_packaged(folder, config, checksums)
+    evidence = _gather_packaged(folder, config, checksums, proven=hashed)
     listed = _FIXED | {n for dtype in config["variants"] for n in _variant_names(dtype)}
     if unknown := sorted(set(checksums) - listed):
         raise HubError(f"{folder} holds what {hub.CONFIG} does not list", found=name_list(unknown))
@@ -157,7 +165,7 @@ def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = F
         )
     if checksums[MODEL] != checksums[EARLIER_NAME]:
         raise HubError(f"{MODEL} and {EARLIER_NAME} are not the same file")
-    _check_recording(folder / RECORDING, evidence[0])
+    checks.check_recording(folder / RECORDING, evidence, proven=hashed)
     found = Package(folder, checksums, config, tuple(evidence))
     _check_card(found)
     return found
@@ -167,28 +175,81 @@ def addressed(found: Package, repo_id: str) -> Package:
     """The same package with a card that tells readers to load ``repo_id``."""
     text = render(found, repo_id)
     card = found.folder / CARD
-    if card.read_text(encoding="utf-8") == text:
+    if _read_text(card) == text:
         return found
-    card.write_text(text, encoding="utf-8")
+    write_text(card, text)
     checksums = {**found.checksums, CARD: hub.sha256_of(card)}
     _write_sums(found.folder, checksums)
     return Package(found.folder, checksums, found.config, found.evidence)
 
 
+# what is replaced ------------------------------------------------------------------
+
+
+def _is_own(name: str) -> bool:
+    """Whether a package has a file of this name."""
+    variant = (name for dtype in PRECISIONS for name in _variant_names(dtype))
+    return name in _FIXED or name in (hub.CHECKSUMS, *variant) or left_by_the_system(name)
+
+
+def _check_target(folder: Path, force: bool) -> None:
+    if not is_folder(folder.parent):
+        raise OutputError(f"there is no folder {folder.parent}", hint="make it first")
+    if os.path.lexists(folder):
+        if not force:
+            raise OutputError(
+                f"{folder} exists", hint="give another folder, or --force to replace it"
+            )
+        _require_replaceable(folder)
+
+
+def _require_replaceable(folder: Path) -> None:
+    """OutputError unless ``folder`` is a package, or empty: nothing else is ever deleted."""
+    try:
+        if folder.is_symlink() or not folder.is_dir():
+            raise OutputError(f"{folder} is not a folder, and is not replaced", hint=_ELSEWHERE)
+        there = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    foreign = [name for name in there if not _is_own(name) or (folder / name).is_dir()]
+    if foreign:
+        raise OutputError(
+            f"{folder} holds what no package has, and is not replaced",
+            found=name_list(foreign),
+            hint=_ELSEWHERE,
+        )
+    if not all(map(left_by_the_system, there)) and not _is_ours(folder):
+        raise OutputError(
+            f"{folder} is not a package, and is not replaced",
+            found=name_list(there),
+            expected=f"{hub.CHECKSUMS} and a {hub.CONFIG} that {LIBRARY} wrote",
+            hint=_ELSEWHERE,
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    if not is_file(folder / hub.CHECKSUMS):
+        return False
+    try:
+        return _read_json(folder / hub.CONFIG).get("library_name") == LIBRARY
+    except HubError:
+        return False
+
+
 # what is refused -------------------------------------------------------------------
 
 
-def _gather(weights: Path, ledger: Path, parity: Path, sha256: str | None = None) -> Evidence:
-    """One weights file with its papers; HubError unless they are about this very file."""
-    if not weights.is_file():
-        raise HubError(f"there is no converted file {weights}")
+def _gather(
+    weights: Path, ledger: Path, parity: Path, sha256: str | None = None, *, proven: bool = False
+) -> Evidence:
+    """One weights file with its papers; HubError unless they are about this very file.
+
+    proven: the tensors were held against the ledger a moment ago
+    """
+    if not is_file(weights):
+        raise HubError(f"there is no converted file {weights}", hint=similar_name(weights))
     metadata = read_metadata(weights)
-    if not {"config", "source", "dtype"} <= set(metadata) or metadata.get("format") != "mlx":
-        raise HubError(
-            f"{weights.name} was not written by mlx-contentvec convert",
-            found=f"metadata {name_list(sorted(metadata)) or 'none'}",
-            hint="mlx-contentvec convert SOURCE",
-        )
+    checks.check_metadata(weights, metadata)
     sha256 = sha256 or hub.sha256_of(weights)
     found = Evidence(
         metadata["dtype"],
@@ -198,84 +259,32 @@ def _gather(weights: Path, ledger: Path, parity: Path, sha256: str | None = None
         _read_json(ledger),
         _read_report(parity, weights),
     )
-    _check_ledger(found, ledger)
-    _check_parity(found, parity)
+    checks.check_ledger(found, ledger)
+    if not proven:
+        checks.check_ledger_rows(found, ledger)
+    checks.check_parity(found, parity)
     return found
 
 
 def _gather_packaged(
-    folder: Path, config: Mapping[str, Any], checksums: Mapping[str, str]
+    folder: Path, config: Mapping[str, Any], checksums: Mapping[str, str], *, proven: bool
 ) -> list[Evidence]:
     """The evidence that lies in a packaged folder, the main file first."""
     names = [(MODEL, LEDGER, PARITY)]
-    for dtype, row in config["variants"].items():
+    variants = config.get("variants")
+    if not isinstance(variants, dict):
+        raise HubError(f"{folder / hub.CONFIG} does not list the variants")
+    for dtype, row in variants.items():
         names.append(_variant_names(dtype))
-        if row["file"] != names[-1][0] or any(name not in checksums for name in names[-1]):
+        listed = isinstance(row, dict) and row.get("file") == names[-1][0]
+        if not listed or any(name not in checksums for name in names[-1]):
             raise HubError(f"{folder / hub.CONFIG} lists a variant that is not here", found=dtype)
     return [
-        _gather(folder / weights, folder / ledger, folder / parity, checksums[weights])
+        _gather(
+            folder / weights, folder / ledger, folder / parity, checksums[weights], proven=proven
+        )
         for weights, ledger, parity in names
     ]
-
-
-def _check_ledger(evidence: Evidence, path: Path) -> None:
-    output = evidence.ledger.get("output", {})
-    if output.get("sha256") != evidence.sha256:
-        raise HubError(
-            f"the ledger {path.name} is not about {evidence.weights.name}",
-            found=f"it describes a file of sha256 {output.get('sha256')}",
-            expected=f"sha256 {evidence.sha256}",
-            hint="convert again, and keep both files that come out of it",
-        )
-    if evidence.ledger.get("source") != evidence.source or evidence.ledger.get(
-        "config"
-    ) != json.loads(evidence.metadata["config"]):
-        raise HubError(
-            f"the ledger {path.name} does not fit {evidence.weights.name}",
-            found="another source or configuration than the weights name",
-            hint="convert again, and keep both files that come out of it",
-        )
-
-
-def _check_parity(evidence: Evidence, path: Path) -> None:
-    document = evidence.parity
-    again = f"mlx-contentvec parity CHECKPOINT {evidence.weights.name} --json {path.name}"
-    if document["weights"]["sha256"] != evidence.sha256:
-        raise HubError(
-            f"the parity report {path.name} is not about {evidence.weights.name}",
-            found=f"it measured a file of sha256 {document['weights']['sha256']}",
-            expected=f"sha256 {evidence.sha256}",
-            hint=again,
-        )
-    if document["source"]["sha256"] != evidence.source["sha256"]:
-        raise HubError(
-            f"the parity report {path.name} compared with another checkpoint",
-            found=f"sha256 {document['source']['sha256']}",
-            expected=f"sha256 {evidence.source['sha256']}, which the weights were made from",
-            hint=again,
-        )
-    if document["tensors"] is None:
-        raise HubError(
-            f"the parity report {path.name} did not compare the tensors",
-            hint="run it against the checkpoint itself, not against a recording\n" + again,
-        )
-    if not any(row["kind"] == "features" for row in document["stages"]):
-        raise HubError(f"the parity report {path.name} measured no features", hint=again)
-    try:
-        # the limits of the project, whatever the run was made with
-        verdict = document["verdict"] = judge(document, Gates())
-    except (KeyError, TypeError) as error:
-        raise HubError(
-            f"the parity report {path.name} cannot be judged",
-            found=f"it lacks {error}",
-            hint="run it again with this version\n" + again,
-        ) from error
-    if not verdict["passed"]:
-        raise HubError(
-            f"{evidence.weights.name} has not passed parity",
-            found=verdict["reason"],
-            hint="mlx-contentvec parity says which stage is to blame\n" + again,
-        )
 
 
 def _check_together(evidence: Sequence[Evidence], allow_stand_in: bool) -> None:
@@ -304,9 +313,13 @@ def _check_together(evidence: Sequence[Evidence], allow_stand_in: bool) -> None:
 
 
 def _check_files(folder: Path, checksums: Mapping[str, str], hashed: bool) -> None:
-    missing = sorted(name for name in _FIXED | set(checksums) if not (folder / name).is_file())
+    missing = sorted(name for name in _FIXED | set(checksums) if not is_file(folder / name))
     if missing:
         raise HubError(f"{folder} is not whole", found=f"missing: {name_list(missing)}")
+    if strange := [name for name in checksums if Path(name).name != name]:
+        raise HubError(
+            f"{folder / hub.CHECKSUMS} lists what is not in the folder", found=name_list(strange)
+        )
     there = {path.name for path in _files(folder)}
     surplus = sorted(there - set(checksums))
     unlisted = sorted(_FIXED - set(checksums))
@@ -334,29 +347,10 @@ def _check_files(folder: Path, checksums: Mapping[str, str], hashed: bool) -> No
             )
 
 
-def _check_recording(path: Path, evidence: Evidence) -> None:
-    from ..references.recording import read_header
-
-    size = path.stat().st_size
-    if size > RECORDING_LIMIT:
-        raise HubError(
-            f"{path.name} is too large to ship",
-            found=f"{size:,} bytes",
-            expected=f"at most {RECORDING_LIMIT:,} bytes",
-        )
-    source = read_header(path)["source"]
-    if source["sha256"] != evidence.source["sha256"]:
-        raise HubError(
-            f"{path.name} was recorded from another checkpoint",
-            found=f"sha256 {source['sha256']}",
-            expected=f"sha256 {evidence.source['sha256']}",
-        )
-
-
 def _check_card(found: Package) -> None:
     """The card must be the generated one, for whatever address it names, and fit for the Hub."""
     path = found.folder / CARD
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     address = re.search(r'from_pretrained\("([^"\n]+)"', text)
     generated = render(found, address[1] if address else "")
     if text != generated:
@@ -430,7 +424,7 @@ def _show(draft: Path, address: str) -> None:
     (draft / PAGE).write_text(to_html(document), encoding="utf-8")
     stage_plot(document, draft / PLOT)
     config, checksums = _read_json(draft / hub.CONFIG), _hashes(draft)
-    evidence = tuple(_gather_packaged(draft, config, checksums))
+    evidence = tuple(_gather_packaged(draft, config, checksums, proven=True))
     text = render(Package(draft, checksums, config, evidence), address)
     (draft / CARD).write_text(text, encoding="utf-8")
 
@@ -529,7 +523,7 @@ def _sum_up(folder: Path) -> None:
 
 def _write_sums(folder: Path, checksums: Mapping[str, str]) -> None:
     lines: Iterable[str] = (f"{checksums[name]}  {name}\n" for name in sorted(checksums))
-    (folder / hub.CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+    write_text(folder / hub.CHECKSUMS, "".join(lines))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -542,18 +536,26 @@ def _link(source: Path, target: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except OSError as error:
         raise HubError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise HubError(f"{path} is not JSON", found=str(error)) from error
-    if not isinstance(found, dict):
-        raise HubError(f"{path} is not what it should be", expected="a JSON object")
-    return found
+    except JsonError as error:
+        raise HubError(f"{path} is not what it should be", found=str(error)) from error
+
+
+def _read_text(path: Path) -> str:
+    """A card. HubError if it cannot be one."""
+    size = path.stat().st_size
+    if size > CARD_LIMIT:
+        raise HubError(f"{path} is too large", found=f"{size:,} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise HubError(f"{path} is not UTF-8") from error
 
 
 def _read_report(path: Path, weights: Path) -> report.Document:
-    if not path.is_file():
+    if not is_file(path):
         raise HubError(
             f"there is no parity report for {weights.name}",
             expected=str(path),

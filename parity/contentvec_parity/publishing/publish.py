@@ -12,7 +12,6 @@ breaks, running it again goes on: blobs that arrived are not sent twice.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 from mlx_contentvec import hub
 from mlx_contentvec.errors import HubError, name_list
+from mlx_contentvec.json_text import JsonError, read_object
 
 from .evidence import LIBRARY, Package
 
@@ -158,10 +158,10 @@ def _is_ours(repo_id: str, present: set[str]) -> bool:
     if not {hub.CHECKSUMS, hub.CONFIG} <= present:
         return False
     try:
-        config = json.loads(Path(hf_hub_download(repo_id, hub.CONFIG)).read_text("utf-8"))
-    except ValueError:
+        config = read_object(Path(hf_hub_download(repo_id, hub.CONFIG)))
+    except JsonError:
         return False
-    return isinstance(config, dict) and config.get("library_name") == LIBRARY
+    return config.get("library_name") == LIBRARY
 
 
 def _same(api: HfApi, repo_id: str, commit: str, package: Package) -> bool:

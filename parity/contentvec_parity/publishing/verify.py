@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from mlx_contentvec import hub
+from mlx_contentvec.errors import HubError, name_list
+from mlx_contentvec.files import is_file
+from mlx_contentvec.first_release import is_first_release
+from mlx_contentvec.weights import read_safetensors
 
 from .. import harness
+from ..compare.candidate import read_metadata
 from ..report import document as report
+from . import checks
 from .evidence import RECORDING
 
 
@@ -28,14 +34,45 @@ def replay(
 
     dtype: the variant to measure, as ``ContentvecModel.from_pretrained`` takes it
 
-    Raises HubError if they cannot be had or are not the files that are stated,
-    ParityError if they cannot be compared. A failed comparison is a report.
+    Raises HubError if they cannot be had, are not the files that are stated, or lack
+    what proves them, ParityError if the recording is not sound, or not of what the
+    weights were made from. A failed comparison is a report.
     """
     step(f"opening {name}")
+    path = Path(name).expanduser()
+    if is_file(path):
+        raise _unproven(path, path.name, ["everything that a package has beside the weights"])
     files = hub.open_package(name, revision)
-    weights, recording = files.weights(dtype), files.file(RECORDING)
+    weights = files.weights(dtype)
+    lacks = [other for other in (hub.CHECKSUMS, RECORDING) if files.find(other) is None]
+    if lacks:
+        raise _unproven(weights, f"{name}", lacks)
+    recording = files.file(RECORDING)
+    checks.check_metadata(weights, read_metadata(weights))
     step(f"replaying {RECORDING}")
-    return harness.replay(recording, weights)
+    return harness.replay(recording, weights, published=True)
+
+
+def _unproven(weights: Path, called: str, lacks: list[str]) -> HubError:
+    """What keeps these weights from being verified, and how to come by some that can be."""
+    stated = read_metadata(weights)
+    lacks = [
+        *(f"{what} in its metadata" for what in ("config", "source") if what not in stated),
+        *lacks,
+    ]
+    found = f"without {name_list(lacks)}"
+    if "config" not in stated:
+        arrays, _ = read_safetensors(weights)
+        if is_first_release(arrays):
+            found = f"weights of the first release (0.1): {found}"
+    return HubError(
+        f"{called} cannot be verified: nothing in it says what it must compute",
+        found=found,
+        expected="a folder made by `mlx-contentvec package`, or a repository like owner/name",
+        hint="convert the original checkpoint and compare with that:\n"
+        "mlx-contentvec convert hubert_base.pt -o contentvec_base.safetensors\n"
+        "mlx-contentvec parity hubert_base.pt contentvec_base.safetensors",
+    )
 
 
 def line(document: report.Document, name: str | Path) -> str:

@@ -18,15 +18,17 @@ Entries, for clip C and stage S:
 The metadata's ``recording`` is JSON: ``schema``, ``source`` (the checkpoint:
 name, size, md5, sha256, known_as, stand_in), ``config``, ``reference`` (name,
 versions), ``chip``, ``clips`` (name, about, origin, stages), ``scales``
-(entry -> scale), ``tensors`` (parameter -> SHA-256 of the float32 values it
-must have) and ``half``: for float16 and bfloat16 what computed it (``about``) and
-clip -> kind -> stage -> the errors of PyTorch in that format, on the CPU. The same
-checkpoint on the same machine gives the same bytes.
+(entry -> scale), ``tensors`` (parameter -> what its values are known by, see
+``contentvec_parity.compare.fingerprints``) and ``half``: for float16 and
+bfloat16 what computed it (``about``) and clip -> kind -> stage -> the errors of
+PyTorch in that format, on the CPU. The same checkpoint on the same machine gives
+the same bytes.
+
+Everything in it is checked when it is opened: ``recording_checks``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,11 +42,14 @@ from contentvec_convert.writer import Entry, header, lay_out
 from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 from mlx_contentvec.errors import OutputError, ParityError
 from mlx_contentvec.files import Draft, check_target
+from mlx_contentvec.json_text import JsonError, parse_object
 
 from .. import machine
+from ..compare.fingerprints import Fingerprint, computed_fingerprint, fingerprint
 from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows
 from ..inputs import Clip, padded_batch, spoken
 from . import Reference
+from . import recording_checks as checks
 from .original import TorchOriginal, frame_mask
 from .yardsticks import HALF, HALF_PRECISION, RecordedYardstick, TorchYardstick, Yardstick
 
@@ -126,8 +131,8 @@ def write(
     half: dict[str, Any] = {
         dtype: {"about": yardstick.about, "errors": {}} for dtype, yardstick in yardsticks.items()
     }
-    for clip, selection in clips:
-        progress(clip.name)
+    for number, (clip, selection) in enumerate(clips, 1):
+        progress(f"clip {clip.name}, {number} of {len(clips)}")
         kept = SELECTIONS[selection](original.config)
         found, exact = original.stages(clip), original.truth(clip)
         outputs = {stage: found[stage] for stage in kept}
@@ -148,7 +153,7 @@ def write(
         "chip": machine.chip(),
         "clips": listed,
         "scales": scales,
-        "tensors": _tensor_hashes(original),
+        "tensors": _fingerprints(original),
         "half": half,
     }
     metadata = {"format": "mlx", "recording": json.dumps(about, sort_keys=True)}
@@ -213,25 +218,20 @@ def _half_yardsticks(original: Reference) -> dict[str, TorchYardstick]:
     return {dtype: TorchYardstick(original, "cpu", dtype) for dtype in HALF}
 
 
-def _tensor_hashes(original: Reference) -> dict[str, str]:
-    """SHA-256 of each parameter's float32 values, little-endian, C order.
-
-    Those that are computed (the folded positional kernel) are left out: another
-    machine may round one value of five million the other way.
-    """
+def _fingerprints(original: Reference) -> dict[str, dict[str, Any]]:
+    """Parameter -> what it is known by, of every parameter that the original has tensors for."""
     naming, tensors = original.tensors()
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for row in rows(original.config):
         sources = getattr(row, naming)
-        if row.layout not in ROUNDED_LAYOUTS and all(name in tensors for name in sources):
-            values = LAYOUTS[row.layout](*(tensors[name] for name in sources))
-            found[row.target] = hash_values(values)
+        if any(name not in tensors for name in sources):
+            continue
+        if row.layout in ROUNDED_LAYOUTS:
+            exact = LAYOUTS[row.layout](*(tensors[name].astype(np.float64) for name in sources))
+            found[row.target] = computed_fingerprint(exact)
+        else:
+            found[row.target] = fingerprint(LAYOUTS[row.layout](*(tensors[n] for n in sources)))
     return found
-
-
-def hash_values(values: NDArray[Any]) -> str:
-    """SHA-256 of an array's values as little-endian float32."""
-    return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -249,13 +249,14 @@ def read_header(path: Path) -> dict[str, Any]:
             hint="mlx-contentvec parity record CHECKPOINT FILE makes one",
         )
     try:
-        header: dict[str, Any] = json.loads(metadata["recording"])
-        schema = header["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ParityError(f"the header of {path.name} cannot be read: {error}") from error
-    if schema != SCHEMA:
+        header = parse_object(metadata["recording"])
+    except JsonError as error:
+        raise ParityError(f"the header of {path.name} cannot be read", found=str(error)) from error
+    if header.get("schema") != SCHEMA:
         raise ParityError(
-            f"{path.name} is a recording of another layout", found=str(schema), expected=SCHEMA
+            f"{path.name} is a recording of another layout",
+            found=repr(header.get("schema"))[:80],
+            expected=SCHEMA,
         )
     return header
 
@@ -267,21 +268,20 @@ class Recording:
 
     def __init__(self, path: Path) -> None:
         """Raises ParityError if the file is not a sound recording."""
-        from safetensors import SafetensorError, safe_open
-
         self.path = path
         self.header = read_header(path)
-        self.config = ModelConfig.from_dict(self.header["config"])
+        self.config = checks.require_header(path, self.header)
         recorded = self.header["reference"]
         self.recorded_from: str = recorded["name"]
         self.versions: dict[str, str] = recorded["versions"]
-        try:
-            with safe_open(path, framework="numpy") as file:
-                self._arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.clips = [self._clip(about) for about in self.header["clips"]]
-            self._stages = {about["name"]: about["stages"] for about in self.header["clips"]}
-        except (SafetensorError, KeyError, OSError, TypeError) as error:
-            raise ParityError(f"{path.name} is damaged: {error}") from error
+        self._arrays = checks.read_arrays(path, self.header)
+        self.clips = [self._clip(about) for about in self.header["clips"]]
+        self._stages = {about["name"]: about["stages"] for about in self.header["clips"]}
+
+    def require_complete(self) -> None:
+        """Raise ParityError unless it holds the clips that travel with published weights."""
+        wanted = [(clip, SELECTIONS[selection](self.config)) for clip, selection in small()]
+        checks.require_clips(self.path, self.clips, self._stages, wanted)
 
     def _clip(self, about: Mapping[str, Any]) -> Clip:
         name = about["name"]
@@ -324,8 +324,8 @@ class Recording:
         return np.asarray(self._arrays[name].astype(np.float64) + error * scale)
 
     def tensors(self) -> tuple[str, Mapping[str, NDArray[Any]]]:
-        """A recording holds no tensors, only what they hash to."""
-        raise ParityError("a recording holds no tensors", hint="use tensor_hashes")
+        """A recording holds no tensors, only what they are known by."""
+        raise ParityError("a recording holds no tensors", hint="use fingerprints")
 
     def yardsticks(self, precision: str) -> dict[str, Yardstick]:
         """PyTorch in half precision, for weights stored in it; else none."""
@@ -335,7 +335,7 @@ class Recording:
         return {HALF_PRECISION: RecordedYardstick(found["about"], found["errors"])}
 
     @property
-    def tensor_hashes(self) -> dict[str, str]:
-        """Parameter -> SHA-256 of the float32 values it must have."""
-        hashes: dict[str, str] = self.header["tensors"]
-        return hashes
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Parameter -> what its values are known by."""
+        found: dict[str, Fingerprint] = self.header["tensors"]
+        return found

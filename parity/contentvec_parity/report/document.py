@@ -69,12 +69,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.errors import ParityError
+from mlx_contentvec.json_text import JsonError, read_object
 
+from ..compare.soundness import require_sound
 from ..inputs import built_in
 
 SCHEMA = "mlx-contentvec-parity/1"
 
 Document = dict[str, Any]
+
+#: a report of --thorough has 25 MB and two million values and keys
+REPORT_BYTES, REPORT_VALUES = 96 * 1024 * 1024, 8_000_000
 
 #: the clips whose figures are shown one by one
 BUILT_IN = frozenset(clip.name for clip in built_in())
@@ -95,41 +100,54 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def _lenient(value: Any) -> Any:
+#: what may be infinite in a report
+_MAY_BE_INFINITE = frozenset(
+    ("max_abs", "rms", "snr_db", "min_snr_db", "ratio", "local_ratio", "min_snr")
+)
+_INFINITE = {"inf": math.inf, "-inf": -math.inf}
+
+
+def _undone(value: Any, key: str = "") -> Any:
+    """``value`` with infinite numbers where ``to_json`` wrote strings for them."""
     if isinstance(value, dict):
-        return {key: _lenient(item) for key, item in value.items()}
+        return {name: _undone(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_lenient(item) for item in value]
-    return (
-        {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}.get(value, value)
-        if isinstance(value, str)
-        else value
-    )
+        return [_undone(item, key) for item in value]
+    if key in _MAY_BE_INFINITE and isinstance(value, str):
+        return _INFINITE.get(value, value)
+    return value
 
 
 def read(path: Path) -> Document:
-    """A saved document.
+    """A saved document, found to be complete and possible; its verdict is not looked at.
 
-    Raises ParityError if the file is not one, or of another schema.
+    Raises ParityError if the file is not one, of another schema, or not sound
+    (``contentvec_parity.compare.soundness``).
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        schema = found["schema"]
+        found = read_object(path, size=REPORT_BYTES, values=REPORT_VALUES)
     except OSError as error:
         raise ParityError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except JsonError as error:
+        raise ParityError(
+            f"{path.name} is not a saved parity run",
+            found=str(error),
+            expected=f"JSON with a schema, as --json FILE writes ({SCHEMA})",
+        ) from error
+    if "schema" not in found:
         raise ParityError(
             f"{path.name} is not a saved parity run",
             expected=f"JSON with a schema, as --json FILE writes ({SCHEMA})",
-        ) from error
-    if schema != SCHEMA:
+        )
+    if found["schema"] != SCHEMA:
         raise ParityError(
             f"{path.name} was saved in another layout",
-            found=str(schema),
+            found=repr(found["schema"])[:80],
             expected=SCHEMA,
             hint="run parity again with this version",
         )
-    document: Document = _lenient(found)
+    document: Document = _undone(found)
+    require_sound(document)
     return document
 
 
@@ -435,7 +453,8 @@ def tensor_line(document: Mapping[str, Any]) -> str:
     if tensors["sources"] is None:
         return (
             f"Tensors: {tensors['exact']} of {tensors['parameters']} parameters equal the recorded "
-            f"ones bit for bit, {tensors['uncompared']} cannot be compared by a hash."
+            f"ones bit for bit, {tensors['rounded']} computed to the recorded grid"
+            + (f", {tensors['quantized']} quantised." if tensors["quantized"] else ".")
         )
     text = f"Tensors: all {tensors['sources']} of the original accounted for; {tensors['exact']} "
     text += "parameters equal it bit for bit"

@@ -7,11 +7,11 @@ tests hold the two files against each other.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from mlx_contentvec.errors import ConfigError, OutputError
-from mlx_contentvec.files import place
+from mlx_contentvec.files import cannot_write, check_target
+from mlx_contentvec.folders import Room
 
 from .weights import DEFAULT_SEED, DTYPES, Progress
 from .with_torch import save_without_fairseq, state_without_fairseq
@@ -44,19 +44,24 @@ def write_standin(
     output = Path(output)
     if dtype not in DTYPES:
         raise ConfigError(f"no stand-in dtype {dtype!r}", expected=", ".join(DTYPES))
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists", hint="--force overwrites it")
+    check_target(output, force=force)
     if made_with == "fairseq":
         from .with_fairseq import save_with_fairseq as save
         from .with_fairseq import state_from_fairseq as make_state
     else:
         make_state, save = state_without_fairseq, save_without_fairseq
     state = make_state(preset, seed, dtype, optimizer_state, progress)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".standin-", dir=output.parent) as folder:
-            unfinished = Path(folder) / "checkpoint.pt"
+    with Room(output) as room:
+        unfinished = room.path / "checkpoint.pt"
+        try:
             save(state, unfinished, legacy)
-            place(unfinished, output, force=force)
-    except OSError as error:
-        raise OutputError(f"cannot write {output}", found=str(error)) from error
+        except (OSError, RuntimeError) as error:
+            # torch's writer complains of its own position when a disk is full
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, OSError):
+                raise cannot_write(output, cause) from error
+            raise OutputError(
+                f"cannot write {output}", found=str(error).partition("\n")[0]
+            ) from error
+        room.publish(unfinished, force=force, may_replace=lambda: None)
     return output

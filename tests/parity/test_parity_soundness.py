@@ -1,0 +1,286 @@
+"""Saved reports that cannot be what was measured, and honest ones that look odd."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contentvec_parity.compare import soundness
+from contentvec_parity.compare.soundness import require_sound
+from contentvec_parity.compare.verdict import Gates, judge
+from contentvec_parity.report import document as report
+from mlx_contentvec.errors import ConfigError, ParityError
+
+Report = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def measured(evidence_folder: Path) -> Report:
+    return report.read(evidence_folder / "float32.parity.json")
+
+
+@pytest.fixture
+def document(measured: Report) -> Report:
+    return copy.deepcopy(measured)
+
+
+def row_of(document: Report, kind: str = "features", clip: str = "short") -> Report:
+    return next(r for r in document["stages"] if (r["kind"], r["clip"]) == (kind, clip))
+
+
+def clip_of(document: Report, name: str = "short") -> Report:
+    return next(clip for clip in document["clips"] if clip["name"] == name)
+
+
+def side(name: str, **figures: Any) -> Callable[[Report], None]:
+    return lambda document: row_of(document)[name].update(figures)
+
+
+def times_the_error(name: str, factor: float) -> Callable[[Report], None]:
+    """A side of every row with its errors multiplied, its decibels along with them."""
+
+    def change(document: Report) -> None:
+        for row in document["stages"]:
+            figures = row[name]
+            figures.update(max_abs=factor * figures["max_abs"], rms=factor * figures["rms"])
+            if figures.get("snr_db") is not None:
+                figures["snr_db"] -= 20 * math.log10(factor)
+            if "apart" in row:
+                row["apart"].update(max_abs=figures["max_abs"], rms=figures["rms"])
+
+    return change
+
+
+def without_rows(**facts: str) -> Callable[[Report], None]:
+    def change(document: Report) -> None:
+        document["stages"] = [
+            row for row in document["stages"] if any(row[key] != facts[key] for key in facts)
+        ]
+
+    return change
+
+
+def tensors(**facts: Any) -> Callable[[Report], None]:
+    return lambda document: document["tensors"].update(facts)
+
+
+ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
+    "no figure": (side("candidate", rms=None), "rms is no finite number"),
+    "not a number": (side("candidate", rms=math.nan), "rms is no finite number"),
+    "not a number, as text": (side("candidate", rms="nan"), "rms is no finite number"),
+    "infinite": (side("candidate", max_abs=math.inf), "max_abs is no finite number"),
+    "a true figure": (side("candidate", rms=True), "rms is no finite number"),
+    "of another universe": (side("reference", max_abs=1e300), "max_abs is no finite number"),
+    "negative": (side("candidate", rms=-1e-9), "an rms error of -1e-09"),
+    "an rms above the largest": (side("reference", rms=1.0), "an rms error of 1"),
+    "a noise that is not the error": (side("candidate", snr_db=150.0), "of several signals"),
+    "noise without error": (side("candidate", rms=0.0), "no noise is said to be an error"),
+    "error without noise": (side("candidate", snr_db=None), "no noise is said to be an error"),
+    "a wide floor": (side("floor", max_abs=1.0, rms=1.0), "larger than float32's"),
+    "an original that errs": (times_the_error("reference", 1e4), "which is not float32"),
+    "no floor": (lambda d: row_of(d).pop("floor"), "has no floor"),
+    "no cosine": (lambda d: row_of(d)["apart"].pop("cosine"), "cosine is no finite number"),
+    "a cosine beyond 1": (side("candidate", worst_frame_cosine=1.1), "beyond 1"),
+    "nearer to each other": (side("apart", max_abs=1e3, rms=1e3), "apart"),
+    "no variant": (lambda d: row_of(d).pop("variant"), "a variant or not"),
+    "no value compared": (lambda d: row_of(d).update(values=0), "compared 0 of"),
+    "few values compared": (lambda d: row_of(d).update(values=96), "compared 96 of"),
+    "many values compared": (lambda d: row_of(d).update(values=10**9), "compared 1,000,000,000"),
+    "another batch": (lambda d: clip_of(d).update(batch=2), "compared"),
+    "other shapes compared": (lambda d: row_of(d).update(shape=[1, 2, 3]), "was compared"),
+    "negative shapes": (
+        lambda d: row_of(d).update(shape=[-1, -2, 3], expected_shape=[-1, -2, 3]),
+        "an impossible shape",
+    ),
+    "a row twice": (lambda d: d["stages"].append(d["stages"][0]), "was measured twice"),
+    "a row of no clip": (lambda d: row_of(d).update(clip="other"), "a clip that is not listed"),
+    "a row of no kind": (lambda d: row_of(d).update(kind="other"), "no stage of this model"),
+    "a row of no stage": (
+        lambda d: row_of(d, "stage").update(name="layer.9", stage="layer.9"),
+        "no stage of this model",
+    ),
+    "a row of another stage": (lambda d: row_of(d).update(stage="conv.0"), "no call of this"),
+    "no rows": (lambda d: d.update(stages=[]), "was not measured on"),
+    "features of a clip removed": (without_rows(kind="features", clip="quiet"), "on 'quiet'"),
+    "a stage removed": (without_rows(stage="layer.2"), "not measured (stage): layer.2"),
+    "a stage by itself removed": (
+        without_rows(stage="conv.3", kind="local"),
+        "not measured (local): conv.3",
+    ),
+    "two clips of a name": (lambda d: d["clips"].append(d["clips"][0]), "two clips are called"),
+    "no clips": (lambda d: d.update(clips=[], stages=[]), "no clip was measured"),
+    "an empty clip": (lambda d: clip_of(d).update(samples=0), "is empty"),
+    "a mask nobody looked at": (lambda d: clip_of(d).update(padded=True), "whether it agrees"),
+    "a mask of nothing": (lambda d: clip_of(d).update(mask_agrees=True), "whether it agrees"),
+    "an unknown format": (lambda d: d["weights"].update(precision="q1"), "no number format"),
+    "no format": (lambda d: d["weights"].pop("precision"), "no number format"),
+    "stages left out of the order": (
+        lambda d: d["reference"]["stages"].pop(),
+        "its reference has other stages",
+    ),
+    "stages that read nothing": (
+        lambda d: d["reference"]["reads"].update({"conv.0": []}),
+        "its reference has other reads",
+    ),
+    "stages fed by others": (
+        lambda d: d["reference"]["inputs"].update({"conv.1": None}),
+        "its reference has other inputs",
+    ),
+    "no original": (lambda d: d["reference"].update(name="mlx"), "what the original was"),
+    "a recording of nothing": (lambda d: d["reference"].update(name="recording"), "what the"),
+    "no versions": (lambda d: d["reference"].pop("versions"), "which versions"),
+    "no parameter compared": (tensors(exact=0), "parameters were compared"),
+    "parameters compared twice": (tensors(quantized=10), "parameters were compared"),
+    "parameters uncounted": (tensors(exact=-1, quantized=58), "parameters were compared"),
+    "parameters of another model": (tensors(parameters=1), "1 parameters"),
+    "tensors of the original left out": (tensors(sources=1), "1 tensors of the original"),
+    "a tensor that is read left out": (
+        lambda d: d["tensors"]["unread"].append("layer_norm.weight"),
+        "tensors of the original",
+    ),
+    "failures that are none": (tensors(failures=[{}]), "a tensor's failure has no name"),
+    "failures without a stage": (
+        tensors(failures=[{"name": "a", "what": "b"}]),
+        "names no stage",
+    ),
+    "tensors of another kind": (tensors(failures="none"), "the tensors has no failures"),
+    "rows of another kind": (lambda d: d["stages"].append(7), "a row is no object"),
+    "clips of another kind": (lambda d: d["clips"].append(None), "a clip is no object"),
+}
+ATTACKS |= {
+    f"no {key}": (lambda d, key=key: d.pop(key), f"the report has no {key}")  # type: ignore[misc]
+    for key in soundness._DOCUMENT
+    if key not in ("tensors", "with_tf32")
+}
+
+
+def test_what_was_measured_is_sound_and_passes(document: Report) -> None:
+    require_sound(document)
+    assert judge(document, Gates())["passed"]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_report_that_cannot_be_is_not_judged(
+    document: Report, tmp_path: Path, attack: str
+) -> None:
+    change, said = ATTACKS[attack]
+    change(document)
+    path = tmp_path / "report.json"
+    path.write_text(report.to_json(document))
+    with pytest.raises(ParityError) as refused:
+        report.read(path)
+    assert said in str(refused.value)
+    assert len(str(refused.value).splitlines()) < 8
+
+
+def test_an_impossible_configuration_is_refused(document: Report) -> None:
+    document["config"]["encoder_layers"] = 10**9
+    with pytest.raises(ConfigError):
+        require_sound(document)
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_lacks_are_refused(document: Report, tmp_path: Path, text: str) -> None:
+    row_of(document)["candidate"]["rms"] = "here"
+    path = tmp_path / "report.json"
+    path.write_text(report.to_json(document).replace('"here"', text))
+    with pytest.raises(ParityError):
+        report.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is not JSON"),
+        (b"\xff\xfe", "it is not UTF-8"),
+        (b"[" * 100_000, "it nests too deeply"),
+        (b'{"schema": 1, "schema": 2}', "occurs twice"),
+        (b"[]", "it is not an object"),
+        (b"{}", "is not a saved parity run"),
+        (b'{"schema": {"a": 1}}', "in another layout"),
+        (b'{"schema": "mlx-contentvec-parity/1"}', "has no created"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(content)
+    with pytest.raises(ParityError) as refused:
+        report.read(path)
+    assert said in str(refused.value)
+
+
+def test_a_report_of_three_gigabytes_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    with path.open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ParityError, match="is not a saved parity run") as refused:
+        report.read(path)
+    assert "it is too large" in str(refused.value)
+
+
+# ---- what is odd and honest ----------------------------------------------------------------
+
+
+def incomparable(document: Report) -> None:
+    row = row_of(document)
+    row.update(comparable=False, shape=[1, 1, 1])
+    for name in ("candidate", "reference", "floor", "apart"):
+        del row[name]
+
+
+def silent(document: Report) -> None:
+    """A stage whose truth is zero, where both have made something of it."""
+    row = row_of(document, "stage", "silence")
+    for name in ("candidate", "reference"):
+        row[name].update(max_abs=1e-9, rms=1e-9, snr_db=-math.inf)
+    row["floor"].update(max_abs=0.0, rms=0.0)
+    row["reference"].update(max_abs=0.0, rms=0.0, snr_db=None)
+
+
+def without_projection(document: Report) -> None:
+    document["stages"] = [row for row in document["stages"] if row["stage"] != "final_proj"]
+    failure = {"name": "final_proj.weight", "stage": "final_proj", "what": "is missing"}
+    document["tensors"]["failures"].append(failure)
+
+
+@pytest.mark.parametrize("change", [incomparable, silent, without_projection])
+def test_honest_reports_may_be_odd(document: Report, change: Callable[[Report], None]) -> None:
+    change(document)
+    require_sound(json.loads(json.dumps(document)))
+
+
+def test_a_clip_may_be_called_inf(document: Report, tmp_path: Path) -> None:
+    clip_of(document)["name"] = "inf"
+    for row in document["stages"]:
+        row["clip"] = "inf" if row["clip"] == "short" else row["clip"]
+    path = tmp_path / "report.json"
+    path.write_text(report.to_json(document))
+    assert clip_of(report.read(path), "inf")["samples"] == 8000
+
+
+# ---- limits that no yardstick moves --------------------------------------------------------
+
+
+@pytest.mark.parametrize("attack", ["rms", "max_abs"])
+def test_a_figure_that_is_no_number_never_passes(document: Report, attack: str) -> None:
+    row_of(document)["candidate"][attack] = math.nan
+    assert not judge(document, Gates())["passed"]
+
+
+def test_no_yardstick_excuses_features_that_are_gone(document: Report) -> None:
+    for factor, passes in ((1.0, True), (1e3, False)):
+        for row in document["stages"]:
+            for name in ("candidate", "reference"):
+                row[name]["max_abs"] *= factor
+                row[name]["rms"] *= factor
+                if row[name]["snr_db"] is not None:
+                    row[name]["snr_db"] -= 20 * math.log10(factor)
+        verdict = judge(document, Gates())
+        assert verdict["passed"] is passes
+    assert "the least that float32 weights keep" in verdict["failures"][0]["what"]
