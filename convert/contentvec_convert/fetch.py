@@ -19,6 +19,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -43,7 +44,7 @@ from mlx_contentvec.files import (
 )
 
 from .diagnosis import accept
-from .identity import Identification, Identity
+from .identity import Identification, Identity, name_of
 from .known_files import KNOWN_FILES, KnownFile
 from .repository import (
     Fetched,
@@ -122,21 +123,22 @@ def fetch(
         rows = find_model(repository_of(row)) if row.hub_path is None else (stated(row),)
     if rows[0].beside and output is None:
         output = PurePosixPath(name).name
-    done = [_fetch_file(file, output, force=force, progress=progress) for file in rows]
+    paths = [_target(file, output) for file in rows]
+    identities = tuple(
+        _fetch_file(file, path, force=force, progress=progress)
+        for file, path in zip(rows, paths, strict=True)
+    )
     return Fetched(
-        path=done[0][0],
+        path=paths[0].parent if rows[0].beside else paths[0],
         origin=origin_of(rows),
-        sha256={file.names[0]: file.sha256 for file in rows if file.sha256 is not None},
-        identities=tuple(identity for _, identity in done),
+        sha256={identity.name: identity.sha256 for identity in identities},
+        identities=identities,
         row=row,
     )
 
 
-def _fetch_file(
-    row: KnownFile, output: str | Path | None, *, force: bool, progress: Checked | None
-) -> tuple[Path, Identity]:
-    """The file of a row with checksums; its path, or its folder's, and its proven identity."""
-    path = _target(row, output)
+def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | None) -> Identity:
+    """Download the file of a row with checksums to ``path``; its proven identity."""
     if path.exists():
         there = _identity(path, progress)
         right = row.is_file(there.size, there.md5, there.sha256)
@@ -149,8 +151,7 @@ def _fetch_file(
             )
         if right:
             _fetch_beside(row, path.parent, force=force)
-            return path.parent if row.beside else path, there
-    check_target(path, force=force, needed=row.size or 0)
+            return there
     part = _part_of(path)
     with explained(part):
         file = os.fdopen(open_own(part), "r+b")
@@ -162,6 +163,9 @@ def _fetch_file(
             )
         resumed = _size(file) > 0
         try:
+            check_target(path, force=force, needed=(row.size or 0) - _size(file))
+            # the small files first: what is wrong with them is known before the long download
+            _fetch_beside(row, path.parent, force=force)
             try:
                 identity = _obtain(row, part, file, progress)
             except IdentityError:
@@ -169,13 +173,12 @@ def _fetch_file(
                     raise
                 # the part may have been the beginning of something else
                 identity = _obtain(row, part, file, progress)
-            _fetch_beside(row, path.parent, force=force)
             with explained(path):
                 place(part, path, force=force)
         finally:
             if not _size(file):
                 part.unlink(missing_ok=True)
-    return path.parent if row.beside else path, identity
+    return replace(identity, name=name_of(path))
 
 
 def _part_of(path: Path) -> Path:
@@ -202,14 +205,10 @@ def _size(file: BinaryIO) -> int:
 
 def _target(row: KnownFile, output: str | Path | None) -> Path:
     """Where the weights of ``row`` go; a row of several files goes into a folder of its own."""
-    if row.beside:
-        folder = Path(output) if output is not None else Path(row.key)
-        path = folder / row.names[0]
-        folder = folder.parent
-    else:
-        path = Path(output) if output is not None else Path(row.names[0])
-        path = path / row.names[0] if path.is_dir() else path
-        folder = path.parent
+    path = Path(output if output is not None else row.names[0])
+    if row.beside or path.is_dir():
+        path = path / row.names[0]
+    folder = path.parent.parent if row.beside else path.parent
     if not folder.is_dir():
         raise OutputError(
             f"there is no folder {folder}",
@@ -295,6 +294,25 @@ def _download(row: KnownFile, file: BinaryIO) -> None:
             return
 
 
+class _Bounded:
+    """A file that takes no more than the known file has; the client writes all that is sent."""
+
+    def __init__(self, file: BinaryIO, row: KnownFile) -> None:
+        self._file = file
+        self._row = row
+        self._most = row.size if row.size is not None else hub.most_bytes(row.hub_path or "")
+
+    def write(self, piece: bytes) -> int:
+        if self._file.tell() + len(piece) > self._most:
+            # not a byte of it can be the file's
+            self._file.truncate(0)
+            raise hub.endless(repository_of(self._row), self._row.hub_path or "", self._most)
+        return self._file.write(piece)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -312,29 +330,6 @@ def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
             headers=build_hf_headers(library_name="mlx-contentvec"),
             displayed_filename=row.names[0],
         )
-
-
-class _Bounded:
-    """A file that takes no more bytes than its row has."""
-
-    def __init__(self, file: BinaryIO, row: KnownFile) -> None:
-        self._file, self._row = file, row
-
-    def write(self, data: bytes) -> int:
-        """Write ``data``. Raises IdentityError for more than the file can be."""
-        size = self._row.size
-        if size is not None and self._file.tell() + len(data) > size:
-            self._file.truncate(0)
-            raise IdentityError(
-                f"what {repository_of(self._row)} served is not {self._row.key}",
-                found=f"more than {size:,} bytes",
-                expected=f"{size:,} bytes",
-                hint="run the same again; if it fails again, the file has changed at its home",
-            )
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def _in_cache(row: KnownFile) -> Path | None:

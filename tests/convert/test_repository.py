@@ -6,17 +6,18 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from contentvec_convert import repository
 from contentvec_convert.identity import identify
-from contentvec_convert.known_files import KNOWN_FILES
+from contentvec_convert.known_files import KNOWN_FILES, KnownFile
 from contentvec_convert.repository import Fetched, is_address
 from mlx_contentvec import ContentvecModel
 from mlx_contentvec.config import PRESETS, ModelConfig
-from mlx_contentvec.errors import IdentityError
+from mlx_contentvec.errors import IdentityError, OutputError
 from tests.hub_server import HubServer
 from tests.originals import TINY_BASE, save_transformers, transformers_hubert
 
@@ -202,6 +203,30 @@ def test_a_configuration_that_is_there_is_not_replaced(
     done = command("convert", "someone/voice")
     assert done.returncode == 1 and "is not that of someone/voice" in done.stderr
     assert (tmp_path / "voice" / "config.json").read_text() == "mine"
+    assert not server.asked("GET /storage")  # said before the weights are downloaded
+
+
+def test_a_disk_that_is_too_full_is_said_before_the_download(
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from contentvec_convert import fetch
+    from mlx_contentvec import files as file_module
+
+    size = len(files["model.safetensors"])
+    row = KnownFile("tiny", ("model.safetensors",), "", "https://huggingface.co/a/b", size=size)
+    usage = SimpleNamespace(total=10 * size, free=size // 2)
+    monkeypatch.setattr(file_module.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(fetch, "_obtain", lambda *arguments: pytest.fail("it is downloaded"))
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OutputError, match="the disk is too full"):
+        fetch._fetch_file(row, path, force=False, progress=None)
+    assert not list(tmp_path.iterdir())
+    # what is there of it already needs no room
+    path.with_name(f"{path.name}.part").write_bytes(files["model.safetensors"][: size - 9])
+    with pytest.raises(pytest.fail.Exception, match="it is downloaded"):
+        fetch._fetch_file(row, path, force=False, progress=None)
 
 
 def test_a_revision_is_one_of_a_repository(
