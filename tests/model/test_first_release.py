@@ -504,7 +504,8 @@ def test_the_commands_take_the_file(
         features.append(np.load(tmp_path / name / "a.npy"))
     np.testing.assert_allclose(features[0], features[1], atol=1e-4)
     lacking = run_cli("verify", weights_path)
-    assert lacking.returncode == 1 and "without the evidence" in lacking.stderr
+    assert lacking.returncode == 1
+    assert "weights of the first release (0.1): without config" in lacking.stderr
 
 
 def test_the_guide_names_all_that_the_release_had() -> None:
