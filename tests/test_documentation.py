@@ -93,6 +93,14 @@ def test_every_block_is_of_a_known_kind() -> None:
         assert not block.about or block.skip in SKIPS, f"{block.page}: {block.about}"
 
 
+def test_a_block_can_be_pasted_and_read_without_scrolling() -> None:
+    for block in BLOCKS:
+        for line in block.code.splitlines():
+            assert len(line) <= 100, f"{block.page}: {line}"
+            # typed at a prompt, zsh takes a comment for arguments
+            assert block.language != "bash" or "#" not in line, f"{block.page}: {line}"
+
+
 @pytest.fixture
 def folder(tmp_path: Path, request: pytest.FixtureRequest, speech: Callable[..., Any]) -> Path:
     """Where a page's blocks run: what a reader of that page has by then."""

@@ -311,7 +311,9 @@ def _show_provenance(found: Inspection) -> None:
     else:
         known = source.get("known_as") or "a checkpoint that is not a known one"
         _line("is", f"converted, as it says itself, from {known}")
-    _line("source", f"md5 {source.get('md5')}, {source.get('size')} bytes")
+    size = source.get("size")
+    size = f"{size:,}" if isinstance(size, int) else size
+    _line("source", f"md5 {source.get('md5')}, {size} bytes")
     _line("format", f"{said.get('dtype')}, by mlx-contentvec {said['mlx_contentvec_version']}")
     _line("sha256", found.identity.sha256)
     _line("ledger", str(found.ledger))

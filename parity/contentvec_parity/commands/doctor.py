@@ -21,19 +21,17 @@ def doctor(measure: bool, json_file: str | None) -> None:
     """
     from pathlib import Path
 
-    from rich.console import Console
-
     from mlx_contentvec.errors import ContentvecError, OutputError
-    from mlx_contentvec.terminal import say
+    from mlx_contentvec.terminal import Status, say
 
     from .. import doctor as examination
 
     document = examination.facts()
     if measure and document["device"] is not None:
-        with Console(stderr=True).status("") as status:
+        with Status() as status:
             try:
                 document["measured"] = examination.measure(
-                    document["device"]["kind"], lambda doing: status.update(doing)
+                    document["device"]["kind"], status.update
                 )
             except ContentvecError as error:
                 document["troubles"].append(f"could not measure: {error.problem} ({error.found})")

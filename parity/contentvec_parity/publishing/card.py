@@ -386,7 +386,8 @@ def _files_table(package: Package) -> str:
     lines = ["| file | what | size |", "| --- | --- | ---: |"]
     for name, about in what.items():
         size = (package.folder / name).stat().st_size
-        lines.append(f"| [`{name}`]({name}) | {about} | {megabytes(size)} |")
+        written = megabytes(size).replace(" ", "\u00a0")
+        lines.append(f"| [`{name}`]({name}) | {about} | {written} |")
     return "\n".join(lines)
 
 
