@@ -361,7 +361,8 @@ def _frames(
             for frame in _decoded(stream, packet, data):
                 samples += frame.samples
                 yield frame.sample_rate, _rows(frame)
-    except av.error.FFmpegError as error:
+    # a header that sends the demuxer to an impossible place: the file's own seek refuses
+    except (av.error.FFmpegError, OSError, OverflowError, ValueError) as error:
         raise _cut_at(where, samples, stream, _reason(error)) from error
     if last and (whole := _FRAME_SIZES[stream.codec_context.codec.name](last, before)) > len(last):
         raise _cut_at(where, samples, stream, f"{len(last)} of the last frame's {whole} bytes")

@@ -183,8 +183,10 @@ def _require_w64(file: BinaryIO, size: int, where: str) -> None:
         length = int.from_bytes(head[16:], "little")
         if length < 24:
             return
-        if length > size - at and head[:16] == _W64_DATA:
-            raise _cut(where, size - at - 24, length - 24)
+        if length > size - at:
+            if head[:16] == _W64_DATA:
+                raise _cut(where, size - at - 24, length - 24)
+            return
         at += (length + 7) // 8 * 8
 
 

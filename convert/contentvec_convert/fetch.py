@@ -303,6 +303,25 @@ def _download(row: KnownFile, file: BinaryIO) -> None:
             return
 
 
+class _Bounded:
+    """A file that takes no more than the known file has; the client writes all that is sent."""
+
+    def __init__(self, file: BinaryIO, row: KnownFile) -> None:
+        self._file = file
+        self._row = row
+        self._most = row.size if row.size is not None else hub.most_bytes(row.hub_path or "")
+
+    def write(self, piece: bytes) -> int:
+        if self._file.tell() + len(piece) > self._most:
+            # not a byte of it can be the file's
+            self._file.truncate(0)
+            raise hub.endless(repository_of(self._row), self._row.hub_path or "", self._most)
+        return self._file.write(piece)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -320,29 +339,6 @@ def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
             headers=build_hf_headers(library_name="mlx-contentvec"),
             displayed_filename=row.names[0],
         )
-
-
-class _Bounded:
-    """A file that takes no more bytes than its row has."""
-
-    def __init__(self, file: BinaryIO, row: KnownFile) -> None:
-        self._file, self._row = file, row
-
-    def write(self, data: bytes) -> int:
-        """Write ``data``. Raises IdentityError for more than the file can be."""
-        size = self._row.size
-        if size is not None and self._file.tell() + len(data) > size:
-            self._file.truncate(0)
-            raise IdentityError(
-                f"what {repository_of(self._row)} served is not {self._row.key}",
-                found=f"more than {size:,} bytes",
-                expected=f"{size:,} bytes",
-                hint="run the same again; if it fails again, the file has changed at its home",
-            )
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def _in_cache(row: KnownFile) -> Path | None:

@@ -93,7 +93,7 @@ def test_an_output_that_does_not_read_back_never_gets_its_name(
 
 
 def test_parts_follow_each_other_whatever_they_are_views_of(folder: Path) -> None:
-    parts = [b"12", memoryview(bytearray(b"3456")).cast("H"), b""]
+    parts: list[Any] = [b"12", memoryview(bytearray(b"3456")).cast("H"), b""]
     with prepared(folder / "deep" / "a.npy", parts) as (draft, written):
         draft.rename(force=True)
     assert (folder / "deep" / "a.npy").read_bytes() == b"123456"

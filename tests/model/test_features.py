@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contentvec_parity.references.truth import true_double
+from mlx_contentvec import features as features_module
 from mlx_contentvec import memory
 from mlx_contentvec.audio import read_audio
 from mlx_contentvec.backend import mx
@@ -25,8 +27,10 @@ from mlx_contentvec.features import (
     extract_many,
     feature_kind,
     padded_length,
+    stacks,
 )
 from mlx_contentvec.model import ContentvecModel
+from mlx_contentvec.ops import cpu
 from mlx_contentvec.rvc import Hubert
 from tests.small_models import CONFIGS, DEEP, TINY, in_one_go, noise, random_model
 
@@ -237,6 +241,78 @@ def test_batches_hold_every_clip_once_and_pad_little(lengths: list[int], limit: 
 
 def test_clips_of_one_length_share_a_batch() -> None:
     assert batches([5, 9, 5, 5, 9], 20) == [[0, 2, 3], [1, 4]]
+
+
+@given(
+    st.lists(st.integers(400, 100_000), max_size=40),
+    st.sampled_from([0, 1000, 50_000, 1_000_000]),
+)
+def test_stacks_are_neighbours_and_as_large_as_they_may_be(lengths: list[int], limit: int) -> None:
+    grouped = batches(lengths, limit, stacked=True)
+    assert [i for batch in grouped for i in batch] == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in batch) for batch in grouped]
+    for batch, samples in zip(grouped, sums, strict=True):
+        assert len(batch) == 1 or samples <= limit
+    for samples, following in zip(sums, grouped[1:], strict=False):
+        assert samples + lengths[following[0]] > limit
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_on_a_cpu_clips_of_any_length_share_one_pass_without_padding(
+    version: str, deep: ContentvecModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 17 frames are one block of the positional convolution
+    clips = [noise(400 + 320 * n, n) for n in (0, 1, 48, 15, 16, 17, 33, 34)]
+    alone = [deep.extract(clip, sample_rate=16000, version=version) for clip in clips]
+    rows: list[int] = []
+    linear = cpu.linear
+
+    def count(x: Any, *arguments: Any) -> Any:
+        rows.append(x.reshape(-1, x.shape[-1]).shape[0])
+        return linear(x, *arguments)
+
+    monkeypatch.setattr(cpu, "linear", count)
+    together = list(deep.extract_many(clips, sample_rate=16000, version=version))
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.base is None
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    assert sum(map(len, alone)) in rows
+    assert max(rows) == sum(map(len, alone))
+
+
+@pytest.mark.parametrize("options", [{"batch_seconds": 0}, {"padding": "fairseq"}])
+def test_clips_are_not_stacked_unasked(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(TINY)
+    clips = [noise(16000), noise(16000, 1)]
+    monkeypatch.setattr(features_module, "stacked", lambda *_: pytest.fail("stacked"))
+    for _ in model.extract_many(clips, layer=1, sample_rate=16000, **options):
+        pass
+
+
+def test_a_stack_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(TINY)
+    clips = [noise(16000, seed) for seed in range(8)]
+    sizes: list[int] = []
+    stacked = features_module.stacked
+
+    def count(walk: Any, config: Any, waveforms: Any, *kind: Any) -> Any:
+        sizes.append(len(waveforms))
+        return stacked(walk, config, waveforms, *kind)
+
+    monkeypatch.setattr(features_module, "stacked", count)
+    limit = memory.stacked_bytes(model.config, [16000] * 3)
+    options = {"layer": 3, "sample_rate": 16000, "max_memory": limit}
+    for clip, found in zip(clips, model.extract_many(clips, **options), strict=True):
+        np.testing.assert_allclose(found, in_one_go(model, clip, output_layer=3), atol=2e-5)
+    assert sizes == [2, 2, 2, 2]
+
+
+def test_a_model_whose_norms_see_their_batch_is_not_stacked() -> None:
+    conditioned = random_model(replace(TINY, encoder_layers_1=1))
+    assert stacks(random_model(TINY), "exact")
+    assert not stacks(conditioned, "exact")
 
 
 def test_an_array_must_say_its_sample_rate_and_what_has_one_need_not(tmp_path: Path) -> None:
