@@ -150,7 +150,7 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
                 hint="give another --output, or --force to replace it",
             )
         if right:
-            _fetch_beside(row, path.parent, force=force)
+            _write_beside(_read_beside(row, path.parent, force=force))
             return there
     part = _part_of(path)
     with explained(part):
@@ -164,8 +164,8 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
         resumed = _size(file) > 0
         try:
             check_target(path, force=force, needed=(row.size or 0) - _size(file))
-            # the small files first: what is wrong with them is known before the long download
-            _fetch_beside(row, path.parent, force=force)
+            # what is wrong with the small files is known before the long download
+            beside = _read_beside(row, path.parent, force=force)
             try:
                 identity = _obtain(row, part, file, progress)
             except IdentityError:
@@ -173,6 +173,7 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
                     raise
                 # the part may have been the beginning of something else
                 identity = _obtain(row, part, file, progress)
+            _write_beside(beside)
             with explained(path):
                 place(part, path, force=force)
         finally:
@@ -219,9 +220,14 @@ def _target(row: KnownFile, output: str | Path | None) -> Path:
     return path
 
 
-def _fetch_beside(row: KnownFile, folder: Path, *, force: bool) -> None:
-    """The small files that belong to the weights; the client keeps them in its cache."""
+def _read_beside(row: KnownFile, folder: Path, *, force: bool) -> dict[Path, bytes]:
+    """The small files that belong to the weights, by their place in ``folder``, but for those
+    that are there already. The client keeps them in its cache.
+
+    Raises OutputError if another file is in the place of one, unless ``force``.
+    """
     inside = PurePosixPath(row.hub_path or "").parent
+    files: dict[Path, bytes] = {}
     for name in row.beside:
         found = small_file(repository_of(row), str(inside / name), row.revision).read_bytes()
         path = folder / name
@@ -233,9 +239,15 @@ def _fetch_beside(row: KnownFile, folder: Path, *, force: bool) -> None:
                     f"{path} exists, and is not that of {repository_of(row)}",
                     hint="give another --output, or --force to replace it",
                 )
+        files[path] = found
+    return files
+
+
+def _write_beside(files: dict[Path, bytes]) -> None:
+    for path, content in files.items():
         with Draft(path) as draft:
             with draft.open() as copy, explained(path):
-                copy.write(found)
+                copy.write(content)
             draft.sync()
             draft.rename(force=True)
 

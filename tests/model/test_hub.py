@@ -191,7 +191,9 @@ def test_a_changed_config_does_not_choose(tmp_path: Path) -> None:
 
 def test_a_config_that_is_not_json_is_said(tmp_path: Path) -> None:
     files = {"config.json": b"<html>", "model.safetensors": WEIGHTS}
-    with pytest.raises(HubError, match=r"config\.json is not JSON"):
+    with pytest.raises(
+        HubError, match=r"config\.json is not what it should be\s+found +it is not JSON"
+    ):
         hub.resolve(write(tmp_path, files), dtype="q8")
 
 
