@@ -264,6 +264,10 @@ class PackageFiles:
             )
         return _verified(path, name, self.checksums())
 
+    def missing(self, *names: str) -> list[str]:
+        """Which of these files it lacks. Raises HubError where that cannot be told."""
+        return [name for name in names if self.find(name) is None]
+
     def weights(self, dtype: str | None = None) -> Path:
         """The weights file, or the variant called ``dtype``; see :func:`resolve`."""
         names = WEIGHTS if dtype is None else self._variant(dtype)
@@ -357,6 +361,14 @@ class RepositoryFiles(PackageFiles):
         """See :meth:`PackageFiles.file`."""
         with self._or_why_not():
             return super().file(name)
+
+    def missing(self, *names: str) -> list[str]:
+        """See :meth:`PackageFiles.missing`."""
+        lacks = super().missing(*names)
+        if lacks and self._unreachable is not None:
+            with self._or_why_not():
+                raise HubError(f"{name_list(lacks)} of {self.where} is not in the cache")
+        return lacks
 
     def find(self, name: str) -> Path | None:
         """A file in the Hub's cache, downloaded if need be."""
