@@ -13,6 +13,7 @@ with the 16 kHz files it expects; the resampler is this project's choice.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import math
 import numbers
@@ -268,6 +269,20 @@ def _load(name: str) -> Any:
         ) from error
 
 
+class _AudioFile(io.FileIO):
+    """A file in which an impossible place is its end.
+
+    Demuxers go where a damaged header sends them. PyAV prints the traceback of what a file
+    raises meanwhile.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (OSError, OverflowError, ValueError):
+            return super().seek(0, os.SEEK_END)
+
+
 @contextlib.contextmanager
 def open_regular(path: Path, where: str) -> Generator[tuple[BinaryIO, int]]:
     """Open a regular file that is not empty, and its size; a pipe or a device is never waited for.
@@ -287,7 +302,7 @@ def open_regular(path: Path, where: str) -> Generator[tuple[BinaryIO, int]]:
             found=_KINDS.get(stat.S_IFMT(status.st_mode), "a special file"),
             expected="a regular file",
         )
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
+    with _AudioFile(descriptor) as file:
         if not status.st_size:
             raise AudioError(f"{where} is empty", found="0 bytes")
         yield cast(BinaryIO, file), status.st_size
@@ -327,6 +342,11 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
                     found=", ".join(sorted({str(s.type) for s in container.streams}))
                     or "no streams",
                     hint="a video without an audio track; leave it out",
+                )
+            if container.streams.audio[0].codec_context is None:
+                raise AudioError(
+                    f"{where} is encoded in a way that FFmpeg does not know",
+                    hint="it is damaged, or of a kind that has to be converted first",
                 )
             frames = _frames(container, stated, where)
             first = next(frames, None)

@@ -515,7 +515,7 @@ def test_a_hash_that_is_none_makes_no_path(
 ) -> None:
     server.add_repo(REPO, package())
     names = {"ETag": ("X-Linked-Etag", "ETag"), "commit": ("X-Repo-Commit",)}[what]
-    server.fail("HEAD", times=99, headers={name: stated for name in names})
+    server.fail("HEAD", times=99, headers=dict.fromkeys(names, stated))
     result = resolved(REPO)
     assert "what answers is not the Hub" in result.stderr, result.stderr
     assert "\x1b" not in result.stderr
