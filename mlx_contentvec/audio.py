@@ -70,6 +70,9 @@ _DEMUXER_OPTIONS = {
 }
 #: demuxers that read frames of a known size, and mark one that the file's end cut
 _FLAGS_CUT_PACKETS = frozenset({"amr", "amrnb", "amrwb"})
+#: codecs of which each packet is sound; what the begin or the end of a stream skips lies in
+#: a packet or two. A damaged page in the middle makes the demuxer skip all that follows
+_ALWAYS_SOUND, _MOST_SILENT = frozenset({"opus", "libopus"}), 8
 #: demuxers whose duration is a count of samples in the file's header
 _COUNTS_SAMPLES = frozenset({"tta", "wv", "ape"})
 _MPEG_SYNC = re.compile(rb"\xff[\xe2-\xff]", re.DOTALL)
@@ -368,7 +371,7 @@ def _frames(
     """
     av = _load("av")
     stream = container.streams.audio[0]
-    samples = packets = 0
+    samples = packets = silent = 0
     last = before = b""
     try:
         for packet in container.demux(stream):
@@ -378,9 +381,14 @@ def _frames(
             packets += bool(packet.size)
             if data:
                 before, last = last, data
+            reached = samples
             for frame in _decoded(stream, packet, data):
                 samples += frame.samples
                 yield frame.sample_rate, _rows(frame)
+            if packet.size and reached and samples == reached:
+                silent += 1
+                if stream.codec_context.codec.name in _ALWAYS_SOUND and silent > _MOST_SILENT:
+                    raise _cut_at(where, samples, stream, "its packets give no sound any more")
     # a header that sends the demuxer to an impossible place: the file's own seek refuses
     except (av.error.FFmpegError, OSError, OverflowError, ValueError) as error:
         raise _cut_at(where, samples, stream, _reason(error)) from error

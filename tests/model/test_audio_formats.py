@@ -226,6 +226,30 @@ def test_a_lost_page_of_an_ogg_is_noticed(folder: Path) -> None:
         read_audio(folder / "lost.ogg")
 
 
+def test_a_short_opus_joined_to_itself_is_refused_and_to_another_read(folder: Path) -> None:
+    """Each is one page of sound; a file of a few pages gives all of both."""
+    short = [
+        ffmpeg("-i", f"{folder / 'voice.wav'}", "-t", f"{0.3 + i / 1000}", "-f", "ogg", "-c:a",
+               "libopus", "-serial_offset", f"{i}", "pipe:1")
+        for i in (0, 1)
+    ]  # fmt: skip
+    (folder / "twice.opus").write_bytes(2 * short[0])
+    with pytest.raises(AudioError, match="holds several files"):
+        read_audio(folder / "twice.opus")
+    (folder / "both.opus").write_bytes(b"".join(short))
+    assert read_count(folder / "both.opus") == pytest.approx(0.6 * 48000, abs=100)
+
+
+def test_opus_that_falls_silent_after_a_damaged_page_is_refused(folder: Path) -> None:
+    short = ffmpeg("-i", f"{folder / 'voice.wav'}", "-t", "0.3", "-f", "ogg", "-c:a", "libopus",
+                   "pipe:1")  # fmt: skip
+    second = bytearray(short)
+    second[second.index(b"OpusHead") : second.index(b"OpusHead") + 8] = b"OpusHeat"
+    (folder / "silent.opus").write_bytes(short + second)
+    with pytest.raises(AudioError, match="no sound any more|to its end"):
+        read_audio(folder / "silent.opus")
+
+
 def test_an_ogg_without_its_last_page_is_cut_short(folder: Path) -> None:
     data = made(folder, "flac.ogg").read_bytes()
     (folder / "ended.ogg").write_bytes(data[: data.rindex(b"OggS")])
