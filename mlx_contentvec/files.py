@@ -13,9 +13,10 @@ import hashlib
 import os
 import secrets
 import shutil
+import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -25,7 +26,7 @@ try:
 except ImportError:  # Windows has no advisory locks of this kind; leftovers then stay
     fcntl = None  # type: ignore[assignment]
 
-from .errors import OutputError
+from .errors import OutputError, did_you_mean
 
 _PREFIX, TEMPORARY_SUFFIX = ".mlx-contentvec-", ".partial"
 #: no link at the path itself is followed, no pipe blocks, no child process inherits
@@ -53,6 +54,14 @@ _HINTS = {
     errno.ENOTDIR: "write to another folder with -o",
     errno.ENAMETOOLONG: "give it a shorter name with -o",
 }
+
+
+def similar_name(missing: Path, others: Iterable[str] = ()) -> str | None:
+    """A question that names the files beside ``missing``, or ``others``, which it may mean."""
+    beside: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        beside = [str(missing.with_name(path.name)) for path in missing.parent.iterdir()]
+    return did_you_mean(str(missing), [*others, *beside])
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
@@ -253,6 +262,19 @@ def folder_lock(folder: Path) -> Iterator[None]:
             except OSError:  # some network file systems have no locks
                 break
         yield
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let Ctrl-C and a request to end wait for a few steps that belong together."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Draft:

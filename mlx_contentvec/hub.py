@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HubError, name_list
-from .files import read_regular
+from .files import read_regular, similar_name
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
 from .json_text import JsonError, read_object
 
@@ -53,6 +53,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 #: bytes of a list of checksums: a hundred for each file of a folder
 _CHECKSUMS_BYTES = 1 << 20
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
+#: the folder of a repository in the client's cache
+_CACHED = re.compile(r"models--(.+?)--(.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TOKEN = re.compile(r"hf_\w+")
 #: top-level modules whose exceptions mean that the network did not deliver
@@ -99,10 +101,13 @@ def resolve_pretrained(
     filename:     one file of the repository or folder; where that release had it, a
                   second positional argument that ends in ``.safetensors``, it is
                   taken for that
-    weights_path: a file of this machine, in place of all these
+    weights_path: a file of this machine, in place of all these; that release's third
+                  positional argument, before which it did not read the others
 
     Raises HubError as :func:`resolve` does, and for arguments that contradict each other.
     """
+    if dtype is not None and os.fspath(dtype).endswith(".safetensors"):
+        return resolve(Path(dtype))
     if revision is not None and revision.endswith(".safetensors"):
         revision, filename = None, filename or revision
     if weights_path is not None:
@@ -148,7 +153,8 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
         raise HubError(
             f"there are no weights at {name}",
             expected="a .safetensors file, a folder with one, or a repository like owner/name",
-            hint="a local path is taken from the current folder: " + str(Path.cwd()),
+            hint=similar_name(path)
+            or "a local path is taken from the current folder: " + str(Path.cwd()),
         )
     return RepositoryFiles(name, revision)
 
@@ -214,13 +220,24 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
 
 
 def how_to_convert(source: str | os.PathLike[str]) -> str:
-    """The command that makes a file of this project out of a checkpoint or a folder."""
+    """The command that makes a file of this project out of a checkpoint or a folder.
+
+    Of a file in the client's cache it names the repository that the file is from.
+    """
     path = Path(source)
+    *_, cached, snapshots, _, _ = ("", "", "", "", *path.parts)
+    if snapshots == "snapshots" and (repo := _CACHED.fullmatch(cached)) is not None:
+        return _how_to_convert_repository(repo[1] + "/" + repo[2])
     if path.suffix in (".bin", ".safetensors") and (path.parent / CONFIG).is_file():
         path = path.parent  # what transformers keeps beside its weights is needed as well
     source = os.fspath(path)
     output = f"{path.absolute().stem}-mlx.safetensors"
     return f"mlx-contentvec convert {shlex.quote(source)} -o {shlex.quote(output)}"
+
+
+def _how_to_convert_repository(repo_id: str) -> str:
+    output = f"{repo_id.partition('/')[2]}-mlx.safetensors"
+    return f"mlx-contentvec convert {shlex.quote(repo_id)} -o {shlex.quote(output)}"
 
 
 # the files of a package ---------------------------------------------------------
@@ -329,8 +346,7 @@ class RepositoryFiles(PackageFiles):
 
     def conversion(self) -> str:
         """See :meth:`PackageFiles.conversion`."""
-        folder = self.where.partition("/")[2]
-        return f"hf download {self.where} --local-dir {folder}\n{how_to_convert(folder)}"
+        return _how_to_convert_repository(self.where)
 
     def weights(self, dtype: str | None = None) -> Path:
         """See :meth:`PackageFiles.weights`."""

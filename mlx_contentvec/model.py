@@ -173,9 +173,9 @@ class ContentvecModel(Hubert):
         Weights are read and computed here, for a lazy array belongs to the thread that made
         it, and a loaded model is called from any. ``lazy=True`` leaves them in the file,
         which must not change, until they are needed; until its first call is done the model
-        then belongs to the thread that loaded it. For 378 MB of float32 (AMD EPYC, two busy
-        cores) loading takes 2.5 s and 540 MB at most, and the first call 1.3 s; lazily 0.03 s
-        and nothing, and the first call 3.3 s and 530 MB.
+        then belongs to the thread that loaded it. For 378 MB of float32 (AMD EPYC, processor
+        time) loading takes 0.9 s and 550 MB at most, and the first call, of 1 s of audio,
+        0.5 s; lazily 0.01 s and nothing, and the first call 1.3 s and 550 MB.
 
         Raises WeightsError.
         """

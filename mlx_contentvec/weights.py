@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from . import first_release, ops, rvc_mlx
 from .backend import mx, nn
 from .config import ModelConfig, parameter_shapes
 from .errors import OutputError, WeightsError, name_list
-from .files import Draft, check_target
+from .files import Draft, check_target, similar_name
 from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
@@ -39,18 +40,37 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
             + how_to_convert(path),
         )
     if not path.is_file():
-        raise WeightsError(f"no such file: {path}", hint=how_to_convert("hubert_base.pt"))
+        raise WeightsError(
+            f"no such file: {path}", hint=similar_name(path) or how_to_convert("hubert_base.pt")
+        )
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise WeightsError(
             f"{path.name} is not a readable safetensors file",
-            found=str(error),
-            hint="a checkpoint is converted first:\n" + how_to_convert(path),
+            found=_beginning(path),
+            hint=f"a checkpoint is converted first:\n{how_to_convert(path)}\n"
+            f"what a file is: mlx-contentvec inspect {shlex.quote(os.fspath(path))}",
         ) from error
     if rvc_mlx.is_rvc_mlx(metadata):
         return rvc_mlx.translated(arrays, metadata, path.name)
     return arrays, metadata
+
+
+#: how files begin that are taken for weights
+_BEGINNINGS = {
+    b"PK": "a zip archive, as torch.save writes",
+    b"\x80": "a pickle, as torch.save wrote it",
+    b"<": "a web page",
+}
+
+
+def _beginning(path: Path) -> str:
+    """What the first bytes of a file that is no safetensors say it is."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    what = next((what for start, what in _BEGINNINGS.items() if head.startswith(start)), None)
+    return what or f"{path.stat().st_size:,} bytes that begin with {head!r}"
 
 
 def stored_config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> ModelConfig:

@@ -108,7 +108,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def killed_in(tmp_path: Path, code: Callable[[Room], None]) -> None:
+def killed_in(tmp_path: Path, code: Callable[[Room], object]) -> None:
     """Run ``code`` in a room of a process that ends as a kill ends it."""
     child = os.fork()
     if not child:
@@ -122,7 +122,7 @@ def killed_in(tmp_path: Path, code: Callable[[Room], None]) -> None:
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    killed_in(tmp_path, lambda room: make(room, a="1") and None)
+    killed_in(tmp_path, lambda room: make(room, a="1"))
     assert len(list(tmp_path.iterdir())) == 1
     put(tmp_path / "f", b="2")
     assert [path.name for path in tmp_path.iterdir()] == ["f"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mlx_contentvec import terminal
-from mlx_contentvec.errors import ContentvecError, counted, did_you_mean
+from mlx_contentvec.errors import AudioError, ContentvecError, counted, did_you_mean
+from mlx_contentvec.extract.sources import find_sources
 from mlx_contentvec.terminal import Status, labelled, late_bar, wrapped
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -85,12 +86,23 @@ def test_only_what_resembles_a_word_is_suggested() -> None:
         ("extract . -o out -w song.wav", "song.wav is audio"),
         ("extract here.pt -o out -w .", "here.pt is no audio"),
         ("parity a.safetensors here.pt", "here.pt a.safetensors"),
+        ("extract . -o out -w ./heer.pt", "did you mean here.pt"),
+        ("extract song.wav -o out -w here.pt", "mlx-contentvec inspect here.pt"),
+        ("inspect heer.pt", "did you mean here.pt"),
+        ("parity heer.pt here.pt", "did you mean here.pt"),
     ],
 )
 def test_a_slip_is_answered_with_what_was_meant(tmp_path: Path, words: str, said: str) -> None:
     (tmp_path / "here.pt").write_bytes(b"")
     run = shell(f"$M {words}", tmp_path)
     assert run.returncode in (1, 2) and said in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_misspelt_audio_file_is_answered_with_the_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "song.wav").write_bytes(b"")
+    with pytest.raises(AudioError) as caught:
+        find_sources([str(tmp_path / "sogn.wav")])
+    assert caught.value.hint == f"did you mean {tmp_path / 'song.wav'}?"
 
 
 # progress -----------------------------------------------------------------------------

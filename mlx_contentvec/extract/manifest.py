@@ -101,21 +101,25 @@ class Manifest:
             return OutputStatus(State.TAKEN, f"it was made with {_difference(latest, settings)}")
         return OutputStatus(State.PENDING)
 
-    def add(self, record: Record) -> None:
-        """Put a record on the disk: when this returns, a power cut does not lose it.
+    def add(self, *records: Record) -> None:
+        """Put records on the disk: when this returns, a power cut does not lose them.
 
         Raises OutputError if it cannot be written.
         """
+        if not records:
+            return
+        lines = [json.dumps(record, sort_keys=True).encode() + b"\n" for record in records]
         try:
             with os.fdopen(open_own(self.path, os.O_WRONLY | os.O_APPEND), "ab") as file:
-                # a line that a power cut tore must not swallow this one
+                # a line that a power cut tore must not swallow the first of these
                 start = b"" if not file.tell() or _ends_a_line(self.path) else b"\n"
-                file.write(start + json.dumps(record, sort_keys=True).encode() + b"\n")
+                file.write(start + b"".join(lines))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self._note(record)
+        for record in records:
+            self._note(record)
 
 
 def identity(path: Path) -> Record:

@@ -231,6 +231,36 @@ def test_a_checkpoint_is_answered_with_the_command_that_converts_it(
     ContentvecModel.from_pretrained(tmp_path / arguments[-1])
 
 
+@pytest.mark.parametrize("form", ["safetensors", "torch"])
+def test_a_repository_is_answered_with_the_command_that_converts_it(
+    form: str, converted_tiny: Path, tmp_path: Path, server: HubServer, run_cli: Any
+) -> None:
+    from contentvec_convert.export import export
+
+    exported = export(converted_tiny, tmp_path / "exported", to="transformers").path
+    files = {path.name: path.read_bytes() for path in exported.iterdir()}
+    if form == "torch":
+        exported = export(converted_tiny, tmp_path / "exported.pt", to="fairseq").path
+        files = {"checkpoint.pt": exported.read_bytes()}
+    server.add_repo(REPO, files)
+    environment = server.environment(tmp_path / "home", token=None)
+    program = "from mlx_contentvec import ContentvecModel as m; import sys; print(m.from_pretrained"
+    asked = subprocess.run(
+        [sys.executable, "-c", f"{program}(sys.argv[1]).config)", REPO],
+        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    lines = [line.removeprefix("hint: ").strip() for line in asked.stderr.splitlines()]
+    (command,) = (line for line in lines if line.startswith("mlx-contentvec convert"))
+    _, *arguments = shlex.split(command)
+    assert arguments[1] == REPO
+    done = run_cli(*arguments, "--allow-unknown", cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    ContentvecModel.from_pretrained(tmp_path / arguments[-1])
+
+
 def test_a_folder_given_for_a_file_is_answered_with_both_calls(tmp_path: Path) -> None:
     with pytest.raises(ContentvecError, match="is a folder") as caught:
         ContentvecModel.from_file(tmp_path)
@@ -449,8 +479,7 @@ def test_weights_missing_from_a_repository_are_named(server: HubServer, resolved
     server.add_repo(REPO, {"pytorch_model.bin": WEIGHTS})
     said = resolved(REPO).stderr
     assert f"{REPO} holds no MLX weights" in said
-    assert f"hf download {REPO} --local-dir contentvec-mlx\n" in said
-    assert "mlx-contentvec convert contentvec-mlx -o" in said
+    assert f"mlx-contentvec convert {REPO} -o contentvec-mlx-mlx.safetensors" in said
 
 
 @pytest.mark.parametrize(

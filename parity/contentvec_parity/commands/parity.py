@@ -26,9 +26,16 @@ class RunByDefault(click.Group):
         run = self.commands["run"]
         with click.Context(run, parent=ctx.parent, info_name=ctx.info_name) as own:
             text = run.get_help(own)
-        others = [name for name in self.commands if name != "run"]
-        lines = [f"  {name:8}{self.commands[name].get_short_help_str(80)}" for name in others]
-        return text + "\n\nSubcommands:\n" + "\n".join(lines)
+        formatter = ctx.make_formatter()
+        with formatter.section("Subcommands"):
+            formatter.write_dl(
+                [
+                    (name, command.get_short_help_str(200))
+                    for name, command in self.commands.items()
+                    if name != "run"
+                ]
+            )
+        return text + "\n\n" + formatter.getvalue()
 
 
 @click.group(cls=RunByDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -157,7 +164,11 @@ def run(
 @parity.command("record")
 @click.argument("checkpoint", type=_FILE)
 @click.argument("output", type=_FILE)
-@click.option("--reference", type=click.Choice(["fairseq", "transformers"]))
+@click.option(
+    "--reference",
+    type=click.Choice(["fairseq", "transformers"]),
+    help="Default: what is installed.",
+)
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
 def record_command(checkpoint: Path, output: Path, reference: str | None, force: bool) -> None:
     """Record what the original makes of six short clips, for others to compare with.

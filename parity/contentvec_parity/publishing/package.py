@@ -36,6 +36,7 @@ from mlx_contentvec.files import (
     is_file,
     is_folder,
     left_by_the_system,
+    similar_name,
     write_text,
 )
 from mlx_contentvec.folders import Room
@@ -246,7 +247,7 @@ def _gather(
     proven: the tensors were held against the ledger a moment ago
     """
     if not is_file(weights):
-        raise HubError(f"there is no converted file {weights}")
+        raise HubError(f"there is no converted file {weights}", hint=similar_name(weights))
     metadata = read_metadata(weights)
     checks.check_metadata(weights, metadata)
     sha256 = sha256 or hub.sha256_of(weights)

@@ -49,6 +49,7 @@ from ..compare.fingerprints import Fingerprint, computed_fingerprint, fingerprin
 from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows
 from ..inputs import Clip, padded_batch, spoken
 from . import Reference
+from . import recording_checks as checks
 from .original import TorchOriginal, frame_mask
 from .yardsticks import HALF, HALF_PRECISION, RecordedYardstick, TorchYardstick, Yardstick
 
@@ -130,8 +131,8 @@ def write(
     half: dict[str, Any] = {
         dtype: {"about": yardstick.about, "errors": {}} for dtype, yardstick in yardsticks.items()
     }
-    for clip, selection in clips:
-        progress(clip.name)
+    for number, (clip, selection) in enumerate(clips, 1):
+        progress(f"clip {clip.name}, {number} of {len(clips)}")
         kept = SELECTIONS[selection](original.config)
         found, exact = original.stages(clip), original.truth(clip)
         outputs = {stage: found[stage] for stage in kept}
@@ -267,8 +268,6 @@ class Recording:
 
     def __init__(self, path: Path) -> None:
         """Raises ParityError if the file is not a sound recording."""
-        from . import recording_checks as checks
-
         self.path = path
         self.header = read_header(path)
         self.config = checks.require_header(path, self.header)
@@ -281,9 +280,8 @@ class Recording:
 
     def require_complete(self) -> None:
         """Raise ParityError unless it holds the clips that travel with published weights."""
-        from .recording_checks import require_clips
-
-        require_clips(self.path, self.config, self.clips, self._stages, small())
+        wanted = [(clip, SELECTIONS[selection](self.config)) for clip, selection in small()]
+        checks.require_clips(self.path, self.clips, self._stages, wanted)
 
     def _clip(self, about: Mapping[str, Any]) -> Clip:
         name = about["name"]

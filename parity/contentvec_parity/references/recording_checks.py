@@ -239,20 +239,17 @@ def _require_plausible(
 
 def require_clips(
     path: Path,
-    config: ModelConfig,
     clips: Sequence[Clip],
     stages: Mapping[str, Sequence[str]],
-    wanted: Sequence[tuple[Clip, str]],
+    wanted: Sequence[tuple[Clip, Sequence[str]]],
 ) -> None:
     """Raise ParityError unless ``clips`` are those of ``wanted``, with the stages of each."""
-    from .recording import SELECTIONS
-
     found = {clip.name: clip for clip in clips}
-    for clip, selection in wanted:
+    for clip, selected in wanted:
         there = found.pop(clip.name, None)
         if there is None:
             _refuse(path, f"it lacks the clip {clip.name}")
-        if list(stages[clip.name]) != list(SELECTIONS[selection](config)):
+        if list(stages[clip.name]) != list(selected):
             _refuse(path, f"the clip {clip.name} has other stages than published recordings have")
         same_mask = (
             there.padding_mask is None

@@ -1,0 +1,269 @@
+"""Files that are opened, kept, locked and written: what is no file, and what is another's."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mlx_contentvec import files
+from mlx_contentvec.errors import OutputError
+from mlx_contentvec.files import (
+    Draft,
+    check_target,
+    folder_lock,
+    is_file,
+    is_folder,
+    left_by_the_system,
+    lock_now,
+    open_own,
+    open_regular,
+    place,
+    remove_leftovers,
+    signals_held,
+    sync,
+    write_text,
+)
+
+
+def test_what_is_a_file_and_what_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "nothing")
+    assert [is_file(tmp_path / n) for n in ("file", "link", "pipe", "nowhere", "")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert is_folder(tmp_path)
+    assert not is_folder(tmp_path / "file")
+    assert not is_file(Path("\0"))
+    assert not is_folder(tmp_path / ("x" * 300))
+
+
+def test_names_that_the_system_leaves() -> None:
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._a.wav"):
+        assert left_by_the_system(name)
+    for name in ("a.wav", ".a.wav", "_a.wav", "DS_Store"):
+        assert not left_by_the_system(name)
+
+
+def test_regular_files_are_opened_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("file", "link"):
+        with os.fdopen(open_regular(tmp_path / name), "rb") as file:
+            assert file.read() == b"12"
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(ValueError, match="not a regular file"):
+            open_regular(path)
+
+
+def test_a_file_exchanged_for_a_pipe_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    real = os.open
+
+    def exchanged(path: Path, flags: int) -> int:
+        assert flags & os.O_NONBLOCK
+        return real(tmp_path / "pipe", flags)
+
+    monkeypatch.setattr(os, "open", exchanged)
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    with pytest.raises(ValueError, match="not a regular file"):
+        open_regular(tmp_path / "file")
+    if before:
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_file_of_our_own_is_made_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "own"
+    os.close(open_own(path))
+    path.write_bytes(b"kept")
+    os.close(open_own(path))
+    assert path.read_bytes() == b"kept"
+    (tmp_path / "second").hardlink_to(path)
+    with pytest.raises(OSError, match="something else has its name"):
+        open_own(path)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        open_own(tmp_path / "link")
+    assert not (tmp_path / "elsewhere").exists()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="something else has its name"):
+        open_own(tmp_path / "pipe")
+
+
+def test_locks_are_exclusive_or_shared(tmp_path: Path) -> None:
+    one, other = (open_own(tmp_path / "lock") for _ in range(2))
+    assert lock_now(one)
+    assert not lock_now(other)
+    assert not lock_now(other, share=True)
+    os.close(one)
+    assert lock_now(other, share=True)
+    third = open_own(tmp_path / "lock")
+    assert lock_now(third, share=True)
+    assert not lock_now(third)
+    os.close(other)
+    os.close(third)
+
+
+def test_where_there_are_no_locks_work_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if files.fcntl is None:
+        pytest.skip("this system has no such locks")
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    descriptor = open_own(tmp_path / "lock")
+    assert lock_now(descriptor)
+    os.close(descriptor)
+    with folder_lock(tmp_path):
+        write_text(tmp_path / "a", "1")
+    assert (tmp_path / "a").read_text() == "1"
+
+
+def hold(folder: Path, held: multiprocessing.synchronize.Event) -> None:
+    with folder_lock(folder):
+        held.set()
+        signal.pause()
+
+
+def test_another_process_that_holds_a_folder_is_waited_for_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_LOCK_SECONDS", 0.2)
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, held), daemon=True)
+    process.start()
+    assert held.wait(30)
+    with pytest.raises(OutputError, match="keeps the folder"), folder_lock(tmp_path):
+        pass
+    process.kill()
+    process.join()
+    with folder_lock(tmp_path):
+        pass
+
+
+def test_without_force_a_name_that_is_taken_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "old").write_text("old")
+    with pytest.raises(OutputError, match="appeared"):
+        place(tmp_path / "new", tmp_path / "old", force=False)
+
+    def refused(code: int) -> None:
+        def link(*_: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "link", link)
+
+    refused(errno.EPERM)
+    with pytest.raises(OutputError, match="appeared"):
+        place(tmp_path / "new", tmp_path / "old", force=False)
+    assert (tmp_path / "old").read_text() == "old"
+    refused(errno.EIO)
+    with pytest.raises(OSError, match=r"Input/output|I/O"):
+        place(tmp_path / "new", tmp_path / "free", force=False)
+    refused(errno.EPERM)
+    place(tmp_path / "new", tmp_path / "free", force=False)
+    assert (tmp_path / "free").read_text() == "new"
+    place(tmp_path / "free", tmp_path / "old", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_text_is_written_whole_and_replaces_files_only(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "\u00e4")
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (("folder", "it is a folder"), ("pipe", "a pipe or a device")):
+        with pytest.raises(OutputError, match=said):
+            write_text(tmp_path / name, "new")
+    with pytest.raises(OutputError, match="does not exist"):
+        write_text(tmp_path / "none" / "a", "new")
+    with pytest.raises(OutputError, match="is not a folder"):
+        write_text(tmp_path / "a" / "b", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "folder", "pipe"]
+
+
+def test_a_link_to_nothing_is_something_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OutputError, match="already exists"):
+        check_target(tmp_path / "a", force=False)
+    check_target(tmp_path / "a", force=True)
+
+
+def test_leftovers_below_a_folder_are_removed_and_drafts_are_not(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    leftover = tmp_path / "deep" / ".mlx-contentvec-00000000-00000000.partial"
+    leftover.write_text("")
+    mine = tmp_path / ".mlx-contentvec.partial"
+    mine.write_text("")
+    with Draft(tmp_path / "deep" / "a") as draft:
+        draft.write(0, b"1")
+        remove_leftovers(tmp_path)
+        draft.rename(force=False)
+    assert not leftover.exists()
+    assert (tmp_path / "deep" / "a").read_bytes() == b"1"
+    assert mine.exists()
+
+
+def test_what_the_system_refuses_to_flush_is_said_but_for_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if files.fcntl is None:
+        pytest.skip("this system has no fcntl")
+    calls: list[str] = []
+
+    def full_sync(code: int) -> None:
+        def refuse(*_: object) -> None:
+            calls.append("full")
+            if code:
+                raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(files.fcntl, "fcntl", refuse)
+        monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    for code, done in (
+        (0, ["full"]),
+        (errno.ENOTSUP, ["full", "fsync"]),
+        (errno.EINVAL, ["full", "fsync"]),
+        (45, ["full", "fsync"]),
+    ):
+        calls.clear()
+        full_sync(code)
+        sync(0)
+        assert calls == done
+    full_sync(errno.EIO)
+    with pytest.raises(OSError):
+        sync(0)
+
+
+def test_signals_wait_for_steps_that_belong_together() -> None:
+    done = []
+    with contextlib.suppress(KeyboardInterrupt):
+        with signals_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("inside")
+        done.append("outside")
+    assert done in (["inside"], ["inside", "outside"])
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
