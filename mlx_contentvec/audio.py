@@ -397,6 +397,13 @@ def _frames(
     expected, unit = stated or (0, "samples")
     if container.format.name in _COUNTS_SAMPLES and stream.duration:
         expected = round(stream.duration * stream.time_base * (stream.rate or 0))
+    if container.format.name == "flac" and 0 < expected < samples:
+        raise AudioError(
+            f"{where} holds more than its header says",
+            found=f"{samples:,} samples{_seconds(samples, stream)}",
+            expected=f"{expected:,} samples",
+            hint="join audio with a program that writes one header, such as ffmpeg or sox",
+        )
     decoded = packets if unit == "MPEG frames" else samples
     if decoded < expected:
         raise AudioError(
