@@ -209,6 +209,9 @@ def _require_ogg(file: BinaryIO, size: int, where: str) -> None:
         if len(segments) < head[26] or end > size:
             raise _cut(where, size, max(end, size + 1), "its last page says")
         begins = bool(head[5] & 2)
+        if serial in pages and head[27 + head[26] :].startswith(b"OpusHead"):
+            # one Opus file after itself: FFmpeg takes the second for what is trimmed at the end
+            raise _joined(where, at)
         if serial in pages and not begins and number != pages[serial][0] + 1:
             raise AudioError(
                 f"{where} has lost some of its pages",

@@ -6,6 +6,7 @@ Every JSON text that comes from outside is parsed here.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,8 @@ JSON_VALUES = 1_000_000
 #: objects and lists inside each other
 NESTING = 64
 _INTEGER_DIGITS = 20
+#: a pair of these is one character; one alone is none, and cannot be written again
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class JsonError(ValueError):
@@ -61,6 +64,11 @@ def parse_object(
         raise JsonError("it is not an object")
     if _depth(value) > NESTING:
         raise JsonError("it nests too deeply")
+    if _ESCAPED_SURROGATE.search(raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise JsonError("it has half of a character") from None
     return value
 
 

@@ -308,6 +308,40 @@ def _odd_case(target: Target, put: Callable[[Path], None], seeds: Path) -> Make:
     return make
 
 
+#: what a file or a folder may be called
+NAMES = {
+    "escapes": f"a{ESCAPE}b",
+    "a line break": "a\nhint: run this",
+    "bytes that are no UTF-8": os.fsdecode(b"a\x82\xa0b"),
+    "as long as can be": "x" * 240,
+    "a bracket": "[red] [bold",
+    "a dash": "--help",
+    "a format": "%s{0}$(x)",
+}
+#: a source and its suffix, and the commands that print its name
+NAMED = (
+    ("tiny.pt", ".pt", ["inspect", "convert -o out.safetensors --allow-unknown"]),
+    ("tiny.safetensors", ".safetensors", ["inspect", "inspect --json", "export --to fairseq"]),
+    ("voice.wav", ".wav", ["extract -o out --layer 3 -w", "inspect", "convert"]),
+    ("tiny.parity.json", ".json", ["parity judge", "convert"]),
+)
+
+
+def _named_case(source: str, suffix: str, commands: list[str], name: str, seeds: Path) -> Make:
+    def make(folder: Path) -> Work:
+        path = folder / f"{name}{suffix}"
+        os.link(seeds / source, path)
+        given = f"./{path.name}"
+        weights = [str(seeds / "tiny.safetensors")]
+        lines = [
+            [*words, *weights, given] if words[-1] == "-w" else [*words, given]
+            for words in map(str.split, commands)
+        ]
+        return Work(lines)
+
+    return make
+
+
 def cases(seeds: Path) -> Iterator[tuple[str, Make]]:
     """Every case by its name; where the original itself runs, a few."""
     for target in TARGETS:
@@ -320,6 +354,9 @@ def cases(seeds: Path) -> Iterator[tuple[str, Make]]:
         if not isinstance(target, InHeader) or not target.key:
             for name, put in ODD_FILES.items():
                 yield f"{target.name}: {name}", _odd_case(target, put, seeds)
+    for source, suffix, commands in NAMED:
+        for what, name in NAMES.items():
+            yield f"{source} called {what}", _named_case(source, suffix, commands, name, seeds)
 
 
 if __name__ == "__main__":

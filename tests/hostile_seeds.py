@@ -84,7 +84,6 @@ def _shard(hub: Path, shards: Path) -> None:
 
 
 def _prove(folder: Path) -> None:
-    few = [clip for clip in inputs.built_in() if clip.name in ("min", "silence")]
     original = harness.open_reference("transformers", folder / "tiny.pt")
     source = harness.identify_checkpoint(folder / "tiny.pt")
     for name in ("tiny", "half"):
@@ -94,7 +93,8 @@ def _prove(folder: Path) -> None:
             document = harness.assemble(
                 original,
                 candidate,
-                few,
+                inputs.built_in(),
+                staged=harness.QUICK_STAGED,
                 source=lambda: source,
                 weights=lambda: harness.weights_facts(identification, candidate),  # noqa: B023
             )
@@ -103,7 +103,7 @@ def _prove(folder: Path) -> None:
         original,
         source,
         folder / "tiny.recording.safetensors",
-        [(few[0], "every stage"), (few[1], "features")],
+        recording.small(),
     )
 
 

@@ -176,7 +176,7 @@ def record_command(checkpoint: Path, output: Path, reference: str | None, force:
     OUTPUT is a safetensors file of a few megabytes. Whoever has it can run
     `mlx-contentvec parity CONVERTED --reference OUTPUT` without PyTorch.
     """
-    from mlx_contentvec.terminal import Status
+    from mlx_contentvec.terminal import Status, say
 
     from ..references.recording import record
 
@@ -184,7 +184,7 @@ def record_command(checkpoint: Path, output: Path, reference: str | None, force:
         header = record(
             checkpoint, output, reference=reference, force=force, progress=status.update
         )
-    click.echo(
+    say(
         f"{output}  {output.stat().st_size:,} bytes, {len(header['clips'])} clips of "
         f"{header['source']['name']} by {header['reference']['name']}"
     )
