@@ -333,7 +333,7 @@ def _named_case(source: str, suffix: str, commands: list[str], name: str, seeds:
         os.link(seeds / source, path)
         given = f"./{path.name}"
         weights = [str(seeds / "tiny.safetensors")]
-        lines = [
+        lines: list[Command] = [
             [*words, *weights, given] if words[-1] == "-w" else [*words, given]
             for words in map(str.split, commands)
         ]
