@@ -15,7 +15,7 @@ import click
 
 from . import __version__
 from .errors import ContentvecError, did_you_mean, printable
-from .terminal import say
+from .terminal import LINE_EVERY, say
 
 #: subcommand -> (module:object, one line for --help). The modules live in
 #: three packages; naming them as text keeps ``--help`` from importing any.
@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "export": (
         "contentvec_convert.commands.export:export",
-        "Write a converted file for transformers or fairseq.",
+        "Write a converted file for transformers, fairseq or rvc-mlx.",
     ),
     "models": ("contentvec_convert.commands.models:models", "List the embedders that are known."),
     "extract": ("mlx_contentvec.extract.command:extract", "Extract features from audio files."),
@@ -100,6 +100,8 @@ class LazyGroup(click.Group):
         if sys.stdout is None:
             click.echo("error: standard output is closed: results have nowhere to go", err=True)
             sys.exit(1)
+        if not sys.stderr.isatty():  # the bars of the Hub's client: lines, and not many
+            os.environ.setdefault("TQDM_MININTERVAL", str(LINE_EVERY))
         try:
             try:
                 return super().main(*args, **kwargs)

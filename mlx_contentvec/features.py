@@ -23,8 +23,11 @@ from .memory import (
     limit_of,
     plans_in_turn,
     release,
+    stacked_bytes,
     whole_clip_bytes,
 )
+from .ops import CpuHubert
+from .stacking import stacked
 from .streaming import Walk, streamed
 
 Features = npt.NDArray[np.float32]
@@ -50,13 +53,13 @@ Padding = Literal["exact", "fairseq"]
 MOST_PADDING = 0.25
 #: clips that :func:`extract_many` looks at together to find batches
 LOOK_AHEAD = 64
-#: seconds of audio in one batch, which fit into ``memory.GPU_ROOM``. On a CPU batches are
-#: no faster than single clips
-BATCH_SECONDS = {"cpu": 0.0, "metal": 60.0, "cuda": 60.0}
+#: seconds of audio in one batch, which fit into ``memory.GPU_ROOM``. On a CPU clips are
+#: stacked (``stacking``): from 16 s, 800 rows, on products are as fast as they get
+BATCH_SECONDS = {"cpu": 16.0, "metal": 30.0, "cuda": 30.0}
 #: lengths between one and its double to which clips are padded in half precision on CUDA.
-#: A convolution of each length needs a plan of its own, which takes longer to make than
-#: the clip to compute, and 29 of 600 clips of as many lengths were lost to MLX's bound on
-#: plans. A clip is padded by a sixteenth at most and keeps its features
+#: The fused attention of each length needs a plan of its own, which takes longer to make
+#: than the clip to compute, and MLX keeps 256. A clip is padded by a sixteenth at most and
+#: keeps its features
 LENGTHS_PER_OCTAVE = 16
 
 
@@ -171,8 +174,8 @@ def extract_many(
 ) -> Iterator[Features]:
     """Features of many clips, in their order, computed in batches where that pays.
 
-    Clips of like length share a batch of at most ``batch_seconds`` of audio (by
-    default 60 on a GPU, and none on a CPU, where batches gain nothing).
+    Clips share a batch of at most ``batch_seconds`` of audio: on a GPU those of like
+    length, by default 30 s; on a CPU neighbours of any length, 16 s, without padding.
     With ``padding="exact"`` every clip gets the features it gets alone, within
     float32 noise. ``padding="fairseq"`` is the original's own treatment: its
     group norm hears the padding, so features depend on the batch.
@@ -191,11 +194,12 @@ def extract_many(
     if padding not in get_args(Padding):
         raise ConfigError(f"no padding {padding!r}", expected=" or ".join(get_args(Padding)))
     if batch_seconds is None:
-        batch_seconds = BATCH_SECONDS[device_kind()]
+        batch_seconds = default_batch_seconds(padding)
     remaining = iter(sources)
     while taken := [_as_waveform(model, s, sample_rate) for s in islice(remaining, LOOK_AHEAD)]:
         results: dict[int, Features] = {}
-        for batch in batches([len(w) for w in taken], int(batch_seconds * SAMPLE_RATE)):
+        limit = int(batch_seconds * SAMPLE_RATE)
+        for batch in batches([len(w) for w in taken], limit, stacked=stacks(model, padding)):
             features = features_of_batch(
                 model, [taken[i] for i in batch], kind, padding, max_memory
             )
@@ -203,15 +207,33 @@ def extract_many(
         yield from (results[i] for i in range(len(taken)))
 
 
-def batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
+def stacks(model: FeatureModel, padding: Padding) -> bool:
+    """Whether clips that share a batch are stacked without padding: on a CPU, each as if alone.
+
+    The norms of a speaker-conditioned layer see all of their batch.
+    """
+    exact = padding == "exact" and not model.config.encoder_layers_1
+    return exact and device_kind() == "cpu"
+
+
+def default_batch_seconds(padding: Padding) -> float:
+    """Seconds of audio in a batch where none are asked for: on a CPU padding gains nothing."""
+    cpu = device_kind() == "cpu"
+    return 0.0 if cpu and padding != "exact" else BATCH_SECONDS[device_kind()]
+
+
+def batches(lengths: Sequence[int], limit: int, *, stacked: bool = False) -> list[list[int]]:
     """Group clips into batches: indices into ``lengths``, every one exactly once.
 
     lengths: samples of each clip
     limit:   samples in a batch, padding included; a longer clip stands alone
+    stacked: clips are not padded, and keep their order
 
     Clips of one length come together first; a clip is padded by a quarter of
     its length at most.
     """
+    if stacked:
+        return _neighbours(lengths, limit)
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     grouped: list[list[int]] = []
     for i in order:
@@ -221,6 +243,18 @@ def batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
             grouped[-1].append(i)
         else:
             grouped.append([i])
+    return grouped
+
+
+def _neighbours(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    grouped: list[list[int]] = []
+    samples = limit
+    for i, length in enumerate(lengths):
+        if samples + length > limit:
+            grouped.append([])
+            samples = 0
+        grouped[-1].append(i)
+        samples += length
     return grouped
 
 
@@ -280,8 +314,12 @@ def features_of_batch(
     """
     if len(waveforms) == 1:
         return [features_of(model, waveforms[0], kind, max_memory, progress)]
-    longest = max(len(waveform) for waveform in waveforms)
-    if whole_clip_bytes(model.config, longest, len(waveforms)) > limit_of(max_memory):
+    samples = [len(waveform) for waveform in waveforms]
+    if stacks(model, padding):
+        needed = stacked_bytes(model.config, samples)
+    else:
+        needed = whole_clip_bytes(model.config, max(samples), len(samples))
+    if needed > limit_of(max_memory):
         middle = len(waveforms) // 2
         return [
             features
@@ -306,6 +344,11 @@ def _in_one_go(
     normalized: bool = False,
 ) -> list[Features]:
     """Features of the clips of a batch, or of one clip, by one forward pass."""
+    if len(waveforms) > 1 and stacks(model, padding):
+        walk = model.walk()
+        # parameters that are traced are computed by MLX
+        if isinstance(walk, CpuHubert):
+            return stacked(walk, model.config, waveforms, kind.layer, kind.project)
     longest = max(len(waveform) for waveform in waveforms)
     if padding == "exact" and _pays_for_each_length(model):
         longest = padded_length(longest)

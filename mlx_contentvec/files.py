@@ -16,7 +16,7 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows has no advisory locks of this kind; leftovers then stay
     fcntl = None  # type: ignore[assignment]
 
-from .errors import OutputError
+from .errors import OutputError, did_you_mean
 
 _PREFIX, TEMPORARY_SUFFIX = ".mlx-contentvec-", ".partial"
 #: no link at the path itself is followed, no pipe blocks, no child process inherits
@@ -54,6 +54,14 @@ _HINTS = {
     errno.ENOTDIR: "write to another folder with -o",
     errno.ENAMETOOLONG: "give it a shorter name with -o",
 }
+
+
+def similar_name(missing: Path, others: Iterable[str] = ()) -> str | None:
+    """A question that names the files beside ``missing``, or ``others``, which it may mean."""
+    beside: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        beside = [str(missing.with_name(path.name)) for path in missing.parent.iterdir()]
+    return did_you_mean(str(missing), [*others, *beside])
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
@@ -112,6 +120,15 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise ValueError("not a regular file")
     return descriptor
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The first ``most`` bytes of the regular file at ``path``.
+
+    Raises what :func:`open_regular` does.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read(most)
 
 
 def open_own(path: Path, flags: int = os.O_RDWR) -> int:

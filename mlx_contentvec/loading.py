@@ -81,19 +81,17 @@ def _converted(key: str) -> Path:
     from huggingface_hub import cached_assets_path
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-    from . import __version__
-
-    folder = cached_assets_path("mlx-contentvec", namespace="converted", subfolder=__version__)
+    # another release may convert otherwise
+    release = _converter("conversion").__version__
+    folder = cached_assets_path("mlx-contentvec", namespace="converted", subfolder=release)
     path = folder / f"{key}.safetensors"
     with WeakFileLock(folder / f"{key}.lock"):
         if not path.exists():
             # an interrupted download is left there, and goes on the next time
             download = folder / f"{key}.download"
             download.mkdir(exist_ok=True)
-            source, identity = _converter("fetch").fetch(key, download)
-            _converter("conversion").convert(
-                source, path, expect_sha256=identity.sha256, force=True
-            )
+            fetched = _converter("fetch").fetch(key, download)
+            _converter("conversion").convert(fetched.path, path, fetched=fetched, force=True)
             shutil.rmtree(download, ignore_errors=True)
     return path
 

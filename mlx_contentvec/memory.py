@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .backend import device_kind, mx
@@ -38,14 +38,22 @@ GPU_PART = 1 / 4
 GPU_MEMORY = 8 << 30
 #: sizes that a piece may have, the first being the least that works. A CPU is
 #: fastest while its pieces stay in cache, a GPU wants them large
-FRAMES = {"cpu": (32, 64, 128, 256), "metal": (32, 128, 512, 2048), "cuda": (32, 128, 512, 2048)}
+FRAMES = {
+    "cpu": (32, 64, 128, 256),
+    "metal": (32, 128, 512, 1024, 2048),
+    "cuda": (32, 128, 512, 1024, 2048),
+}
 QUERIES = (16, 64, 256, 1024)
 #: arrays as large as its largest that front end or feed-forward hold at their peak, and
 #: copies of the scores that attention holds (measured; assumed for Metal). A CPU works
 #: in tiles, so that most of its arrays are small. On a GPU the second convolution holds
-#: its input, the 12 parts of its sums at half that size each, and their sum
-COPIES = {"cpu": 3, "metal": 8, "cuda": 8}
+#: its input, in a batch also the windows of it as a copy, the 12 parts of its sums at half
+#: that size each, and their sum, while the next one is in work: 13.5 on an H100
+COPIES = {"cpu": 3, "metal": 14, "cuda": 14}
 SCORES = {"cpu": 0.0, "metal": 2.25, "cuda": 2.25}
+#: numbers held of a row of stacked clips, by its width: queries, keys and values, what is
+#: attended, the residual and the rows before and after it
+STACKED_WIDTHS = 8
 #: widths of a head for which Metal's attention is one kernel that never holds its scores,
 #: in every type and with a mask. Source: mlx/backend/metal/scaled_dot_product_attention.cpp
 FUSED_HEAD_WIDTHS = {"metal": (64, 80, 128)}
@@ -57,6 +65,17 @@ def whole_clip_bytes(config: ModelConfig, samples: int, batch: int = 1) -> int:
     copies = 0.0 if _fused_attention(config) else SCORES[device_kind()]
     scores = copies * config.encoder_attention_heads * frames * frames
     return 4 * batch * max(_values_at_once(config, frames), int(scores))
+
+
+def stacked_bytes(config: ModelConfig, samples: Sequence[int]) -> int:
+    """About what ``stacking.stacked`` takes beside the model, in bytes.
+
+    samples: of each clip
+    """
+    rows = sum(config.frames(count) for count in samples)
+    return whole_clip_bytes(config, max(samples)) + 4 * rows * STACKED_WIDTHS * (
+        config.encoder_embed_dim
+    )
 
 
 def _values_at_once(config: ModelConfig, frames: int) -> int:

@@ -59,17 +59,17 @@ class ContentvecModel(Hubert):
     :meth:`from_file` takes the shape from a converted file.
     """
 
-    def __init__(self, config: ModelConfig | None = None, **fields: Any) -> None:
+    def __init__(self, config: ModelConfig | None = None, *positional: Any, **fields: Any) -> None:
         """Build the model without weights; nothing is initialised or computed.
 
         The options of the first release's constructor are taken where they mean the same.
 
         Raises ConfigError for an unknown field or an impossible combination.
         """
-        if config is not None and not isinstance(config, ModelConfig):
+        if positional or not isinstance(config, ModelConfig | None):
             raise ConfigError(
-                "the first argument is a ModelConfig",
-                found=repr(config)[:200],
+                "the first argument is a ModelConfig, and the only one by position",
+                found=", ".join(map(repr, (config, *positional)))[:200],
                 hint="name the options: conv_feature_layers=, encoder_layers_1=, ...",
             )
         fields = first_release.config_fields(**fields)
@@ -173,9 +173,9 @@ class ContentvecModel(Hubert):
         Weights are read and computed here, for a lazy array belongs to the thread that made
         it, and a loaded model is called from any. ``lazy=True`` leaves them in the file,
         which must not change, until they are needed; until its first call is done the model
-        then belongs to the thread that loaded it. For 378 MB of float32 (AMD EPYC, two busy
-        cores) loading takes 2.5 s and 540 MB at most, and the first call 1.3 s; lazily 0.03 s
-        and nothing, and the first call 3.3 s and 530 MB.
+        then belongs to the thread that loaded it. For 378 MB of float32 (AMD EPYC, processor
+        time) loading takes 0.9 s and 550 MB at most, and the first call, of 1 s of audio,
+        0.5 s; lazily 0.01 s and nothing, and the first call 1.3 s and 550 MB.
 
         Raises WeightsError.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from . import first_release, ops, rvc_mlx
 from .backend import mx, nn
 from .config import ModelConfig, parameter_shapes
 from .errors import OutputError, WeightsError, name_list
-from .files import Draft, check_target
+from .files import Draft, check_target, similar_name
 from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
@@ -21,6 +22,7 @@ from .ops.mlx import to_gemm_layout
 
 Arrays = dict[str, mx.array]
 
+_NO_HEAD = "the model without a projection: ContentvecModel(..., final_dim=None)"
 _BUILD_FROM_FILE = "ContentvecModel.from_file(path) builds the model that a file describes"
 
 
@@ -39,18 +41,37 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
             + how_to_convert(path),
         )
     if not path.is_file():
-        raise WeightsError(f"no such file: {path}", hint=how_to_convert("hubert_base.pt"))
+        raise WeightsError(
+            f"no such file: {path}", hint=similar_name(path) or how_to_convert("hubert_base.pt")
+        )
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise WeightsError(
             f"{path.name} is not a readable safetensors file",
-            found=str(error),
-            hint="a checkpoint is converted first:\n" + how_to_convert(path),
+            found=_beginning(path),
+            hint=f"a checkpoint is converted first:\n{how_to_convert(path)}\n"
+            f"what a file is: mlx-contentvec inspect {shlex.quote(os.fspath(path))}",
         ) from error
     if rvc_mlx.is_rvc_mlx(metadata):
         return rvc_mlx.translated(arrays, metadata, path.name)
     return arrays, metadata
+
+
+#: how files begin that are taken for weights
+_BEGINNINGS = {
+    b"PK": "a zip archive, as torch.save writes",
+    b"\x80": "a pickle, as torch.save wrote it",
+    b"<": "a web page",
+}
+
+
+def _beginning(path: Path) -> str:
+    """What the first bytes of a file that is no safetensors say it is."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    what = next((what for start, what in _BEGINNINGS.items() if head.startswith(start)), None)
+    return what or f"{path.stat().st_size:,} bytes that begin with {head!r}"
 
 
 def stored_config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> ModelConfig:
@@ -139,7 +160,7 @@ def match(
             f"{origin} does not fit this model",
             found="; ".join(found),
             expected=f"exactly the model's {len(expected)} tensors",
-            hint=_BUILD_FROM_FILE,
+            hint=_NO_HEAD if {*missing, *surplus} == first_release.HEAD else _BUILD_FROM_FILE,
         )
     wrong = [
         f"{name} {tuple(arrays[name].shape)} instead of {tuple(expected[name].shape)}"

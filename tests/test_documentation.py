@@ -21,7 +21,9 @@ from typing import Any
 import click
 import pytest
 
+from contentvec_convert.conversion import convert
 from mlx_contentvec.cli import COMMANDS
+from tests.hub_server import HubServer
 from tests.small_models import DEEP, random_weights_file
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -29,16 +31,16 @@ PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 #: what a block that is not run would need
 SKIPS = {
     "installs": "packages from an index",
-    "network": "a file from the network",
+    "network": "a known file from the network, which its checksums tell from any other",
     "minutes": "more time than a test has",
     "hours": "more time than a test has",
     "GPU": "a GPU",
-    "processes": "mlx.launch",
-    "weights": "real weights: stand-ins are refused",
 }
 FENCE = re.compile(r"^```(\S*)[ ]?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: these pages work on a checkpoint and what was made of it; the others need layers 9 and 12
-WITH_CHECKPOINT = {"docs/parity.md", "docs/embedders.md"}
+WITH_CHECKPOINT = {"docs/parity.md", "docs/embedders.md", "docs/ports.md", "docs/publishing.md"}
+#: this one publishes: to a Hub on this machine, what does not say that it is a stand-in
+PUBLISHES = "docs/publishing.md"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,14 @@ def test_every_block_is_of_a_known_kind() -> None:
         assert not block.about or block.skip in SKIPS, f"{block.page}: {block.about}"
 
 
+def test_a_block_can_be_pasted_and_read_without_scrolling() -> None:
+    for block in BLOCKS:
+        for line in block.code.splitlines():
+            assert len(line) <= 100, f"{block.page}: {line}"
+            # typed at a prompt, zsh takes a comment for arguments
+            assert block.language != "bash" or "#" not in line, f"{block.page}: {line}"
+
+
 @pytest.fixture
 def folder(tmp_path: Path, request: pytest.FixtureRequest, speech: Callable[..., Any]) -> Path:
     """Where a page's blocks run: what a reader of that page has by then."""
@@ -101,12 +111,14 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest, speech: Callable[...,
     converted = tmp_path / "contentvec_base.safetensors"
     if request.getfixturevalue("page") in WITH_CHECKPOINT:
         request.getfixturevalue("fairseq")
-        pair = (
-            request.getfixturevalue("tiny_checkpoint"),
-            request.getfixturevalue("converted_tiny"),
-        )
-        for made, name in zip(pair, ("hubert_base.pt", converted.name), strict=True):
-            (tmp_path / name).write_bytes(made.read_bytes())
+        checkpoint = tmp_path / "hubert_base.pt"
+        tiny = request.getfixturevalue("tiny_checkpoint")
+        if request.getfixturevalue("page") == PUBLISHES:
+            write_unmarked(request.getfixturevalue("torch"), tiny, checkpoint)
+            convert(checkpoint, converted, allow_unknown=True)
+        else:
+            checkpoint.write_bytes(tiny.read_bytes())
+            converted.write_bytes(request.getfixturevalue("converted_tiny").read_bytes())
     elif request.getfixturevalue("page") == "README.md":
         # the first release's usage builds the model of full size
         converted.symlink_to(request.getfixturevalue("converted_standin"))
@@ -114,11 +126,33 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest, speech: Callable[...,
         random_weights_file(converted, DEEP)
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, arguments in (("mlx-contentvec", "-m mlx_contentvec"), ("python", "")):
+    launch = Path(sys.executable).with_name("mlx.launch")
+    for name, arguments in (
+        ("mlx-contentvec", "-m mlx_contentvec"),
+        ("python", ""),
+        ("mlx.launch", str(launch)),
+    ):
         program = programs / name
         program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
         program.chmod(0o755)
     return tmp_path
+
+
+def write_unmarked(torch: Any, standin: Path, path: Path) -> None:
+    """A stand-in without the sentence that says so, as a checkpoint that may be published."""
+    state = torch.load(standin, weights_only=False)
+    del state["extra_state"]["stand_in"]
+    torch.save(state, path)
+
+
+@pytest.fixture
+def hub(page: str, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The variables by which a page's blocks find the Hub: one on this machine, or none."""
+    if page != PUBLISHES:
+        yield {"HF_HUB_OFFLINE": "1"}
+        return
+    with HubServer() as server:
+        yield server.environment(tmp_path / "home")
 
 
 @pytest.mark.parametrize(
@@ -128,17 +162,19 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest, speech: Callable[...,
         for page in RUN
     ],
 )
-def test_the_blocks_of_a_page_run_one_after_the_other(page: str, folder: Path) -> None:
+def test_the_blocks_of_a_page_run_one_after_the_other(
+    page: str, folder: Path, hub: dict[str, str]
+) -> None:
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join(map(str, (PROJECT, PROJECT / "convert", PROJECT / "parity"))),
-        "HF_HUB_OFFLINE": "1",
+        **hub,
     }
     for block in RUN[page]:
         command = ["sh", "-eu", "-c"] if block.language == "bash" else [sys.executable, "-c"]
         done = subprocess.run(
-            [*command, block.code],
+            [*command, block.code.replace("USER/NAME", "someone/name")],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,

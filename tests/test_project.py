@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 import mlx_contentvec
+from contentvec_parity import machine
 from mlx_contentvec.cli import COMMANDS
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -137,7 +140,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 )
 def test_running_the_model_needs_mlx_and_numpy_only(module: Path) -> None:
     allowed = {"mlx", "numpy", "mlx_contentvec", *sys.stdlib_module_names}
-    if module.stem in ("cli", "command") or module.parent.name == "commands":
+    if module.stem in ("cli", "command", "terminal") or module.parent.name == "commands":
         allowed.add("click")
     tree = ast.parse(module.read_text(encoding="utf-8"))
     assert set(imported(tree)) <= allowed
@@ -226,6 +229,41 @@ def test_scripts_are_executable_and_posix(script: str) -> None:
     assert os.access(path, os.X_OK)
     assert path.read_text(encoding="utf-8").startswith("#!/bin/sh\n")
     run("sh", "-n", path, cwd=PROJECT)
+
+
+def test_quickstart_skips_what_it_has_done_with_these_very_files(tmp_path: Path) -> None:
+    scripts = tmp_path / "project" / "scripts"
+    scripts.mkdir(parents=True)
+    shutil.copy(PROJECT / "scripts" / "quickstart", scripts)
+    python = tmp_path / "python"
+    # the package's own commands are only named, the rest of the script is real
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" != -m ] || {{ shift 2; echo "ran $1 $2"; exit; }}\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    (scripts / "environment").write_text(f"#!/bin/sh\necho {python}\n")
+    for made in (python, scripts / "environment"):
+        made.chmod(0o755)
+    (tmp_path / "hubert_base.pt").write_bytes(b"checkpoint")
+    report = tmp_path / "contentvec_base.parity.json"
+    roots = os.pathsep.join(map(str, (PROJECT, PROJECT / "convert", PROJECT / "parity")))
+
+    def ran() -> list[str]:
+        said = run(scripts / "quickstart", "hubert_base.pt", cwd=tmp_path, PYTHONPATH=roots)
+        return re.findall(r"^ran (.*)$", said, flags=re.MULTILINE)
+
+    assert ran() == ["convert hubert_base.pt", "parity hubert_base.pt"]
+    (tmp_path / "contentvec_base.safetensors").write_bytes(b"weights")
+    facts = {
+        "source": {"sha256": hashlib.sha256(b"checkpoint").hexdigest()},
+        "weights": {"sha256": hashlib.sha256(b"weights").hexdigest()},
+        "versions": machine.versions(),
+    }
+    report.write_text(json.dumps(facts))
+    assert ran() == ["parity judge"]
+    for key in facts:
+        report.write_text(json.dumps({**facts, key: {}}))
+        assert ran() == ["parity hubert_base.pt"], key
 
 
 @pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="needs a /usr/bin/python3")

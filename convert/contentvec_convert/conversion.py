@@ -10,23 +10,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_contentvec import __version__
-from mlx_contentvec.errors import CheckpointError, ConfigError, MappingError, OutputError
+from mlx_contentvec.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    MappingError,
+    OutputError,
+)
 from mlx_contentvec.files import Draft, check_target
+from mlx_contentvec.json_text import JSON_BYTES
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .diagnosis import accept, stand_in_refused
 from .identity import Hashed, Identification, Identity, folder_states, is_known_size, name_of
-from .known_files import CONTENTVEC
+from .known_files import CONTENTVEC, KnownFile
 from .ledger import DropRow, Ledger, TensorRow, account, source_facts, source_tensor
 from .precision import Precision, precision_named
+from .repository import BESIDE, Fetched
 from .rules import Plan
 from .sources import plan_for
 from .sources.shapes import Unstated
 from .transfer import Part, Progress, parts_of, read_back, write_tensors
 from .writer import header, lay_out, publish
-
-#: files of a Hugging Face folder that shape the result without holding tensors
-_BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 _STAND_IN_CHARACTERS = 300
 
@@ -40,18 +45,29 @@ class Expectation:
     allow_unknown: bool = False
     md5: str | None = None
     sha256: str | None = None
+    #: what was downloaded for this conversion, and is what was asked for
+    fetched: Fetched | None = None
+
+    @property
+    def by_checksum(self) -> bool:
+        """Whether one particular file is expected, by a checksum of the caller's or the table's."""
+        row = self.fetched.row if self.fetched is not None else None
+        known = row is not None and row.verifiable
+        return known or self.md5 is not None or self.sha256 is not None
 
     @property
     def stated(self) -> bool:
-        """Whether one particular file is expected, by checksum."""
-        return self.md5 is not None or self.sha256 is not None
+        """Whether one particular file is expected."""
+        return self.by_checksum or self.fetched is not None
 
     def check(self, source: Path, identity: Identity, problem: Exception | None = None) -> None:
         """Raise IdentityError, with a diagnosis, for another source; see :func:`accept`."""
+        if self.fetched is not None:
+            self.fetched.check(identity)
         accept(
             source,
             identity,
-            allow_unknown=self.allow_unknown,
+            allow_unknown=self.allow_unknown or self.fetched is not None,
             expect_md5=self.md5,
             expect_sha256=self.sha256,
             problem=problem,
@@ -71,6 +87,7 @@ def convert(
     normalize: bool | None = None,
     identification: Identification | None = None,
     progress: Progress | None = None,
+    fetched: Fetched | None = None,
 ) -> Ledger:
     """Convert a checkpoint to MLX safetensors; the same input always gives the same bytes.
 
@@ -84,6 +101,7 @@ def convert(
     heads, normalize: what no tensor shows, for a source that does not say it.
     identification: the source's, if it is under way already (of a file, not a folder).
     progress: called with ("hashing", "writing" or "checking", bytes done, bytes in all).
+    fetched: the download that the source is (``fetch.fetch``), which is accepted as such.
 
     Returns the ledger that was written. The output appears complete, flushed
     and compared with its source, or not at all. Raises IdentityError,
@@ -92,7 +110,7 @@ def convert(
     source = Path(source)
     output = Path(output) if output is not None else default_output(source)
     precision = precision_named(dtype)
-    expectation = Expectation(allow_unknown, expect_md5, expect_sha256)
+    expectation = Expectation(allow_unknown, expect_md5, expect_sha256, fetched)
     _check_output(source, output, force)
 
     with contextlib.ExitStack() as stack:
@@ -100,11 +118,15 @@ def convert(
             opened(source, expectation, identification, progress)
         )
         with identity_first(source, expectation, identification):
-            plan = planned(checkpoint, identification, heads=heads, normalize=normalize)
+            row = fetched.row if fetched is not None else None
+            plan = planned(checkpoint, identification, row, heads=heads, normalize=normalize)
+            if fetched is not None:
+                fetched.check_model(plan.config)
+                plan = replace(plan, notes=(*plan.notes, *fetched.notes))
             account(plan, checkpoint.tensors)
         _check_not_source(output, checkpoint.files)
         stand_in = stand_in_of(checkpoint)
-        if stand_in and not (allow_unknown or expectation.stated):
+        if stand_in and not (allow_unknown or expectation.by_checksum):
             raise stand_in_refused(identification.result(), stand_in)
 
         parts = parts_of(plan, checkpoint.tensors, precision)
@@ -184,7 +206,14 @@ def opened(
         if source.is_dir():
             before = folder_states(source)
             checkpoint = stack.enter_context(open_checkpoint(source))
-            beside = [source / name for name in _BESIDE if source / name in before]
+            beside = [source / name for name in BESIDE if source / name in before]
+            for path in beside:
+                if before[path][0] > JSON_BYTES:
+                    raise CorruptCheckpoint(
+                        f"{path} is too large for what it should be",
+                        found=f"{before[path][0]:,} bytes",
+                        expected=f"at most {JSON_BYTES:,}",
+                    )
             identification = stack.enter_context(
                 Identification(source, checkpoint.files, beside, since=before)
             )
@@ -213,18 +242,21 @@ def identity_first(
 def planned(
     checkpoint: Checkpoint,
     identification: Identification,
+    row: KnownFile | None = None,
     *,
     heads: int | None = None,
     normalize: bool | None = None,
 ) -> Plan:
     """The plan for a checkpoint; how a known file's input is scaled is known here if not to it.
 
+    row: the known file that the source was fetched as, for one that no checksum shows
+
     Raises what :func:`plan_for` raises.
     """
     try:
         return plan_for(checkpoint, heads=heads, normalize=normalize)
     except Unstated:
-        known = identification.result().known
+        known = identification.result().known or row
         if normalize is not None or known is None or known.normalize is None:
             raise
         plan = plan_for(checkpoint, heads=heads, normalize=known.normalize)

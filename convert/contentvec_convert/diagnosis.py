@@ -31,7 +31,8 @@ def accept(
     """Refuse a file that is not the one it should be.
 
     Accepted are: a file with the checksums expected, when any are given; a
-    known file that does not bear another known file's name; and anything at
+    known file that does not bear another known file's name; a file that shows by
+    what it holds which model it is (``recognition.BY_CONTENT``); and anything at
     all with ``allow_unknown``. Raises IdentityError with a diagnosis.
 
     problem: why the file could not be converted, where that was tried: it is
@@ -53,6 +54,8 @@ def accept(
         return
     promised = named(identity.name)
     if identity.known is not None and (not promised or identity.known in promised):
+        return
+    if not promised and _recognised(path):
         return
     raise diagnosis(path, identity, problem)
 
@@ -126,6 +129,20 @@ def _judge(
     return "", f"{unknown}\n--expect-md5 or --expect-sha256 accept exactly one file"
 
 
+def _recognised(path: Path) -> bool:
+    """Whether the file shows by what it holds which model it is."""
+    from .checkpoint import open_checkpoint
+    from .recognition import is_shown_by_content
+
+    if not path.is_file():
+        return False
+    try:
+        with open_checkpoint(path) as checkpoint:
+            return is_shown_by_content(checkpoint)
+    except ContentvecError:
+        return False
+
+
 def _model_inside(path: Path) -> Foreign | None:
     """What a sound checkpoint holds, if that is no HuBERT or was converted already."""
     from .checkpoint import Foreign, open_checkpoint
@@ -149,13 +166,13 @@ def _model_inside(path: Path) -> Foreign | None:
 
 def _get(wanted: KnownFile) -> str:
     """Where a file is that is wanted, to somebody who has another."""
-    if wanted.hub_path is not None:
+    if wanted.fetchable:
         return f"to get {wanted.names[0]}: mlx-contentvec fetch {wanted.key}"
     return f"{wanted.names[0]} is at {wanted.home}"
 
 
 def _download(wanted: KnownFile) -> str:
     """How to get a file that is wanted."""
-    if wanted.hub_path is not None:
+    if wanted.fetchable:
         return f"download it again with `mlx-contentvec fetch {wanted.key}`"
     return f"download it again from {wanted.home}"

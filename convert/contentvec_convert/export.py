@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_contentvec import __version__
+from mlx_contentvec import __version__, rvc_mlx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint, name_list
 from mlx_contentvec.files import check_target, explained, left_by_the_system, sync
@@ -31,7 +31,7 @@ from .torch_writer import write_torch_file
 from .writer import Entry, header, lay_out
 
 #: the formats of the way back
-FORMATS = ("transformers", "fairseq")
+FORMATS = ("transformers", "fairseq", "rvc-mlx")
 
 #: of the names of a weight norm, the pair that every version of either library reads
 _KERNEL = "weight_g"
@@ -82,7 +82,7 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
     """Write the converted file ``source`` as a checkpoint of another library.
 
     to: "transformers", a folder with config.json, preprocessor_config.json and
-        model.safetensors; or "fairseq", one .pt file.
+        model.safetensors; "fairseq", one .pt file; or "rvc-mlx", its hubert.safetensors.
     force: replace what is at ``output``; of a folder, only one that an export wrote.
 
     Weights keep their precision; bfloat16, which numpy lacks, becomes float32.
@@ -275,10 +275,38 @@ def _write_fairseq(
     return tensors, notes
 
 
-_WRITERS = {"transformers": _write_transformers, "fairseq": _write_fairseq}
+# ---- rvc-mlx ------------------------------------------------------------------
 
 
-# ---- both ---------------------------------------------------------------------
+def _write_rvc_mlx(
+    converted: Checkpoint, config: ModelConfig, path: Path
+) -> tuple[dict[str, Array], tuple[str, ...]]:
+    metadata = rvc_mlx.metadata_of(config)
+    tensors = {
+        name: np.ascontiguousarray(_array(tensor)) for name, tensor in converted.tensors.items()
+    }
+    notes: tuple[str, ...] = ()
+    if config.final_dim is None:
+        # rvc-mlx loads strictly, and has a projection whether it is used or not
+        tensors["final_proj.weight"] = np.zeros(
+            (rvc_mlx.HEAD_WIDTH, config.encoder_embed_dim), np.float32
+        )
+        tensors["final_proj.bias"] = np.zeros(rvc_mlx.HEAD_WIDTH, np.float32)
+        notes = ("there is no final_proj: zeros stand for it, and voices of RVC v1 cannot be used",)
+    metadata["converted_by"] = f"mlx-contentvec {__version__}"
+    metadata |= {key: converted.metadata[key] for key in _CARRIED if key in converted.metadata}
+    _write_safetensors(path, tensors, metadata)
+    return tensors, notes
+
+
+_WRITERS = {
+    "transformers": _write_transformers,
+    "fairseq": _write_fairseq,
+    "rvc-mlx": _write_rvc_mlx,
+}
+
+
+# ---- all ---------------------------------------------------------------------
 
 
 def _kernel(config: ModelConfig) -> str:

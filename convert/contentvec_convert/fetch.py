@@ -1,8 +1,10 @@
-"""Download a known source checkpoint from where its publisher keeps it.
+"""Download a source checkpoint, known or not, from where its publisher keeps it.
 
 The bytes go to ``NAME.part``. An interrupted download goes on from there, and
 only a file with the size and the checksums of its row in the table of known
-files gets its final name: what is called ``hubert_base.pt`` is that file.
+files gets its final name: what is called ``hubert_base.pt`` is that file. Where
+the table has no checksum, or no row, these are the size and the SHA-256 that the
+Hub states.
 
 The address, the token and the cache are huggingface_hub's: ``HF_ENDPOINT``,
 ``HF_HUB_OFFLINE``, ``HF_HUB_CACHE`` and the login hold here as well. A file that
@@ -17,8 +19,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from mlx_contentvec import hub
 from mlx_contentvec.errors import (
@@ -29,61 +32,113 @@ from mlx_contentvec.errors import (
     name_list,
     printable,
 )
-from mlx_contentvec.files import Draft, cannot_write, explained, lock_now, open_own, place, sync
+from mlx_contentvec.files import (
+    Draft,
+    cannot_write,
+    check_target,
+    explained,
+    lock_now,
+    open_own,
+    place,
+    sync,
+)
 
 from .diagnosis import accept
-from .identity import Identification, Identity
+from .identity import Identification, Identity, name_of
 from .known_files import KNOWN_FILES, KnownFile
+from .repository import (
+    Fetched,
+    find_model,
+    is_address,
+    origin_of,
+    repository_of,
+    small_file,
+    stated,
+)
 
 #: called with the bytes checked so far and the bytes there are
 Checked = Callable[[int, int], None]
 
 #: what every usual file system allows a name
 _NAME_BYTES = 255
-_HUB = "https://huggingface.co/"
 
 
 def known_file(key: str) -> KnownFile:
     """The downloadable file with this key.
 
-    Raises HubError when there is no such row, or none that can be downloaded and proven.
+    Raises HubError when there is no such row, or none that can be downloaded.
     """
     row = next((row for row in KNOWN_FILES if row.key == key), None)
-    fetchable = [row.key for row in KNOWN_FILES if row.hub_path]
+    fetchable = [row.key for row in KNOWN_FILES if row.fetchable]
     if row is None:
         raise HubError(
             f"no known file is called {printable(key)}",
-            expected=name_list(fetchable),
+            expected=f"{name_list(fetchable, limit=len(fetchable))}, or owner/name on the Hub",
             hint=did_you_mean(key, fetchable),
         )
-    if row.hub_path is None:
+    if not row.fetchable:
         raise HubError(
             f"{key} cannot be fetched: no checksum of it is known here",
-            expected=name_list(fetchable),
+            expected=name_list(fetchable, limit=len(fetchable)),
             hint=f"download it by hand from {row.home}, then convert it with --allow-unknown",
         )
     return row
 
 
 def fetch(
-    key: str,
+    name: str,
     output: str | Path | None = None,
     *,
+    revision: str | None = None,
     force: bool = False,
     progress: Checked | None = None,
-) -> tuple[Path, Identity]:
-    """Download the known file ``key``; its path and its proven identity.
+) -> Fetched:
+    """Download a known file by its key, or the model of a repository by its address.
 
+    name:     a key of the table, or ``owner/name``, or ``owner/name/path`` for a folder or
+              a file of a repository
     output:   file to write, by default the file's own name in the current folder;
               of a Hugging Face model, the folder to write
+    revision: branch, tag or commit of a repository
     force:    replace another file that is there
-    progress: hears of the check, not of the download, which draws its own bar
+    progress: called with the bytes checked and the bytes there are; the download draws
+              its own bar
 
     Raises HubError when the download fails, IdentityError when what arrived is
     not the file, OutputError when it cannot be written.
     """
-    row = known_file(key)
-    path = _target(row, output)
+    row = None
+    if any(known.key == name for known in KNOWN_FILES) or not is_address(name):
+        row = known_file(name)
+    if row is None:
+        rows = find_model(name, revision)
+    elif revision is not None:
+        raise HubError(
+            f"{name} is the name of one known file, and has no revisions",
+            hint=f"give the address of its repository: {repository_of(row)}",
+        )
+    elif row.verifiable:
+        rows = (row,)
+    else:
+        rows = find_model(repository_of(row)) if row.hub_path is None else (stated(row),)
+    if rows[0].beside and output is None:
+        output = PurePosixPath(name).name
+    paths = [_target(file, output) for file in rows]
+    identities = tuple(
+        _fetch_file(file, path, force=force, progress=progress)
+        for file, path in zip(rows, paths, strict=True)
+    )
+    return Fetched(
+        path=paths[0].parent if rows[0].beside else paths[0],
+        origin=origin_of(rows),
+        sha256={identity.name: identity.sha256 for identity in identities},
+        identities=identities,
+        row=row,
+    )
+
+
+def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | None) -> Identity:
+    """Download the file of a row with checksums to ``path``; its proven identity."""
     if path.exists():
         there = _identity(path, progress)
         right = row.is_file(there.size, there.md5, there.sha256)
@@ -95,8 +150,8 @@ def fetch(
                 hint="give another --output, or --force to replace it",
             )
         if right:
-            _fetch_beside(row, path.parent)
-            return path.parent if row.beside else path, there
+            _write_beside(_read_beside(row, path.parent, force=force))
+            return there
     part = _part_of(path)
     with explained(part):
         file = os.fdopen(open_own(part), "r+b")
@@ -108,6 +163,9 @@ def fetch(
             )
         resumed = _size(file) > 0
         try:
+            check_target(path, force=force, needed=(row.size or 0) - _size(file))
+            # what is wrong with the small files is known before the long download
+            beside = _read_beside(row, path.parent, force=force)
             try:
                 identity = _obtain(row, part, file, progress)
             except IdentityError:
@@ -115,13 +173,13 @@ def fetch(
                     raise
                 # the part may have been the beginning of something else
                 identity = _obtain(row, part, file, progress)
-            _fetch_beside(row, path.parent)
+            _write_beside(beside)
             with explained(path):
                 place(part, path, force=force)
         finally:
             if not _size(file):
                 part.unlink(missing_ok=True)
-    return path.parent if row.beside else path, identity
+    return replace(identity, name=name_of(path))
 
 
 def _part_of(path: Path) -> Path:
@@ -148,33 +206,48 @@ def _size(file: BinaryIO) -> int:
 
 def _target(row: KnownFile, output: str | Path | None) -> Path:
     """Where the weights of ``row`` go; a row of several files goes into a folder of its own."""
-    if row.beside:
-        folder = Path(output) if output is not None else Path(row.key)
-        path = folder / row.names[0]
-        folder = folder.parent
-    else:
-        path = Path(output) if output is not None else Path(row.names[0])
-        path = path / row.names[0] if path.is_dir() else path
-        folder = path.parent
+    path = Path(output if output is not None else row.names[0])
+    if row.beside or path.is_dir():
+        path = path / row.names[0]
+    folder = path.parent.parent if row.beside else path.parent
     if not folder.is_dir():
-        raise OutputError(f"there is no folder {folder}", hint="make it first")
+        raise OutputError(
+            f"there is no folder {folder}",
+            hint="make the folder first, or write to another one with -o",
+        )
     with explained(path.parent):
         path.parent.mkdir(exist_ok=True)
     return path
 
 
-def _fetch_beside(row: KnownFile, folder: Path) -> None:
-    """The small files that belong to the weights; the client keeps them in its cache."""
-    from huggingface_hub import hf_hub_download
+def _read_beside(row: KnownFile, folder: Path, *, force: bool) -> dict[Path, bytes]:
+    """The small files that belong to the weights, by their place in ``folder``, but for those
+    that are there already. The client keeps them in its cache.
 
+    Raises OutputError if another file is in the place of one, unless ``force``.
+    """
     inside = PurePosixPath(row.hub_path or "").parent
+    files: dict[Path, bytes] = {}
     for name in row.beside:
-        with hub.plain_words(_repository(row), f"download {inside / name} from"):
-            found = hf_hub_download(_repository(row), str(inside / name))
-        target = folder / name
-        with Path(found).open("rb") as source, Draft(target) as draft:
-            with draft.open() as copy, explained(target):
-                shutil.copyfileobj(source, copy)
+        found = small_file(repository_of(row), str(inside / name), row.revision).read_bytes()
+        path = folder / name
+        if path.exists():
+            if path.read_bytes() == found:
+                continue
+            if not force:
+                raise OutputError(
+                    f"{path} exists, and is not that of {repository_of(row)}",
+                    hint="give another --output, or --force to replace it",
+                )
+        files[path] = found
+    return files
+
+
+def _write_beside(files: dict[Path, bytes]) -> None:
+    for path, content in files.items():
+        with Draft(path) as draft:
+            with draft.open() as copy, explained(path):
+                copy.write(content)
             draft.sync()
             draft.rename(force=True)
 
@@ -204,7 +277,7 @@ def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None
     except IdentityError as error:
         file.truncate(0)
         raise IdentityError(
-            f"what {_repository(row)} served is not {row.key}, and was thrown away",
+            f"what {repository_of(row)} served is not {row.key}, and was thrown away",
             found=error.found,
             expected=error.expected,
             hint="run the same again; if it fails again, the file has changed at its home, or\n"
@@ -233,19 +306,38 @@ def _download(row: KnownFile, file: BinaryIO) -> None:
             return
 
 
+class _Bounded:
+    """A file that takes no more than the known file has; the client writes all that is sent."""
+
+    def __init__(self, file: BinaryIO, row: KnownFile) -> None:
+        self._file = file
+        self._row = row
+        self._most = row.size if row.size is not None else hub.most_bytes(row.hub_path or "")
+
+    def write(self, piece: bytes) -> int:
+        if self._file.tell() + len(piece) > self._most:
+            # not a byte of it can be the file's
+            self._file.truncate(0)
+            raise hub.endless(repository_of(self._row), self._row.hub_path or "", self._most)
+        return self._file.write(piece)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    repo_id = _repository(row)
+    repo_id = repository_of(row)
     with hub.plain_words(repo_id, f"download {row.hub_path} from"):
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled
         http_get(
-            hf_hub_url(repo_id, row.hub_path or ""),
-            file,
+            hf_hub_url(repo_id, row.hub_path or "", revision=row.revision),
+            cast(BinaryIO, _Bounded(file, row)),
             resume_size=done,
             headers=build_hf_headers(library_name="mlx-contentvec"),
             displayed_filename=row.names[0],
@@ -256,15 +348,11 @@ def _in_cache(row: KnownFile) -> Path | None:
     """The file in the Hub's cache, where other programs may have put it."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(_repository(row), row.hub_path or "")
+    found = try_to_load_from_cache(repository_of(row), row.hub_path or "", revision=row.revision)
     if not isinstance(found, str):
         return None
     path = Path(found)
     return path if row.size in (None, path.stat().st_size) else None
-
-
-def _repository(row: KnownFile) -> str:
-    return row.home.removeprefix(_HUB)
 
 
 def _identity(path: Path, progress: Checked | None) -> Identity:

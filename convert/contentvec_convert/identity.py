@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.errors import IdentityError
-from mlx_contentvec.files import is_file, open_regular
+from mlx_contentvec.files import is_file, open_regular, similar_name
 
 from .known_files import KNOWN_FILES, KnownFile, known_as
 
@@ -242,7 +242,8 @@ def file_state(path: Path) -> FileState:
         state = path.stat()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise IdentityError(f"cannot read {path}: {reason}") from error
+        hint = similar_name(path) if isinstance(error, FileNotFoundError) else None
+        raise IdentityError(f"cannot read {path}: {reason}", hint=hint) from error
     if not stat.S_ISREG(state.st_mode):
         raise IdentityError(f"{path} is not a file", expected="a checkpoint file")
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino

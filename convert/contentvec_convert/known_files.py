@@ -2,7 +2,9 @@
 
 A file is known when it has the size and every checksum of a row. Rows with no
 checksum describe files that exist but that nobody has published a hash of;
-they are listed, and nothing can be mistaken for them.
+they are listed, and nothing can be mistaken for them. Those of them that lie on
+the Hub are identified by where they lie: a download is held to the SHA-256 that
+the Hub states for it, and its model to the architecture of the row.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ class KnownFile:
     size: int | None = None
     md5: str | None = None
     sha256: str | None = None
-    #: where in its home, a Hub repository, the file lies; None: it cannot be fetched
+    #: where in its home, a Hub repository, the file lies; None: as the weights of a
+    #: repository lie
     hub_path: str | None = None
+    #: branch or commit of that repository; None: its main branch
+    revision: str | None = None
     #: further files of that folder that converting needs
     beside: tuple[str, ...] = ()
     #: a key of mlx_contentvec.config.PRESETS
@@ -41,6 +46,11 @@ class KnownFile:
     def verifiable(self) -> bool:
         """Whether a file can be proven to be this one."""
         return self.md5 is not None or self.sha256 is not None
+
+    @property
+    def fetchable(self) -> bool:
+        """Whether it can be downloaded: it lies in a repository of the Hub."""
+        return self.home.startswith("https://huggingface.co/")
 
     def is_file(self, size: int, md5: str, sha256: str) -> bool:
         """Whether a file of this size and these checksums is this one."""
@@ -117,6 +127,36 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
         hub_path="Resources/embedders/korean_hubert_base.pt",
     ),
     KnownFile(
+        key="chinese-hubert-base-hf",
+        names=("pytorch_model.bin",),
+        what="Chinese HuBERT base as current Applio loads it: Hugging Face folder",
+        home="https://huggingface.co/IAHispano/Applio",
+        hub_path="Resources/embedders/chinese_hubert_base/pytorch_model.bin",
+        beside=("config.json",),
+        form="transformers",
+        normalize=False,
+    ),
+    KnownFile(
+        key="japanese-hubert-base-hf",
+        names=("pytorch_model.bin",),
+        what="Japanese HuBERT base as current Applio loads it: Hugging Face folder",
+        home="https://huggingface.co/IAHispano/Applio",
+        hub_path="Resources/embedders/japanese_hubert_base/pytorch_model.bin",
+        beside=("config.json",),
+        form="transformers",
+        normalize=False,
+    ),
+    KnownFile(
+        key="korean-hubert-base-hf",
+        names=("pytorch_model.bin",),
+        what="Korean HuBERT base as current Applio loads it: Hugging Face folder",
+        home="https://huggingface.co/IAHispano/Applio",
+        hub_path="Resources/embedders/korean_hubert_base/pytorch_model.bin",
+        beside=("config.json",),
+        form="transformers",
+        normalize=False,
+    ),
+    KnownFile(
         key="contentvec-500-original",
         names=("checkpoint_best_legacy_500.pt",),
         what="IBM's ContentVec-500 with Adam state, fairseq, float32, about 1.33 GB",
@@ -151,6 +191,8 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
         names=("pytorch_model.bin",),
         what="Spin: HuBERT base fine-tuned to forget the speaker, Hugging Face names",
         home="https://huggingface.co/IAHispano/Applio",
+        hub_path="Resources/embedders/spin/pytorch_model.bin",
+        beside=("config.json",),
         form="transformers",
         normalize=False,
     ),
@@ -159,6 +201,8 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
         names=("pytorch_model.bin",),
         what="Spin, second version trained for RVC, Hugging Face names",
         home="https://huggingface.co/IAHispano/Applio",
+        hub_path="Resources/embedders/spin-v2/pytorch_model.bin",
+        beside=("config.json",),
         form="transformers",
         normalize=False,
     ),
@@ -174,6 +218,7 @@ KNOWN_FILES: tuple[KnownFile, ...] = (
         names=("contentvec_base.safetensors",),
         what="ContentVec-500 as the first mlx-contentvec release kept it, float32, no projection",
         home="https://huggingface.co/lexandstuff/mlx-contentvec",
+        hub_path="contentvec_base.safetensors",
         form="first_release",
         normalize=False,
     ),

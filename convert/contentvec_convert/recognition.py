@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import ForeignCheckpoint, UnsupportedCheckpoint, name_list
+from mlx_contentvec.first_release import is_first_release
 
 from .checkpoint import Checkpoint
 
@@ -110,6 +111,19 @@ def refuse_foreign(checkpoint: Checkpoint) -> None:
     )
 
 
+#: Plan.naming -> what a file is that bears these names and no known checksum. Only the
+#: first release wrote its names, for one model, whose checksum nobody published
+BY_CONTENT = {
+    "mlx-contentvec 0.1": "a file of the first mlx-contentvec release, by its tensors' names and "
+    "shapes; no checksum of it is known",
+}
+
+
+def is_shown_by_content(checkpoint: Checkpoint) -> bool:
+    """Whether the tensors alone show which model this is: a row of BY_CONTENT."""
+    return is_first_release(checkpoint.tensors)
+
+
 def unrecognised(checkpoint: Checkpoint) -> UnsupportedCheckpoint:
     """The error for tensors that no source knows."""
     names = list(checkpoint.tensors)
@@ -152,6 +166,7 @@ NAMINGS = {
     "fairseq": "fairseq names",
     "transformers": "Hugging Face names",
     "mlx-contentvec": "converted by mlx-contentvec",
+    "rvc-mlx": "written by rvc-mlx",
     "mlx-contentvec 0.1": "names of the first mlx-contentvec release",
 }
 

@@ -112,7 +112,7 @@ def shard(text: str) -> Shard | str:
 )  # fmt: skip
 @click.option(
     "--batch-seconds", type=click.FloatRange(min=0), metavar="SECONDS",
-    help="Audio in one batch.  [default: 60 on a GPU, 0 on a CPU]",
+    help="Audio in one batch.  [default: 30 on a GPU, 16 on a CPU]",
 )  # fmt: skip
 @click.option(
     "--padding", type=click.Choice(["exact", "fairseq"]), default="exact", show_default=True,
@@ -181,8 +181,7 @@ def _run(
     # since it started, and refuses every other once there were many: a folder of many
     # lengths must not end there. Source: mlx/backend/cuda/lru_cache.h
     os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
-    from ..backend import device_kind
-    from ..features import BATCH_SECONDS, feature_kind
+    from ..features import default_batch_seconds, feature_kind
     from ..hub import sha256_of
     from ..loading import find_weights
     from ..model import ContentvecModel
@@ -243,7 +242,11 @@ def _run(
             settings,
             manifest,
             max_memory=options["max_memory"],
-            batch_seconds=BATCH_SECONDS[device_kind()] if batch_seconds is None else batch_seconds,
+            batch_seconds=(
+                default_batch_seconds(options["padding"])
+                if batch_seconds is None
+                else batch_seconds
+            ),
         )
         share = share_of_rank(pending, ranks)
         try:

@@ -9,8 +9,10 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +24,7 @@ import numpy as np
 
 from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
 from ..errors import AudioError, ContentvecError, OutputError, counted, name_list, printable
+from ..files import Draft
 from .manifest import Manifest, Record, State, identity, prepared
 from .sharding import Ranks, shares
 from .sources import Source
@@ -34,6 +37,13 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16")
 #: seconds of audio that may be decoded ahead of the model
 DECODED_AHEAD = 120.0
+#: threads that decode for a GPU
+DECODERS = 8
+#: outputs that are flushed to the disk by one record, and are open at once: a Mac has
+#: 256 open files for a process
+KEPT_TOGETHER = 32
+#: how many such groups may wait to be written while the next is computed
+WRITTEN_BEHIND = 8
 #: why a file system refuses one name and would take another
 _NAME_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL})
 
@@ -55,6 +65,10 @@ class Decoded:
 
     clip: Clip
     source: Record
+
+
+#: a job that is computed: its clip and its features
+Made = tuple[Job, Decoded, "Features"]
 
 
 @dataclass(frozen=True)
@@ -182,8 +196,8 @@ class Extraction:
         self.max_memory = max_memory
         self.batch_seconds = batch_seconds
         self.summary = Summary()
-        #: what has been written: the job, the bytes and the seconds of audio
-        self._written: list[tuple[Job, int, float]] = []
+        #: what has got its name: the job, the bytes and the seconds of audio
+        self._named: list[tuple[Job, int, float]] = []
 
     def run(
         self, jobs: Sequence[Job], progress: Callable[[Job, float], None] = lambda *_: None
@@ -194,36 +208,43 @@ class Extraction:
         Raises OutputError if outputs cannot be written.
         """
         start = time.perf_counter()
-        for batch in self._decoded(self._batches(jobs)):
-            good = [(job, result) for job, result in batch if isinstance(result, Decoded)]
-            for job, result in batch:
-                if not isinstance(result, Decoded):
-                    self._fail(job, result)
-            for job, decoded, features in self._computed(good, progress):
-                self._keep(job, decoded, features)
-            for job, _ in batch:
-                progress(job, 1.0)
+        with self._written() as write:
+            for batch in self._decoded(self._batches(jobs)):
+                good = [(job, result) for job, result in batch if isinstance(result, Decoded)]
+                for job, result in batch:
+                    if not isinstance(result, Decoded):
+                        self._fail(job, result)
+                write(list(self._computed(good, progress)))
+                for job, _ in batch:
+                    progress(job, 1.0)
         self._require_outputs()
         self.summary.wall_seconds = time.perf_counter() - start
         return self.summary
 
     def _batches(self, jobs: Sequence[Job]) -> list[list[Job]]:
-        from ..features import batches
+        from ..features import batches, stacks
 
         if not self.batch_seconds:
             return [[job] for job in jobs]
         rate = self.model.config.sample_rate
         lengths = [round(job.seconds * rate) for job in jobs]
-        return [
-            [jobs[i] for i in batch] for batch in batches(lengths, int(self.batch_seconds * rate))
-        ]
+        limit = int(self.batch_seconds * rate)
+        stacked = stacks(self.model, self._padding())
+        return [[jobs[i] for i in batch] for batch in batches(lengths, limit, stacked=stacked)]
+
+    def _padding(self) -> Padding:
+        return "fairseq" if self.settings.padding == "fairseq" else "exact"
 
     def _decoded(
         self, batched: Iterable[list[Job]]
     ) -> Iterator[list[tuple[Job, Decoded | ContentvecError]]]:
         """Batches with their clips or what is wrong with them, decoded while others compute."""
+        from ..backend import device_kind
+
         waiting: list[tuple[list[Job], list[Future[Decoded | ContentvecError]]]] = []
-        with ThreadPoolExecutor(1, thread_name_prefix="decode") as decoder:
+        # a CPU decodes 800 times as fast as it computes, and its cores are busy
+        threads = 1 if device_kind() == "cpu" else min(DECODERS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as decoder:
             try:
                 for batch in batched:
                     waiting.append((batch, [decoder.submit(self._read, job) for job in batch]))
@@ -259,7 +280,7 @@ class Extraction:
 
     def _computed(
         self, clips: Sequence[tuple[Job, Decoded]], progress: Callable[[Job, float], None]
-    ) -> Iterator[tuple[Job, Decoded, Features]]:
+    ) -> Iterator[Made]:
         if not clips:
             return
         try:
@@ -286,9 +307,8 @@ class Extraction:
         settings = self.settings
         kind = FeatureKind(settings.layer, settings.project)
         if settings.window is None or settings.overlap is None:
-            padding: Padding = "fairseq" if settings.padding == "fairseq" else "exact"
             return features_of_batch(
-                self.model, waveforms, kind, padding, self.max_memory, progress
+                self.model, waveforms, kind, self._padding(), self.max_memory, progress
             )
         results = []
         for waveform in waveforms:
@@ -305,44 +325,89 @@ class Extraction:
             self.summary.note_seams(seams)
         return results
 
-    def _keep(self, job: Job, decoded: Decoded, features: Features) -> None:
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[Callable[[list[Made]], None]]:
+        """A function that has outputs written while the next are computed, batch by batch.
+
+        Whatever ends the block, what has been computed is written before it is left.
+
+        Raises OutputError if outputs cannot be written.
+        """
+        waiting: list[Future[None]] = []
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+
+            def write(made: list[Made]) -> None:
+                for start in range(0, len(made), KEPT_TOGETHER):
+                    part = made[start : start + KEPT_TOGETHER]
+                    waiting.append(writer.submit(self._keep, part))
+                while len(waiting) > WRITTEN_BEHIND:
+                    waiting.pop(0).result()
+
+            yield write
+            while waiting:
+                waiting.pop(0).result()
+
+    def _keep(self, made: Sequence[Made]) -> None:
+        """Write outputs: all of them, then their records, then their names.
+
+        Raises OutputError if one cannot be written; those before it are kept.
+        """
+        failed: OutputError | None = None
+        with contextlib.ExitStack() as drafts:
+            whole: list[tuple[Job, Draft, Record]] = []
+            for job, decoded, features in made:
+                with np.errstate(over="ignore"):
+                    features = features.astype(self.settings.dtype, copy=False)
+                if not np.isfinite(features).all():
+                    self._fail(job, AudioError("its features are not finite numbers"))
+                    continue
+                path = self.manifest.folder / job.output
+                try:
+                    with self._unless_of_its_name(job):
+                        draft, written = drafts.enter_context(prepared(path, npy_parts(features)))
+                        whole.append((job, draft, self._record(job, decoded, features, written)))
+                except OutputError as error:
+                    failed = error
+                    break
+            self.manifest.add(*(record for _, _, record in whole))
+            for job, draft, record in whole:
+                with self._unless_of_its_name(job):
+                    draft.rename(force=True)
+                    self._named.append((job, record["bytes"], record["seconds"]))
+                    self.summary.extracted += 1
+                    self.summary.audio_seconds += record["seconds"]
+        if failed is not None:
+            raise failed
+
+    def _record(self, job: Job, decoded: Decoded, features: Features, written: Record) -> Record:
         clip = decoded.clip
-        with np.errstate(over="ignore"):
-            features = features.astype(self.settings.dtype, copy=False)
-        if not np.isfinite(features).all():
-            self._fail(job, AudioError("its features are not finite numbers"))
-            return
-        path = self.manifest.folder / job.output
+        return {
+            "output": job.output,
+            "source": decoded.source,
+            "settings": asdict(self.settings),
+            "frames": features.shape[0],
+            "width": features.shape[1],
+            "seconds": clip.seconds,
+            "source_rate": clip.source_rate,
+            "channels": clip.channels,
+            "decoder": clip.decoder,
+            "resampler": clip.resampler,
+            **written,
+        }
+
+    @contextlib.contextmanager
+    def _unless_of_its_name(self, job: Job) -> Iterator[None]:
+        """Have an output fail by itself if the file system refuses its name, and no other."""
         try:
-            with prepared(path, npy_parts(features)) as (draft, written):
-                self.manifest.add(
-                    {
-                        "output": job.output,
-                        "source": decoded.source,
-                        "settings": asdict(self.settings),
-                        "frames": features.shape[0],
-                        "width": features.shape[1],
-                        "seconds": clip.seconds,
-                        "source_rate": clip.source_rate,
-                        "channels": clip.channels,
-                        "decoder": clip.decoder,
-                        "resampler": clip.resampler,
-                        **written,
-                    }
-                )
-                draft.rename(force=True)
+            yield
         except OutputError as error:
             if getattr(error.__cause__, "errno", None) not in _NAME_ERRORS:
                 raise
             self._fail(job, error)
-            return
-        self._written.append((job, written["bytes"], clip.seconds))
-        self.summary.extracted += 1
-        self.summary.audio_seconds += clip.seconds
 
     def _require_outputs(self) -> None:
         """Count as failed what was written and is not there any more."""
-        for job, size, seconds in self._written:
+        for job, size, seconds in self._named:
             path = self.manifest.folder / job.output
             if not path.is_file() or path.stat().st_size != size:
                 self.summary.extracted -= 1

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from ..audio import AUDIO_SUFFIXES
 from ..errors import AudioError, OutputError, name_list, printable
+from ..files import similar_name
 
 #: the folder of RVC's training experiment that holds features of this width.
 #: Source: RVC, infer/modules/train/extract_feature_print.py
@@ -67,7 +68,9 @@ def _expanded(path: Path) -> list[Source]:
         return sources
     if path.exists() or not _is_pattern(path):
         if not path.exists() and not path.is_symlink():
-            raise AudioError(f"there is no file or folder {printable(str(path))}")
+            raise AudioError(
+                f"there is no file or folder {printable(str(path))}", hint=similar_name(path)
+            )
         return [Source(path.absolute(), PurePosixPath(path.name))]
     anchor = Path(*_before_pattern(path))
     pattern = path.relative_to(anchor)

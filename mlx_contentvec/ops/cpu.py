@@ -286,34 +286,48 @@ def normalised_conv1d(
     return result
 
 
-def grouped_conv1d(x: Buffer, spectrum: Spectrum, bias: Buffer, kernel: int) -> Buffer:
+def grouped_conv1d(
+    x: Buffer, spectrum: Spectrum, bias: Buffer, kernel: int, clips: Sequence[slice] | None = None
+) -> Buffer:
     """A grouped convolution of as many frames out as in, by overlap and save.
 
     x: (batch, frames, channels)    spectrum: (bins, groups, in, out), as ``spectrum_of`` gives
+    clips: the frames of each clip, where clips lie one behind the other
+
+    The blocks of all clips are multiplied together: the spectrum is read once.
     """
-    batch, frames, channels = x.shape
     bins, groups, per_group, _ = spectrum.shape
     size = 2 * (bins - 1)
     step = size - kernel + 1
-    blocks = -(-frames // step)
-    padded = np.zeros((batch, (blocks - 1) * step + size, channels), np.float32)
-    padded[:, kernel // 2 : kernel // 2 + frames] = x
-    result = np.empty((batch, blocks * step, channels), np.float32)
+    result = np.empty(x.shape, np.float32)
+    #: a clip's frames, those of its result, and the blocks that they are in
+    parts: list[tuple[Buffer, Buffer, slice]] = []
+    count = 0
+    for clip, out in zip(x, result, strict=True):
+        for span in clips or [slice(0, len(clip))]:
+            blocks = slice(count, count - (span.start - span.stop) // step)
+            parts.append((clip[span], out[span], blocks))
+            count = blocks.stop
 
     def work(part: slice) -> None:
         for group in range(part.start, part.stop):
             cols = slice(group * per_group, (group + 1) * per_group)
-            for clip, out in zip(padded[..., cols], result[..., cols], strict=True):
-                blocked = np.stack([clip[b * step : b * step + size].T for b in range(blocks)])
-                window = np.fft.rfft(blocked).astype(np.complex64, copy=False)
-                with blas.quiet_product():
-                    product = np.matmul(window.transpose(2, 0, 1), spectrum[:, group])
-                y = np.fft.irfft(product.transpose(1, 2, 0), size)[..., kernel - 1 :]
-                out[:] = y.transpose(0, 2, 1).reshape(blocks * step, per_group)
-                out += bias[cols]
+            blocked = np.zeros((count, per_group, size), np.float32)
+            for clip, _, blocks in parts:
+                padded = np.zeros((per_group, len(clip) + size + step), np.float32)
+                padded[:, kernel // 2 : kernel // 2 + len(clip)] = clip[:, cols].T
+                for index, block in enumerate(blocked[blocks]):
+                    block[:] = padded[:, index * step : index * step + size]
+            window = np.fft.rfft(blocked).astype(np.complex64, copy=False)
+            with blas.quiet_product():
+                product = np.matmul(window.transpose(2, 0, 1), spectrum[:, group])
+            y = np.fft.irfft(product.transpose(1, 2, 0), size)[..., kernel - 1 :]
+            for clip, out, blocks in parts:
+                rows = y[blocks].transpose(0, 2, 1).reshape(-1, per_group)
+                np.add(rows[: len(clip)], bias[cols], out=out[:, cols])
 
     parallel_for(work, groups, 1)
-    return result[:, :frames]
+    return result
 
 
 def spectrum_of(weight: Buffer, kernels: int = FFT_KERNELS) -> Spectrum:

@@ -147,8 +147,10 @@ class EncoderLayer:
         """What queries, keys and values are projected from."""
         return self.self_attn_layer_norm(x, speaker) if self.norm_first else x
 
-    def self_attn(self, x: Buffer, mask: Mask | None) -> Buffer:
-        """Attention before its output projection, (batch, frames, width)."""
+    def self_attn(
+        self, x: Buffer, mask: Mask | None, clips: Sequence[slice] | None = None
+    ) -> Buffer:
+        """Attention before its output projection, (batch, frames, width); each clip's own."""
         batch, frames, width = x.shape
         if self.qkv is None:
             projected = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
@@ -158,7 +160,13 @@ class EncoderLayer:
             y.reshape(batch, frames, self.heads, width // self.heads).transpose(0, 2, 1, 3)
             for y in projected
         )
-        return cpu.attention(queries, keys, values, mask)
+        if clips is None:
+            return cpu.attention(queries, keys, values, mask)
+        attended = [
+            cpu.attention(queries[:, :, clip], keys[:, :, clip], values[:, :, clip], None)
+            for clip in clips
+        ]
+        return np.concatenate(attended, axis=1)
 
     def after_attention(
         self, x: Buffer, attended: Buffer, speaker: mx.array | None = None
@@ -177,9 +185,15 @@ class EncoderLayer:
         done = [self.fc2(self.fc1(tile, then_gelu=True)) for tile in tiles]
         return done[0] if len(done) == 1 else np.concatenate(done, axis=1)
 
-    def __call__(self, x: Buffer, mask: Mask | None, speaker: mx.array | None) -> Buffer:
+    def __call__(
+        self,
+        x: Buffer,
+        mask: Mask | None,
+        speaker: mx.array | None,
+        clips: Sequence[slice] | None = None,
+    ) -> Buffer:
         """(batch, frames, width) in and out."""
-        attended = self.self_attn(self.before_attention(x, speaker), mask)
+        attended = self.self_attn(self.before_attention(x, speaker), mask, clips)
         return self.after_attention(x, attended, speaker)
 
 
@@ -238,8 +252,13 @@ class CpuHubert:
         lengths: mx.array | None = None,
         speaker: mx.array | None = None,
         moments: Sequence[cpu.Moments] | None = None,
+        clips: Sequence[slice] | None = None,
     ) -> Iterator[tuple[str, Stage]]:
-        """``hubert.Hubert.stages``, of numpy arrays."""
+        """``hubert.Hubert.stages``, of numpy arrays.
+
+        clips: the frames of each clip, where from ``projection`` on several clips lie one
+            behind the other in (1, frames, channels); what stands for ``padding`` then
+        """
         counts = None if lengths is None else np.asarray(lengths).tolist()
         padded = None if padding is None else np.asarray(padding)
         first, *rest = self.conv_layers
@@ -247,17 +266,22 @@ class CpuHubert:
         for i, block in enumerate(rest, 1):
             yield f"conv.{i}", block
         yield "projection", lambda x: self.post_extract_proj(self.layer_norm(x))
-        yield "positional", partial(self._positional, padding=padded, exact=lengths is not None)
+        yield (
+            "positional",
+            partial(self._positional, padding=padded, exact=lengths is not None, clips=clips),
+        )
         mask = None if padded is None else ~padded[:, None, None, :]
         for i, layer in enumerate(self.layers):
-            yield f"layer.{i + 1}", partial(layer, mask=mask, speaker=speaker)
+            yield f"layer.{i + 1}", partial(layer, mask=mask, speaker=speaker, clips=clips)
         if self.config.layer_norm_first:
             norm = self.cond_layer_norm or self.encoder_layer_norm
             yield "final_norm", partial(norm, speaker=speaker)
         if self.final_proj is not None:
             yield "final_proj", self.final_proj
 
-    def _positional(self, x: Buffer, padding: Mask | None, exact: bool) -> Buffer:
+    def _positional(
+        self, x: Buffer, padding: Mask | None, exact: bool, clips: Sequence[slice] | None
+    ) -> Buffer:
         if padding is not None:
             x = np.where(padding[..., None], np.float32(0), x)
         y = x
@@ -266,7 +290,8 @@ class CpuHubert:
             y = (x - mean) * (weight * (variance + EPS) ** -0.5) + bias
             if exact and padding is not None:
                 y = np.where(padding[..., None], np.float32(0), y)
-        y = cpu.grouped_conv1d(y, self.pos_conv_spectrum, self.pos_conv_bias, self.config.conv_pos)
+        kernel = self.config.conv_pos
+        y = cpu.grouped_conv1d(y, self.pos_conv_spectrum, self.pos_conv_bias, kernel, clips)
         x = x + cpu.gelu(y)
         return x if self.config.layer_norm_first else self.encoder_layer_norm(x)
 

@@ -116,14 +116,17 @@ def conv1d(
     returns: (batch, (time - kernel) // stride + 1, out)
 
     On a GPU a float32 convolution is a batched product of its windows, in parts of
-    CONV_K_BLOCK inputs that are added up afterwards. In half precision cuDNN takes
-    0.07 ms for the second convolution of 10 s where a product takes 0.11 (H100).
+    CONV_K_BLOCK inputs that are added up afterwards. In half precision on CUDA it is one
+    product: cuDNN takes 0.07 ms for the second convolution of 10 s and a product 0.11, but
+    cuDNN's needs a plan for every length of a clip, which takes some 20 ms, and MLX keeps
+    128 of them (H100).
     """
     out, kernel, channels = weight.shape
     inputs = kernel * channels
-    if device_kind() == "cpu" or x.dtype != mx.float32:
+    single = x.dtype == mx.float32
+    if device_kind() == "cpu" or (device_kind() == "metal" and not single):
         parts = [mx.conv1d(x, weight, stride)]
-    elif not SHORT_SUMS or inputs % CONV_K_BLOCK:
+    elif not (SHORT_SUMS and single) or inputs % CONV_K_BLOCK:
         parts = [windows(x, kernel, stride) @ weight.transpose(1, 2, 0).reshape(inputs, out)]
     else:
         batch, time, _ = x.shape

@@ -169,7 +169,7 @@ def measure(
             environment = {"MLX_CONTENTVEC_SUMS": sums}
             said = _run(
                 *("parity", "run", converted, "--reference", recording),
-                *("--no-device-default", "--json", "-"),
+                *("--no-compare-tf32", "--json", "-"),
                 environment=environment,
             )
             progress(f"timing, {sums} sums")

@@ -12,6 +12,7 @@ from typing import Any
 from contentvec_convert.identity import Identification
 from mlx_contentvec.config import stage_input, stage_names
 from mlx_contentvec.errors import ParityError
+from mlx_contentvec.files import similar_name
 
 from . import machine, with_tf32
 from .compare import tensors
@@ -244,7 +245,7 @@ def _reference(original: Reference) -> dict[str, Any]:
 def _require_files(*paths: Path) -> None:
     for path in paths:
         if not path.exists():
-            raise ParityError(f"no such file: {path}")
+            raise ParityError(f"no such file: {path}", hint=similar_name(path))
 
 
 def reference_named(given: str | None) -> tuple[str | None, Path | None]:

@@ -76,10 +76,10 @@ def describe() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Python and every package that has a say in the numbers."""
+def versions(*others: str) -> dict[str, str]:
+    """Python and every package that has a say in the numbers, with ``others``."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *others):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

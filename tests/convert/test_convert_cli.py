@@ -353,3 +353,47 @@ def test_inspect_of_something_else_is_an_error_that_says_what_it_is(
     run = run_cli("inspect", "page.pt", cwd=here)
     assert run.returncode == 1 and run.stdout == ""
     assert "web page" in run.stderr
+
+
+def test_the_words_of_mlx_lm_work_or_are_answered(run_cli: RunCli, here: Path) -> None:
+    done = run_cli(
+        *("convert", "--hf-path", "standin.pt", "--mlx-path", "model"),
+        *("--dtype", "float16", "--allow-unknown"),
+        cwd=here,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (here / "model" / "model.safetensors").is_file()
+    from mlx_contentvec import ContentvecModel
+
+    ContentvecModel.from_pretrained(here / "model")
+    answers = {
+        ("-q",): "say --dtype q8",
+        ("--quantize",): "say --dtype q8",
+        ("--q-bits", "4"): "say --dtype q8 or --dtype q4",
+        ("--q-group-size", "32"): "groups are of 64",
+        ("--upload-repo", "me/model"): "mlx-contentvec publish",
+        ("--hf-path", "other.pt"): "name one SOURCE",
+        ("--mlx-path", "model", "-o", "x.safetensors"): "name one output",
+    }
+    for words, answer in answers.items():
+        done = run_cli("convert", "standin.pt", *words, cwd=here)
+        assert done.returncode == 2 and answer in done.stderr, words
+        assert len(done.stderr.splitlines()) == 4
+    shown = run_cli("convert", "--help").stdout
+    assert "--hf-path" not in shown and "--upload-repo" not in shown
+
+
+def test_the_conversion_can_be_called(here: Path) -> None:
+    import contentvec_convert
+
+    ledger = contentvec_convert.convert(
+        here / "standin.pt", here / "called.safetensors", allow_unknown=True
+    )
+    assert isinstance(ledger, contentvec_convert.Ledger)
+    assert ledger.output["name"] == "called.safetensors"
+    found = contentvec_convert.inspect(here / "called.safetensors")
+    assert isinstance(found, contentvec_convert.Inspection)
+    assert found.config == ledger.config
+    assert dir(contentvec_convert) == sorted(contentvec_convert.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = contentvec_convert.nothing

@@ -14,6 +14,7 @@ from contentvec_convert import conversion, known_files
 from contentvec_convert.conversion import convert
 from contentvec_convert.identity import identify
 from contentvec_convert.known_files import KNOWN_FILES, KnownFile
+from contentvec_convert.repository import Fetched
 from contentvec_convert.sources import SOURCES
 from mlx_contentvec.config import PRESETS
 from mlx_contentvec.errors import ConfigError
@@ -105,9 +106,9 @@ def test_a_known_name_is_fetched_and_converted(
 
     asked: list[str] = []
 
-    def fetched(key: str) -> tuple[Path, None]:
+    def fetched(key: str, revision: None) -> Fetched:
         asked.append(key)
-        return converted_tiny, None
+        return Fetched(converted_tiny, "nowhere")
 
     monkeypatch.setattr(fetch, "fetch", fetched)
     monkeypatch.chdir(tmp_path)

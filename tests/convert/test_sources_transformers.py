@@ -209,6 +209,8 @@ def test_what_the_model_does_not_compute_is_refused(copy: Path, key: str, value:
     with pytest.raises(UnsupportedCheckpoint, match="does not") as caught:
         _convert(copy)
     assert key in str(caught.value)
+    assert "every" not in str(caught.value)
+    assert ("distilhubert" in str(caught.value)) == (key == "feat_proj_layer_norm")
 
 
 @pytest.mark.parametrize("key", ["do_stable_layer_norm", "conv_stride"])

@@ -100,7 +100,7 @@ def test_bad_files_are_named_and_the_status_is_one(
     done = run_cli(*command)
     assert done.returncode == 1
     assert "extracted  2 clips" in done.stdout
-    assert "error: 1 files gave no features" in done.stderr
+    assert "error: 1 file gave no features" in done.stderr
     assert f"{folder / 'bad.wav'}: is not audio" in done.stderr
     again = run_cli(*command, "--json")
     summary = json.loads(again.stdout)

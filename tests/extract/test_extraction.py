@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -440,6 +442,107 @@ def test_an_error_of_the_device_is_one_line_in_the_list(
     )
 
 
+def await_outputs(folder: Path, count: int) -> None:
+    """Wait until outputs that have been computed are written."""
+    for _ in range(1000):
+        if len(list(folder.glob("*.npy"))) >= count:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{count} outputs have not been written")
+
+
+def extraction_of(
+    model: ContentvecModel, tmp_path: Path, clips: int, batch_seconds: float = 60
+) -> tuple[Extraction, list[Job]]:
+    """One that is about to extract new clips, and its jobs."""
+    for i in range(clips):
+        write_clip(tmp_path / f"in/{i:02}.wav", 800, seed=i)
+    extraction = Extraction(
+        model, SETTINGS, Manifest(tmp_path / "out"), batch_seconds=batch_seconds
+    )
+    (tmp_path / "out").mkdir()
+    sources = find_sources([tmp_path / "in"])
+    return extraction, plan_jobs(sources, name_outputs(sources), extraction.manifest, SETTINGS)[0]
+
+
+def test_a_batch_is_written_while_the_next_is_computed(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extraction, jobs = extraction_of(model, tmp_path, 2, batch_seconds=0)
+    computed = threading.Event()
+    features, keep = extraction._features, extraction._keep
+    passes: list[int] = []
+    waited: list[bool] = []
+
+    def counting(waveforms: Any, progress: Any) -> Any:
+        passes.append(len(waveforms))
+        if len(passes) == 2:
+            computed.set()
+        return features(waveforms, progress)
+
+    def waiting(made: Any) -> None:
+        waited.append(computed.wait(20))
+        keep(made)
+
+    monkeypatch.setattr(extraction, "_features", counting)
+    monkeypatch.setattr(extraction, "_keep", waiting)
+    assert extraction.run(jobs).extracted == 2
+    assert waited == [True, True]
+
+
+def test_what_has_been_computed_is_written_when_a_run_is_interrupted(
+    model: ContentvecModel, tmp_path: Path
+) -> None:
+    extraction, jobs = extraction_of(model, tmp_path, 3, batch_seconds=0)
+
+    def interrupted(job: Job, part: float) -> None:
+        if job is jobs[1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extraction.run(jobs, interrupted)
+    assert extraction.summary.extracted == 2
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.npy")) == ["00.npy", "01.npy"]
+    assert extraction.manifest.records("01.npy") and not extraction.manifest.records("02.npy")
+
+
+def test_outputs_before_one_that_cannot_be_written_are_kept(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extraction, jobs = extraction_of(model, tmp_path, 3)
+
+    def full(path: Path, parts: Any) -> Any:
+        if path.name == "01.npy":
+            raise OutputError(f"cannot write {path}: No space left on device")
+        return prepared(path, parts)
+
+    monkeypatch.setattr("mlx_contentvec.extract.run.prepared", full)
+    with pytest.raises(OutputError, match=r"01\.npy: No space"):
+        extraction.run(jobs)
+    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["00.npy"]
+    assert Manifest(tmp_path / "out").records("00.npy")
+    assert extraction.summary.extracted == 1
+    assert not list((tmp_path / "out").glob(".*.partial"))
+
+
+def test_outputs_of_a_batch_are_recorded_together_and_few_are_open_at_once(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extraction, jobs = extraction_of(model, tmp_path, 40)
+    recorded: list[int] = []
+    add = extraction.manifest.add
+
+    def count(*records: Any) -> None:
+        # each is whole on the disk by now, under another name
+        assert not any((tmp_path / "out" / record["output"]).exists() for record in records)
+        recorded.append(len(records))
+        add(*records)
+
+    monkeypatch.setattr(extraction.manifest, "add", count)
+    assert extraction.run(jobs).extracted == 40
+    assert recorded == [32, 8]
+
+
 def test_an_output_folder_that_cannot_be_written_stops_the_run(
     model: ContentvecModel, tmp_path: Path
 ) -> None:
@@ -511,6 +614,7 @@ def test_outputs_that_disappear_are_not_counted(
     def deleting(self: Extraction, waveforms: list[Any], progress: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
+            await_outputs(tmp_path / "out", 2)
             shutil.rmtree(tmp_path / "out")
         return computed(self, waveforms, progress)
 

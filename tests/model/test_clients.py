@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,7 +174,61 @@ def test_applio(
         return model.final_proj(feats[0]).unsqueeze(0) if use == "v1" else feats
 
     features = hold(client, model, transformers)
+    if use == "training":
+        with ThreadPoolExecutor(3) as pool:  # a worker for every processor
+            for answer in pool.map(lambda _: client(model, torch.float32), range(6)):
+                np.testing.assert_array_equal(answer, features)
     assert not np.isnan(np.asarray(features)).any()
+
+
+#: as wide as Applio's training and its index want features
+WIDE = dataclasses.replace(
+    originals.DEEP, encoder_embed_dim=768, encoder_ffn_embed_dim=64, conv_pos=4, conv_pos_groups=16
+)
+
+
+def test_applios_training_folder(
+    torch: Any, tmp_path: Path, need: Callable[[str, str], Any], run_cli: Callable[..., Any]
+) -> None:
+    """``extract --applio``, read as rvc/train/extract/preparing_files.py and
+    rvc/train/process/extract_index.py read a folder, and held to what extract.py writes."""
+    soundfile = need("soundfile", "pip install 'mlx-contentvec[audio]'")
+    need("transformers", "pip install 'mlx-contentvec[parity]'")
+    original = originals.transformers_original(tmp_path, WIDE)
+    experiment = tmp_path / "voice"
+    sliced = experiment / "sliced_audios_16k"
+    sliced.mkdir(parents=True)
+    (experiment / "model_info.json").write_text('{"total_dataset_duration": 3.0}')
+    clips = {f"{speaker}_0_{n}": noise(9000 + 700 * n, n) for speaker, n in ((0, 0), (1, 1))}
+    for name, clip in clips.items():
+        soundfile.write(sliced / f"{name}.wav", clip, 16000, subtype="FLOAT")
+    (sliced / "1_0_9.wav").write_bytes(b"no sound")
+    words = ("extract", sliced, "-o", experiment, "-w", original.weights, "--applio")
+    first = run_cli(*words)
+    assert first.returncode == 1 and "1_0_9.wav" in first.stderr + first.stdout
+    (sliced / "1_0_9.wav").unlink()
+    again = run_cli(*words, "--embedder", "contentvec")
+    assert again.returncode == 0, again.stderr
+    # the index reads every file that is there
+    extracted = experiment / "extracted"
+    found = sorted(path.name for path in extracted.iterdir())
+    read = [np.load(extracted / name) for name in found]
+    assert np.concatenate(read, axis=0).shape[1] == 768
+    # the list of files pairs names by what stands before their first dot
+    slices = {path.name.split(".")[0] for path in sliced.iterdir()}
+    assert {name.split(".")[0] for name in found} == slices == set(clips)
+    assert json.loads((experiment / "model_info.json").read_text()) == {
+        "total_dataset_duration": 3.0,
+        "embedder_model": "contentvec",
+    }
+    for name, clip in clips.items():
+        feats = torch.from_numpy(clip).view(1, -1)
+        with torch.no_grad():
+            reference = original.model(feats)["last_hidden_state"].squeeze(0)
+            truth = original.truth(feats.double())["last_hidden_state"].squeeze(0)
+        features = np.load(extracted / f"{name}.npy")
+        assert features.dtype == np.float32 and not np.isnan(features).any()
+        originals.assert_within_gate(features, reference, truth)
 
 
 # rvc-next --------------------------------------------------------------------------

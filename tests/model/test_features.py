@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contentvec_parity.references.truth import true_double
+from mlx_contentvec import features as features_module
 from mlx_contentvec import memory
 from mlx_contentvec.audio import read_audio
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, BackendError, ConfigError
 from mlx_contentvec.features import (
+    BATCH_SECONDS,
     LENGTHS_PER_OCTAVE,
     VERSIONS,
     FeatureKind,
@@ -24,8 +27,10 @@ from mlx_contentvec.features import (
     extract_many,
     feature_kind,
     padded_length,
+    stacks,
 )
 from mlx_contentvec.model import ContentvecModel
+from mlx_contentvec.ops import cpu
 from mlx_contentvec.rvc import Hubert
 from tests.small_models import CONFIGS, DEEP, TINY, in_one_go, noise, random_model
 
@@ -140,11 +145,11 @@ def test_an_mlx_array_is_a_waveform(deep: ContentvecModel) -> None:
 def test_a_model_that_wants_normalised_input_gets_it() -> None:
     model = random_model(CONFIGS["large"])
     waveform = noise(48000)
-    features = extract(model, waveform, layer=3, sample_rate=16000)
+    features = extract(model, waveform, sample_rate=16000, layer=3)
     np.testing.assert_allclose(
         extract(model, waveform * 0.5 + 0.1, layer=3, sample_rate=16000), features, atol=1e-2
     )
-    streamed = extract(model, waveform, layer=3, max_memory=3 << 20, sample_rate=16000)
+    streamed = extract(model, waveform, sample_rate=16000, layer=3, max_memory=3 << 20)
     np.testing.assert_allclose(streamed, features, atol=2e-5)
 
 
@@ -153,15 +158,15 @@ def test_features_the_model_does_not_have_are_refused() -> None:
     with pytest.raises(ConfigError, match="no layer 12"):
         extract(model, noise(16000), sample_rate=16000)
     with pytest.raises(ConfigError, match="version v1, layer 3"):
-        extract(model, noise(16000), version="v1", layer=3, sample_rate=16000)
+        extract(model, noise(16000), sample_rate=16000, version="v1", layer=3)
     with pytest.raises(ConfigError, match="no version 'v3'"):
-        extract(model, noise(16000), version="v3", sample_rate=16000)
+        extract(model, noise(16000), sample_rate=16000, version="v3")
     with pytest.raises(ConfigError, match="which layer"):
-        extract(model, noise(16000), project=True, sample_rate=16000)
+        extract(model, noise(16000), sample_rate=16000, project=True)
     with pytest.raises(ConfigError, match="no final_proj"):
         FeatureKind(3, project=True).check(ModelConfig(final_dim=None))
     with pytest.raises(AudioError, match="too short"):
-        extract(model, noise(399), layer=3, sample_rate=16000)
+        extract(model, noise(399), sample_rate=16000, layer=3)
 
 
 def test_the_versions_are_rvcs() -> None:
@@ -236,6 +241,78 @@ def test_batches_hold_every_clip_once_and_pad_little(lengths: list[int], limit: 
 
 def test_clips_of_one_length_share_a_batch() -> None:
     assert batches([5, 9, 5, 5, 9], 20) == [[0, 2, 3], [1, 4]]
+
+
+@given(
+    st.lists(st.integers(400, 100_000), max_size=40),
+    st.sampled_from([0, 1000, 50_000, 1_000_000]),
+)
+def test_stacks_are_neighbours_and_as_large_as_they_may_be(lengths: list[int], limit: int) -> None:
+    grouped = batches(lengths, limit, stacked=True)
+    assert [i for batch in grouped for i in batch] == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in batch) for batch in grouped]
+    for batch, samples in zip(grouped, sums, strict=True):
+        assert len(batch) == 1 or samples <= limit
+    for samples, following in zip(sums, grouped[1:], strict=False):
+        assert samples + lengths[following[0]] > limit
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_on_a_cpu_clips_of_any_length_share_one_pass_without_padding(
+    version: str, deep: ContentvecModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 17 frames are one block of the positional convolution
+    clips = [noise(400 + 320 * n, n) for n in (0, 1, 48, 15, 16, 17, 33, 34)]
+    alone = [deep.extract(clip, sample_rate=16000, version=version) for clip in clips]
+    rows: list[int] = []
+    linear = cpu.linear
+
+    def count(x: Any, *arguments: Any) -> Any:
+        rows.append(x.reshape(-1, x.shape[-1]).shape[0])
+        return linear(x, *arguments)
+
+    monkeypatch.setattr(cpu, "linear", count)
+    together = list(deep.extract_many(clips, sample_rate=16000, version=version))
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.base is None
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    assert sum(map(len, alone)) in rows
+    assert max(rows) == sum(map(len, alone))
+
+
+@pytest.mark.parametrize("options", [{"batch_seconds": 0}, {"padding": "fairseq"}])
+def test_clips_are_not_stacked_unasked(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(TINY)
+    clips = [noise(16000), noise(16000, 1)]
+    monkeypatch.setattr(features_module, "stacked", lambda *_: pytest.fail("stacked"))
+    for _ in model.extract_many(clips, layer=1, sample_rate=16000, **options):
+        pass
+
+
+def test_a_stack_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(TINY)
+    clips = [noise(16000, seed) for seed in range(8)]
+    sizes: list[int] = []
+    stacked = features_module.stacked
+
+    def count(walk: Any, config: Any, waveforms: Any, *kind: Any) -> Any:
+        sizes.append(len(waveforms))
+        return stacked(walk, config, waveforms, *kind)
+
+    monkeypatch.setattr(features_module, "stacked", count)
+    limit = memory.stacked_bytes(model.config, [16000] * 3)
+    options = {"layer": 3, "sample_rate": 16000, "max_memory": limit}
+    for clip, found in zip(clips, model.extract_many(clips, **options), strict=True):
+        np.testing.assert_allclose(found, in_one_go(model, clip, output_layer=3), atol=2e-5)
+    assert sizes == [2, 2, 2, 2]
+
+
+def test_a_model_whose_norms_see_their_batch_is_not_stacked() -> None:
+    conditioned = random_model(replace(TINY, encoder_layers_1=1))
+    assert stacks(random_model(TINY), "exact")
+    assert not stacks(conditioned, "exact")
 
 
 def test_an_array_must_say_its_sample_rate_and_what_has_one_need_not(tmp_path: Path) -> None:
@@ -368,13 +445,15 @@ def test_freed_buffers_of_many_lengths_count_against_the_cap(
     gpu = FakeGpu(monkeypatch, held=100 << 20)
     model = Measured(random_model(TINY), gpu)
     clips = [noise(8000 + 40 * i) for i in range(40)]
-    for _ in extract_many(model, clips, layer=1, batch_seconds=0, max_memory=20 << 20):
+    for _ in extract_many(
+        model, clips, sample_rate=16000, layer=1, batch_seconds=0, max_memory=20 << 20
+    ):
         # whoever takes the features has the process's own limit
         assert gpu.limit == 1 << 60
     assert gpu.most <= 120 << 20
     assert len(model.shapes) == 40
     for clip in clips:
-        extract(model, clip, layer=1, max_memory=20 << 20)
+        extract(model, clip, sample_rate=16000, layer=1, max_memory=20 << 20)
     assert gpu.most <= 120 << 20
 
 
@@ -382,25 +461,26 @@ def test_without_a_cap_a_gpu_holds_less_than_four_gigabytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = FakeGpu(monkeypatch, held=500 << 20)
-    extract(Measured(random_model(TINY), gpu), noise(8000), layer=1)
+    extract(Measured(random_model(TINY), gpu), noise(8000), sample_rate=16000, layer=1)
     assert max(gpu.limits[:-1]) < 4 << 30
     assert gpu.limits[-1] == 1 << 60
-    # what is put into one batch fits: 60 s in clips of 10 s
-    assert memory.whole_clip_bytes(ModelConfig(), 16000 * 10, 6) <= memory.limit_of(None)
+    # what is put into one batch fits: clips of 10 s
+    clips = int(BATCH_SECONDS["cuda"]) // 10
+    assert memory.whole_clip_bytes(ModelConfig(), 16000 * 10, clips) <= memory.limit_of(None)
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Measured(random_model(TINY), FakeGpu(monkeypatch))
     clips = [noise(8000, seed) for seed in range(8)]
     pair = memory.whole_clip_bytes(TINY, 8000, 2)
-    list(extract_many(model, clips, layer=1, max_memory=pair))
+    list(extract_many(model, clips, sample_rate=16000, layer=1, max_memory=pair))
     assert model.shapes == [(2, 8000)] * 4
 
 
 def test_a_limit_of_the_users_own_is_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch)
     gpu.limit = 1 << 20
-    extract(Measured(random_model(TINY), gpu), noise(8000), layer=1)
+    extract(Measured(random_model(TINY), gpu), noise(8000), sample_rate=16000, layer=1)
     assert set(gpu.limits) == {1 << 20}
 
 
@@ -457,10 +537,10 @@ def test_what_a_device_has_not_enough_for_is_tried_again_in_pieces(
     monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
     model = random_model(TINY)
-    expected = extract(model, noise(32000), layer=3)
+    expected = extract(model, noise(32000), sample_rate=16000, layer=3)
     gpu = FakeGpu(monkeypatch)
     measured = Measured(model, gpu, refusing(lambda _: False, message))
-    features = extract(measured, noise(32000), layer=3)
+    features = extract(measured, noise(32000), sample_rate=16000, layer=3)
     np.testing.assert_allclose(features, expected, atol=2e-5, rtol=0)
     assert len(measured.shapes) == 2
     assert gpu.limits[-1] == 1 << 60
@@ -472,7 +552,7 @@ def test_once_the_kept_buffers_are_let_go_there_may_be_enough(
     gpu = FakeGpu(monkeypatch)
     gpu.kept.append(1 << 30)
     measured = Measured(random_model(TINY), gpu, refusing(lambda _: not gpu.kept))
-    extract(measured, noise(32000), layer=3)
+    extract(measured, noise(32000), sample_rate=16000, layer=3)
     assert len(measured.shapes) == 2
 
 
@@ -482,7 +562,7 @@ def test_a_batch_that_a_device_refuses_is_computed_clip_by_clip(
     model = random_model(TINY)
     clips = [noise(8000, seed) for seed in range(3)]
     measured = Measured(model, FakeGpu(monkeypatch), refusing(lambda shape: shape[0] == 1))
-    found = list(extract_many(measured, clips, layer=3))
+    found = list(extract_many(measured, clips, sample_rate=16000, layer=3))
     assert measured.shapes == [(3, 8000), *[(1, 8000)] * 3]
     for clip, one in zip(clips, found, strict=True):
         np.testing.assert_allclose(one, in_one_go(model, clip, output_layer=3), atol=2e-5)
@@ -498,7 +578,7 @@ def test_what_fails_in_the_smallest_pieces_too_is_said_in_our_words(
 
     monkeypatch.setattr(measured, "walk", no_walk)
     with pytest.raises(BackendError, match=r"not enough for 2\.0 s of audio") as raised:
-        extract(measured, noise(32000), layer=3)
+        extract(measured, noise(32000), sample_rate=16000, layer=3)
     assert raised.value.found == "[malloc] Unable to allocate 9 bytes."
 
 
@@ -506,7 +586,7 @@ def test_other_errors_of_a_device_are_raised_at_once(monkeypatch: pytest.MonkeyP
     failing = refusing(lambda _: False, "an illegal memory access was encountered")
     measured = Measured(random_model(TINY), FakeGpu(monkeypatch), failing)
     with pytest.raises(RuntimeError, match="illegal"):
-        extract(measured, noise(32000), layer=3)
+        extract(measured, noise(32000), sample_rate=16000, layer=3)
     assert len(measured.shapes) == 1
 
 
@@ -528,11 +608,11 @@ def test_half_precision_on_cuda_has_few_lengths_and_the_same_features(
 ) -> None:
     model = random_model(TINY, dtype)
     clips = [noise(8200 + 7 * i, i) for i in range(5)]
-    expected = [extract(model, clip, layer=3) for clip in clips]
+    expected = [extract(model, clip, sample_rate=16000, layer=3) for clip in clips]
     measured = Measured(model, FakeGpu(monkeypatch, kind="cuda"))
-    alone = [extract(measured, clip, layer=3) for clip in clips]
+    alone = [extract(measured, clip, sample_rate=16000, layer=3) for clip in clips]
     assert len(set(measured.shapes)) == shapes
-    batched = list(extract_many(measured, clips, layer=3))
+    batched = list(extract_many(measured, clips, sample_rate=16000, layer=3))
     for one, other, known in zip(alone, batched, expected, strict=True):
         np.testing.assert_allclose(one, known, atol=2e-5)
         np.testing.assert_allclose(other, known, atol=2e-5)

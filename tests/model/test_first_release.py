@@ -19,7 +19,13 @@ from contentvec_convert.rules import TRANSFORMS
 from mlx_contentvec import ContentvecModel, first_release
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig, parameter_shapes, stage_names
-from mlx_contentvec.errors import AudioError, ConfigError, CorruptCheckpoint, WeightsError
+from mlx_contentvec.errors import (
+    AudioError,
+    ConfigError,
+    CorruptCheckpoint,
+    IdentityError,
+    WeightsError,
+)
 from mlx_contentvec.first_release import config_fields, config_of, folded_kernel, ignore_speaker
 from mlx_contentvec.rvc import Hubert
 from tests.hub_server import HubServer
@@ -84,6 +90,26 @@ def test_the_file_converts_to_the_same_model(recording: dict[str, Any], tmp_path
     model = ContentvecModel.from_file(output)
     assert model.config == ContentvecModel(**SHAPE, final_dim=None).config
     _agrees(model, recording)
+
+
+def test_a_file_is_converted_unasked_for_what_it_holds_alone(
+    weights_path: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "hubert_base.pt"
+    elsewhere.write_bytes(weights_path.read_bytes())
+    with pytest.raises(IdentityError, match="not the file it is named after"):
+        convert(elsewhere, tmp_path / "converted.safetensors")
+    cut = tmp_path / weights_path.name
+    cut.write_bytes(weights_path.read_bytes()[:-1])
+    with pytest.raises(IdentityError, match="not a file that is known here"):
+        convert(cut, tmp_path / "converted.safetensors")
+    # another checksum is asked for: what the file holds does not matter
+    with pytest.raises(IdentityError, match="not the file expected"):
+        convert(weights_path, tmp_path / "converted.safetensors", expect_sha256="0" * 64)
+    half = _saved(tmp_path, **{first_release.MAGNITUDE: None})
+    with pytest.raises(CorruptCheckpoint, match="incomplete"):
+        convert(half, tmp_path / "converted.safetensors")
+    assert convert(weights_path, tmp_path / "converted.safetensors").source["known_as"] is None
 
 
 def test_converting_needs_the_heads(tmp_path: Path) -> None:
@@ -334,6 +360,9 @@ LOADED: dict[str, Callable[[Path], ContentvecModel]] = {
     "weights_path=": lambda path: ContentvecModel.from_pretrained(weights_path=path),
     "weights_path= as text": lambda path: ContentvecModel.from_pretrained(weights_path=str(path)),
     "by position": lambda path: ContentvecModel.from_pretrained(str(path.parent), path.name),
+    "all by position": lambda path: ContentvecModel.from_pretrained(
+        first_release.HF_REPO_ID, first_release.HF_WEIGHTS_FILE, str(path)
+    ),
     "filename=": lambda path: ContentvecModel.from_pretrained(
         repo_id=str(path.parent), filename=path.name
     ),
@@ -365,10 +394,18 @@ def test_the_release_is_what_from_pretrained_loads(
         "assert (HF_REPO_ID, HF_WEIGHTS_FILE) == "
         "('lexandstuff/mlx-contentvec', 'contentvec_base.safetensors')\n"
         "audio = mx.array(np.load(sys.argv[1])).reshape(1, -1)\n"
+        "from mlx_contentvec.rvc import Hubert\n"
         "for model in (ContentvecModel.from_pretrained(),\n"
         "              ContentvecModel.from_pretrained(HF_REPO_ID),\n"
-        "              ContentvecModel.from_pretrained(repo_id=HF_REPO_ID)):\n"
-        "    np.save(sys.argv[2], np.array(model(audio)['x']))\n"
+        "              ContentvecModel.from_pretrained(HF_REPO_ID, HF_WEIGHTS_FILE),\n"
+        "              ContentvecModel.from_pretrained(repo_id=HF_REPO_ID),\n"
+        "              ContentvecModel.from_pretrained(\n"
+        "                  repo_id=HF_REPO_ID, filename=HF_WEIGHTS_FILE),\n"
+        "              Hubert.load(HF_REPO_ID).model):\n"
+        "    x = np.array(model(audio)['x'])\n"
+        "    assert np.array_equal(x, np.load(sys.argv[2])) if sys.argv[3:] else True\n"
+        "    np.save(sys.argv[2], x)\n"
+        "    sys.argv[3:] = ['again']\n"
     )
     np.save(tmp_path / "audio.npy", AUDIO)
     with HubServer() as server:
@@ -409,6 +446,21 @@ def test_a_model_is_called_as_the_release_was(weights_path: Path) -> None:
         model(source, mx.zeros(source.shape))
 
 
+def test_what_was_saved_is_loaded_into_a_model_of_the_same_options(
+    weights_path: Path, tmp_path: Path
+) -> None:
+    model = ContentvecModel.from_pretrained(weights_path=weights_path)
+    model.save_weights(str(tmp_path / "saved.safetensors"))
+    options = {**CONSTRUCTOR, **SMALL, "encoder_layers_1": 0}
+    with pytest.raises(WeightsError, match="final_proj") as caught:
+        ContentvecModel(**options).load_weights(tmp_path / "saved.safetensors")
+    assert "final_dim=None" in str(caught.value)
+    options["final_dim"] = None
+    again = ContentvecModel(**options).load_weights(tmp_path / "saved.safetensors")
+    source = mx.array(AUDIO).reshape(1, -1)
+    np.testing.assert_array_equal(np.array(again(source)["x"]), np.array(model(source)["x"]))
+
+
 def test_a_mask_is_held_to_its_waveform_by_the_model(weights_path: Path) -> None:
     model = ContentvecModel.from_file(weights_path)
     source = np.stack([AUDIO, AUDIO])
@@ -426,6 +478,10 @@ def test_a_shape_by_position_is_refused_with_its_name() -> None:
     with pytest.raises(ConfigError, match="first argument is a ModelConfig") as caught:
         ContentvecModel("[(512,10,5)]")  # type: ignore[arg-type]
     assert "conv_feature_layers=" in str(caught.value)
+    with pytest.raises(ConfigError, match="only one by position"):
+        ContentvecModel("[(512,10,5)]", False, "default", 768)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="only one by position"):
+        ContentvecModel(ModelConfig(), False)
 
 
 def test_the_commands_take_the_file(
@@ -436,10 +492,11 @@ def test_the_commands_take_the_file(
     )
     inspected = run_cli("inspect", weights_path)
     assert "12 layers, 96 wide, 12 heads, no projection" in inspected.stdout, inspected.stderr
-    converted = run_cli(
-        "convert", weights_path, "-o", tmp_path / "new.safetensors", "--allow-unknown"
-    )
+    converted = run_cli("convert", weights_path, "-o", tmp_path / "new.safetensors")
     assert converted.returncode == 0, converted.stderr
+    for done in (inspected, converted):
+        assert "a file of the first mlx-contentvec release" in done.stdout
+        assert "it lacks final_proj" in done.stdout
     features = []
     for name, file in (("old", weights_path), ("new", tmp_path / "new.safetensors")):
         done = run_cli("extract", tmp_path / "a.wav", "-w", file, "-o", tmp_path / name)
@@ -447,7 +504,8 @@ def test_the_commands_take_the_file(
         features.append(np.load(tmp_path / name / "a.npy"))
     np.testing.assert_allclose(features[0], features[1], atol=1e-4)
     lacking = run_cli("verify", weights_path)
-    assert lacking.returncode == 1 and "without the evidence" in lacking.stderr
+    assert lacking.returncode == 1
+    assert "weights of the first release (0.1): without config" in lacking.stderr
 
 
 def test_the_guide_names_all_that_the_release_had() -> None:

@@ -344,7 +344,9 @@ class TestPaddedBatchesOfNormalisedInput:
                 source=source, padding_mask=padding, output_layer=3
             )
         ours = ContentvecModel.from_file(converted)
-        batched = ours.extract_many(clips, layer=3, batch_seconds=10, padding="fairseq")
+        batched = ours.extract_many(
+            clips, sample_rate=16000, layer=3, batch_seconds=10, padding="fairseq"
+        )
         for features, row, padded in zip(batched, expected, frames, strict=True):
             np.testing.assert_allclose(features, row[~padded].numpy(), atol=5e-5, rtol=0)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,6 +89,25 @@ class TestEveryForm:
         bound = 2e-5 if form == "cpu" else 5e-6
         assert closeness(mlx_ops.conv1d(*given), expected) < bound
         assert closeness(mlx_ops.conv1d(*given, then_gelu=True), exact_gelu(expected)) < bound
+
+    def test_half_precision_on_cuda_needs_no_plan_of_a_convolution(
+        self, form: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x, weight = rng.standard_normal((2, 61, 64)), rng.standard_normal((24, 3, 64)) / 14
+        given = array(x).astype(mx.float16), array(weight).astype(mx.float16)
+        expected = np.array(mx.conv1d(*(a.astype(mx.float32) for a in given), 2))
+        planned = []
+
+        def conv1d(*arguments: Any, **options: Any) -> Any:
+            planned.append(arguments)
+            return own(*arguments, **options)
+
+        own = mx.conv1d
+        monkeypatch.setattr(mx, "conv1d", conv1d)
+        got = mlx_ops.conv1d(*given, None, 2)
+        assert got.dtype == mx.float16
+        assert closeness(got, expected) < 2e-3
+        assert bool(planned) is (form != "cuda")
 
     @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1003])
     def test_a_sum_over_time_is_in_short_sums(self, count: int, rng: np.random.Generator) -> None:
@@ -226,13 +245,6 @@ class TestPreparation:
         before = model.walk()
         model.encoder.layers.append(model.encoder.layers.pop(0))
         assert model.walk() is not before
-
-    def test_a_copy_shares_what_is_prepared_until_a_module_of_it_is_another(self) -> None:
-        model = random_model(TINY)
-        first = copy.copy(model).walk()
-        assert copy.copy(model).walk() is model.walk() is first
-        model.final_proj = mlx_nn.Linear(*reversed(model.final_proj.weight.shape))
-        assert copy.copy(model).walk() is not first
 
     def test_what_is_traced_goes_through_mlx(self) -> None:
         model, x = random_model(TINY), mx.array(noise(4000))[None]

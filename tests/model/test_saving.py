@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 
 from contentvec_convert.conversion import convert
+from contentvec_convert.export import export
 from contentvec_convert.inspection import inspect
 from mlx_contentvec import ContentvecModel, weights
 from mlx_contentvec.backend import mx, nn
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import OutputError, WeightsError
+from mlx_contentvec.errors import ConfigError, OutputError, WeightsError
 from mlx_contentvec.rvc import Hubert
 from tests.small_models import (
     CONFIGS,
@@ -31,7 +32,7 @@ CLIP = noise(6000)
 
 
 def features(model: ContentvecModel) -> np.ndarray:
-    return model.extract(CLIP, layer=3)
+    return model.extract(CLIP, sample_rate=16000, layer=3)
 
 
 def changed(change: str) -> ContentvecModel:
@@ -115,12 +116,12 @@ def test_a_file_is_replaced_only_by_a_whole_one(
     random_model(TINY).save(path)
     before = path.read_bytes()
 
-    def cut(name: str, arrays: dict[str, Any], metadata: dict[str, str]) -> None:
-        Path(name).write_bytes(before[: len(before) // 2])
+    def cut(file: BinaryIO, arrays: dict[str, Any], metadata: dict[str, str]) -> None:
+        file.write(before[: len(before) // 2])
 
-    def altered(name: str, arrays: dict[str, Any], metadata: dict[str, str]) -> None:
+    def altered(file: BinaryIO, arrays: dict[str, Any], metadata: dict[str, str]) -> None:
         arrays = {**arrays, "layer_norm.bias": arrays["layer_norm.bias"] + 1}
-        save_safetensors(name, arrays, metadata)
+        save_safetensors(file, arrays, metadata)
 
     save_safetensors = mx.save_safetensors
     for fault in (cut, altered):
@@ -135,8 +136,11 @@ def test_a_file_is_replaced_only_by_a_whole_one(
 
 
 def test_where_nothing_can_be_written_is_an_error(tmp_path: Path) -> None:
-    for path in (tmp_path / "no folder" / "a.safetensors", tmp_path):
-        with pytest.raises(OutputError, match="cannot be written"):
+    for path, why in (
+        (tmp_path / "no folder" / "a.safetensors", "does not exist"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(OutputError, match=why):
             random_model(TINY).save(path)
     assert not list(tmp_path.parent.glob(".mlx-contentvec-*"))
 
@@ -242,26 +246,91 @@ def test_a_file_of_rvc_mlx_loads(tmp_path: Path) -> None:
     path = write_rvc_mlx(tmp_path / "hubert.safetensors", DEEP)
     expected = random_model(DEEP, mx.float16)
     for version in ("v1", "v2"):
-        wanted = expected.extract(CLIP, version=version)
+        wanted = expected.extract(CLIP, sample_rate=16000, version=version)
         np.testing.assert_array_equal(
-            ContentvecModel.from_file(path).extract(CLIP, version=version), wanted
+            ContentvecModel.from_file(path).extract(CLIP, sample_rate=16000, version=version),
+            wanted,
         )
     named = ContentvecModel.from_pretrained(path)
-    np.testing.assert_array_equal(named.extract(CLIP), expected.extract(CLIP))
+    np.testing.assert_array_equal(
+        named.extract(CLIP, sample_rate=16000), expected.extract(CLIP, sample_rate=16000)
+    )
     loaded = ContentvecModel(DEEP).load_weights(path)
-    np.testing.assert_array_equal(loaded.extract(CLIP), expected.extract(CLIP))
+    np.testing.assert_array_equal(
+        loaded.extract(CLIP, sample_rate=16000), expected.extract(CLIP, sample_rate=16000)
+    )
     answer = Hubert.load(path)(CLIP[None]).last_hidden_state
-    np.testing.assert_allclose(answer[0], expected.extract(CLIP), atol=1e-6)
+    np.testing.assert_allclose(answer[0], expected.extract(CLIP, sample_rate=16000), atol=1e-6)
     named.save(tmp_path / "ours.safetensors")
     ours = ContentvecModel.from_file(tmp_path / "ours.safetensors")
-    np.testing.assert_array_equal(ours.extract(CLIP), expected.extract(CLIP))
+    np.testing.assert_array_equal(
+        ours.extract(CLIP, sample_rate=16000), expected.extract(CLIP, sample_rate=16000)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("final_dim", [256, None])
+def test_an_export_for_rvc_mlx_is_what_it_writes(
+    dtype: str, final_dim: int | None, tmp_path: Path
+) -> None:
+    shape = dataclasses.replace(DEEP, final_dim=final_dim)
+    random_model(shape).save(tmp_path / "model.safetensors")
+    ours = tmp_path / "ours.safetensors"
+    convert(tmp_path / "model.safetensors", ours, dtype=dtype, allow_unknown=True)
+    theirs = tmp_path / "hubert.safetensors"
+    result = export(ours, theirs, to="rvc-mlx")
+    assert bool(result.notes) == (final_dim is None)
+    example = dataclasses.replace(DEEP, final_dim=256)
+    written, metadata = mx.load(str(theirs), return_metadata=True)
+    expected, described = mx.load(
+        str(write_rvc_mlx(tmp_path / "x.safetensors", example, "0" if final_dim is None else "1")),
+        return_metadata=True,
+    )
+    assert {n: a.shape for n, a in written.items()} == {n: a.shape for n, a in expected.items()}
+    assert {key: metadata[key] for key in described} == described
+    assert ContentvecModel.from_file(theirs).config == shape
+    model = ContentvecModel.from_file(ours)
+    if dtype == "bfloat16":
+        model.set_dtype(mx.float32)
+    np.testing.assert_array_equal(features(ContentvecModel.from_file(theirs)), features(model))
+    # and the way back: what rvc-mlx holds is inspected and converted
+    assert inspect(theirs).naming == "rvc-mlx"
+    convert(theirs, tmp_path / "again.safetensors", allow_unknown=True)
+    again = ContentvecModel.from_file(tmp_path / "again.safetensors")
+    assert again.config == shape
+    np.testing.assert_array_equal(features(again), features(ContentvecModel.from_file(theirs)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extractor_norm": "layer"},
+        {"layer_norm_first": True},
+        {"conv_bias": True},
+        {"normalize": True},
+        {"conv_pos_batch_norm": True},
+        {"encoder_layers_1": 1},
+    ],
+    ids=str,
+)
+def test_a_model_that_rvc_mlx_does_not_build_is_not_exported(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    random_model(dataclasses.replace(TINY, **change)).save(path)
+    with pytest.raises(ConfigError, match="builds HuBERT base") as caught:
+        export(path, tmp_path / "hubert.safetensors", to="rvc-mlx")
+    assert next(iter(change)) in str(caught.value)
 
 
 def test_the_zeros_that_rvc_mlx_has_for_a_projection_are_none(tmp_path: Path) -> None:
     path = write_rvc_mlx(tmp_path / "hubert.safetensors", DEEP, has_final_proj="0")
     model = ContentvecModel.from_file(path)
     assert model.config == dataclasses.replace(DEEP, final_dim=None)
-    np.testing.assert_array_equal(model.extract(CLIP), random_model(DEEP, mx.float16).extract(CLIP))
+    np.testing.assert_array_equal(
+        model.extract(CLIP, sample_rate=16000),
+        random_model(DEEP, mx.float16).extract(CLIP, sample_rate=16000),
+    )
 
 
 @pytest.mark.parametrize("kind", ["voice", "rmvpe"])

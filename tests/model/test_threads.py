@@ -262,7 +262,9 @@ def test_a_copy_of_a_model_without_weights_has_none_either(how: str) -> None:
 def test_a_model_goes_to_a_process_of_its_own(tmp_path: Path) -> None:
     model = load(random_weights_file(tmp_path / "weights.safetensors", DEEP))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        sent = pool.submit(ContentvecModel.extract, model, CLIP).result(timeout=60)
+        sent = pool.submit(ContentvecModel.extract, model, CLIP, sample_rate=16000).result(
+            timeout=60
+        )
     assert_same([sent], answer(model, "extract"))
 
 
@@ -277,7 +279,7 @@ def test_a_layer_quantised_after_loading_belongs_to_no_thread(tmp_path: Path) ->
 
 
 FORKED = (
-    "model.extract(clip)",
+    "model.extract(clip, sample_rate=16000)",
     "model(clip[None])",
     "model.run_stage('layer.1', np.ones((1, 20, 96), np.float32))",
     "Hubert(model)(clip[None], output_hidden_states=True)",
@@ -298,7 +300,7 @@ from mlx_contentvec import ContentvecModel, ContentvecError
 from mlx_contentvec.rvc import Hubert
 path, clip = {str(path)!r}, np.ones(6000, np.float32)
 model = ContentvecModel.from_file(path)
-model.extract(clip)
+model.extract(clip, sample_rate=16000)
 for call in {FORKED!r}:
     if os.fork() == 0:
         signal.alarm(10)
@@ -327,7 +329,8 @@ import os, signal, numpy as np
 from mlx_contentvec import ContentvecModel
 if os.fork() == 0:
     signal.alarm(20)
-    print(ContentvecModel.from_file({str(path)!r}).extract(np.ones(6000, np.float32)).shape)
+    model = ContentvecModel.from_file({str(path)!r})
+    print(model.extract(np.ones(6000, np.float32), sample_rate=16000).shape)
 else:
     assert os.wait()[1] == 0
 """

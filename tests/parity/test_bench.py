@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import pytest
 from contentvec_parity.bench import measure as bench
 from contentvec_parity.bench import worker as bench_worker
 from contentvec_parity.bench.measure import Engine, Settings, Worker, operations
+from contentvec_parity.bench.onnx_file import write_onnx
+from contentvec_parity.commands.bench import beside
 from mlx_contentvec.config import PRESETS, ModelConfig
-from mlx_contentvec.errors import ParityError
+from mlx_contentvec.errors import MissingDependency, ParityError
 
 SETTINGS = Settings(lengths=(0.2,), repeats=2, starts=1)
 
@@ -80,6 +84,126 @@ def test_the_originals_that_are_timed_compute_the_features_that_mlx_does(
     assert np.abs(original - port).max() < 1e-4
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "torch-compile"])
+def test_the_engines_that_are_timed_compute_the_features_that_the_original_does(
+    engine: str,
+    folder: Path,
+    tmp_path: Path,
+    need: Any,
+    torch: Any,
+    monkeypatch: Any,
+    speech: Callable[..., Any],
+) -> None:
+    for name in bench.ENGINES[engine]:
+        need(name, "pip install 'mlx-contentvec[engines]'")
+    if engine == "torch-compile":
+        # traced as it would be, but no minute of C++ compilation
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        path = folder
+    else:
+        path = write_onnx(folder, tmp_path / "model.onnx")
+    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize": True}
+    theirs = bench_worker.ENGINES[engine](str(path), settings)
+    original = bench_worker.ENGINES["transformers"](str(folder), settings)
+    # at other lengths than were traced
+    for source in (np.stack([speech(4000)]), np.stack([speech(5000), speech(5000, 8)])):
+        expected = original(source)
+        features = theirs(source)
+        assert features.shape == expected.shape
+        assert np.abs(features - expected).max() < 1e-4
+
+
+@pytest.fixture
+def features(monkeypatch: Any) -> dict[str, Any]:
+    """What workers compute, by the kind of their engine."""
+    found: dict[str, Any] = {}
+
+    class Recorded:
+        def __init__(self, engine: Engine, settings: Settings) -> None:
+            self.kind = engine.kind
+
+        def run(self, seconds: float, save: Path) -> None:
+            np.save(save, found[self.kind])
+
+        def close(self) -> None:
+            """Nothing runs."""
+
+    monkeypatch.setattr(bench, "Worker", Recorded)
+    return found
+
+
+def test_an_engine_with_other_features_than_mlx_is_refused(features: dict[str, Any]) -> None:
+    engines = [Engine("MLX", "mlx", Path()), Engine("openvino float32", "openvino", Path())]
+    features["mlx"] = ours = np.ones((1, 9, 4), np.float32)
+    features["openvino"] = ours * np.float32(1 + 5e-5)
+    bench.require_same_features(engines, SETTINGS, quietly)
+    for off in (ours * np.float32(1 + 2e-4), ours[:, :8], ours * np.float32("nan")):
+        features["openvino"] = off
+        with pytest.raises(ParityError, match="openvino float32 does not compute") as caught:
+            bench.require_same_features(engines, SETTINGS, quietly)
+        assert str(off.shape) in str(caught.value.found)
+
+
+def test_a_live_benchmark_checks_whole_clips_too(features: dict[str, Any]) -> None:
+    engines = [Engine("MLX", "live", Path()), Engine("openvino float32", "openvino", Path())]
+    features.update(mlx=np.ones((1, 9, 4)), openvino=np.ones((1, 9, 4)), live=np.ones((1, 2, 4)))
+    bench.require_same_features(engines, SETTINGS, quietly)
+
+
+def test_a_model_that_cannot_be_exported_says_why(tmp_path: Path, need: Any) -> None:
+    need("transformers", "scripts/test installs it")
+    with pytest.raises(ParityError, match="cannot export the model to ONNX") as caught:
+        write_onnx(tmp_path / "nothing", tmp_path / "model.onnx")
+    assert "nothing" in str(caught.value.found)
+
+
+def test_an_engine_that_is_not_installed_says_what_to_install(
+    tiny_checkpoint: Path, converted_tiny: Path, monkeypatch: Any
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name)
+    )
+    with pytest.raises(MissingDependency, match="openvino is not installed") as caught:
+        bench.bench(tiny_checkpoint, [converted_tiny], SETTINGS, beside=["openvino"])
+    assert "[engines]" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("both", "transformers fairseq"),
+        ("none", ""),
+        ("fairseq", "fairseq"),
+        ("onnxruntime,openvino", "transformers fairseq onnxruntime openvino"),
+        ("none,torch-compile", "torch-compile"),
+        ("openvino, transformers", "transformers openvino"),
+    ],
+)
+def test_beside_adds_engines_to_the_originals_or_chooses_of_them(text: str, names: str) -> None:
+    assert beside(text) == tuple(names.split())
+
+
+def test_the_command_names_what_can_run_beside(
+    run_cli: Callable[..., Any], tiny_checkpoint: Path
+) -> None:
+    done = run_cli("bench", tiny_checkpoint, tiny_checkpoint, "--beside", "openvino,tensorrt")
+    assert done.returncode == 2
+    assert "'tensorrt' is not one of" in done.stderr and "onnxruntime" in done.stderr
+
+
+def test_without_transformers_the_first_of_the_others_is_the_yardstick() -> None:
+    mlx, fast, other, floor = (
+        Engine(kind, kind, Path()) for kind in ("mlx", "onnxruntime", "openvino", "floor")
+    )
+    original = Engine(bench.YARDSTICK, "transformers", Path())
+    assert bench.yardstick([mlx, fast, other, floor]) == "onnxruntime"
+    assert bench.yardstick([mlx, fast, original, floor]) == bench.YARDSTICK
+    assert bench.yardstick([mlx, floor]) == bench.YARDSTICK
+    taken = {"onnxruntime": [{"wall": 1.0}], "mlx": [{"wall": 2.0}]}
+    assert bench._yardstick(mlx, [mlx, fast, floor], taken) is taken["onnxruntime"]
+
+
 def test_operations_are_those_that_torch_counts(folder: Path, need: Any, torch: Any) -> None:
     transformers = need("transformers", "scripts/test installs it")
     flop_counter = need("torch.utils.flop_counter", "torch has it")
@@ -133,10 +257,10 @@ def test_ratios_are_taken_within_a_turn() -> None:
 def test_half_precision_is_held_against_transformers_in_half_precision_where_that_ran() -> None:
     half = Engine("MLX float16", "mlx", Path("w"), "float16")
     single, double = [{"wall": 1.0}], [{"wall": 2.0}]
-    assert bench._yardstick(half, {bench.YARDSTICK: single}) is single
+    assert bench._yardstick(half, [half], {bench.YARDSTICK: single}) is single
     ran = {bench.YARDSTICK: single, "transformers float16": double}
-    assert bench._yardstick(half, ran) is double
-    assert bench._yardstick(half, {}) is None
+    assert bench._yardstick(half, [half], ran) is double
+    assert bench._yardstick(half, [half], {}) is None
 
 
 def test_the_yardstick_is_once_itself(document: dict[str, Any]) -> None:
@@ -268,8 +392,9 @@ def test_each_file_and_each_original_is_an_engine_of_its_own(
     engines = bench._engines(
         tiny_checkpoint,
         folder,
+        Path("model.onnx"),
         [converted_tiny, converted_tiny],
-        ["transformers", "fairseq"],
+        ["transformers", "fairseq", "openvino", "torch-compile"],
         ["float32", "float16"],
     )
     assert [engine.label for engine in engines] == [
@@ -278,8 +403,11 @@ def test_each_file_and_each_original_is_an_engine_of_its_own(
         "transformers float32",
         "transformers float16",
         "fairseq float32",
+        "openvino float32",
+        "torch-compile float32",
         "floor",
     ]
+    assert [engine.path for engine in engines[5:7]] == [Path("model.onnx"), folder]
     assert bench.YARDSTICK in [engine.label for engine in engines]
     assert engines[2].size == sum(file.stat().st_size for file in folder.iterdir())
 

@@ -403,7 +403,9 @@ def test_a_projection_of_the_wrong_layer_is_found_in_the_call(
     candidate.features = projecting_layer_2  # type: ignore[method-assign]
     verdict = verdict_on(base, candidate)
     assert not verdict["passed"]
-    assert [call["name"] for call in verdict["blame"]["calls"]] == ["project=True"]
+    assert [call["name"] for call in verdict["blame"]["calls"]] == [
+        "layer 3 + projection by project=True"
+    ]
 
 
 def test_v1_features_that_are_a_slice_and_no_projection_fail(

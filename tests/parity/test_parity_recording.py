@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -182,6 +183,7 @@ def test_a_recording_of_another_checkpoint_is_refused_and_both_are_named(
     with pytest.raises(ParityError, match="is not a recording of what") as refused:
         replay(other[1], converted_tiny)
     assert other[0].name in str(refused.value)
+    assert converted_tiny.name in str(refused.value)
     assert sha256_of(tiny_checkpoint) in str(refused.value)
 
 
@@ -256,3 +258,50 @@ def test_values_are_hashed_as_they_are_whatever_their_layout() -> None:
     assert hash_values(values.T) == hash_values(np.ascontiguousarray(values.T))
     assert hash_values(values) != hash_values(values.T)
     assert hash_values(values.astype(np.float16)) == hash_values(values)
+
+
+def documented() -> dict[str, Any]:
+    """``read`` and ``errors`` of docs/ports.md, for a port in another language."""
+    text = (PROJECT / "docs" / "ports.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block.partition("\nmodel = ")[0], names)
+    return names
+
+
+def test_the_reader_for_ports_reads_what_is_there(recording: Path) -> None:
+    functions = documented()
+    about, arrays = functions["read"](recording)
+    assert about == read_header(recording)
+    recorded = Recording(recording)
+    listed = set()
+    for clip in recorded.clips:
+        assert np.array_equal(arrays[f"{clip.name}/waveform"], clip.waveform)
+        listed.add(f"{clip.name}/waveform")
+        if clip.padding_mask is not None:
+            assert np.array_equal(arrays[f"{clip.name}/padding_mask"], clip.padding_mask)
+            listed.add(f"{clip.name}/padding_mask")
+        for stage, output in recorded.stages(clip).items():
+            assert np.array_equal(arrays[f"{clip.name}/{stage}"], output)
+            listed |= {f"{clip.name}/{stage}{kind}" for kind in ("", "/truth", "/local")}
+    # a stage by itself needs the one before it, which not every clip keeps
+    assert arrays.keys() <= listed
+    assert {name for name in listed if not name.endswith("/local")} <= arrays.keys()
+
+    def port(waveform: Any, mask: Any, stages: Any) -> Any:
+        clip = next(c for c in recorded.clips if np.array_equal(c.waveform, waveform))
+        return recorded.truth(clip)
+
+    for ours, pytorch in functions["errors"](about, arrays, port).values():
+        # who computes the truth has no error left
+        assert not ours.any() and pytorch.any()
+
+
+def test_the_page_for_ports_names_every_stage_and_field(recording: Path) -> None:
+    text = (PROJECT / "docs" / "ports.md").read_text(encoding="utf-8")
+    header = read_header(recording)
+    for field in ("schema", "config", "clips", "scales", "source", "reference", "tensors"):
+        assert field in header and f"`{field}`" in text
+    assert header["schema"] in text
+    for stage in ("conv.0", "conv.1", "projection", "positional", "layer.1", "final_proj"):
+        assert f"`{stage}`" in text

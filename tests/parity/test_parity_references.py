@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,29 @@ def test_loading_the_originals_leaves_logging_as_it_was(
     before = logging.root.level, list(logging.root.handlers), logging.root.manager.disable
     open_reference("fairseq", tiny_checkpoint)
     assert (logging.root.level, logging.root.handlers, logging.root.manager.disable) == before
+
+
+def test_fairseq_is_imported_without_what_hubert_does_not_call(
+    fairseq: Any, tiny_checkpoint: Path, need: Any
+) -> None:
+    need("scipy", "scripts/test installs it with scikit-learn")
+    program = """
+import sys
+from pathlib import Path
+from contentvec_parity.references import open_reference
+open_reference("fairseq", Path(sys.argv[1]))
+assert not {"sklearn", "scipy"} & set(sys.modules), sorted(sys.modules)
+import scipy.stats
+assert scipy.stats.pearsonr([1, 2, 4], [1, 2, 4]).statistic > 0.99
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_checkpoint)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---- inputs --------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_the_users_own_files_are_told_from_made_clips(packaged: Package) -> None
     document = packaged.evidence[0].parity
     assert "; all made from seeds" in card._context(document)
     clips = [*document["clips"], {**document["clips"][0], "origin": {"file": "me.wav"}}]
-    assert "; 1 of them audio files, the rest made" in card._context({**document, "clips": clips})
+    assert "; an audio file, the rest made" in card._context({**document, "clips": clips})
 
 
 def test_weights_in_another_format_are_not_measured_by_float32(packaged: Package) -> None:

@@ -17,7 +17,8 @@ from .tensors import brief
 
 #: names under which transformers saves weights, in the order in which it looks for them
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
+#: where those names are of several files: which tensor is in which of them
+INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
 CONFIG_FILE = "config.json"
 
 
@@ -34,7 +35,7 @@ def folder_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | Non
     Raises UnsupportedCheckpoint if there are none, CorruptCheckpoint if the
     index names files outside the folder.
     """
-    for name, index in zip(WEIGHT_FILES, _INDEX_FILES, strict=True):
+    for name, index in zip(WEIGHT_FILES, INDEX_FILES, strict=True):
         if is_file(folder / name):
             return (folder / name,), None
         if is_file(folder / index):
@@ -46,13 +47,32 @@ def folder_weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | Non
     raise UnsupportedCheckpoint(
         f"{folder} has no weights that can be read",
         found=name_list(map(brief, present)) or "an empty folder",
-        expected=name_list((*WEIGHT_FILES, *_INDEX_FILES)),
+        expected=name_list((*WEIGHT_FILES, *INDEX_FILES)),
         hint="to convert one file of the folder, name that file",
     )
 
 
 def _shards(folder: Path, index: str) -> tuple[tuple[Path, ...], dict[str, str]]:
-    file = SourceFile(folder / index)
+    weight_map = _weight_map(folder / index)
+    names = list(dict.fromkeys(weight_map.values()))
+    missing = [name for name in names if not is_file(folder / name)]
+    if missing:
+        raise UnsupportedCheckpoint(
+            f"{folder} lacks weight files that {index} names",
+            found=f"{len(names) - len(missing)} of {len(names)} files",
+            expected=name_list(map(brief, missing)),
+            hint="download the missing files into the folder",
+        )
+    return tuple(folder / name for name in names), weight_map
+
+
+def shard_names(index: Path) -> list[str]:
+    """The weight files that an index names, which stand beside it. Raises CorruptCheckpoint."""
+    return list(dict.fromkeys(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    file = SourceFile(index)
     try:
         weight_map = _parsed(file).get("weight_map")
         if type(weight_map) is not dict or not weight_map:
@@ -66,18 +86,9 @@ def _shards(folder: Path, index: str) -> tuple[tuple[Path, ...], dict[str, str]]
                     found=brief(shard),
                     expected="the plain name of a file beside it",
                 )
-        names = list(dict.fromkeys(weight_map.values()))
-        if len(names) > limits.SHARDS:
+        if len(set(weight_map.values())) > limits.SHARDS:
             raise file.corrupt("it names too many files", expected=f"at most {limits.SHARDS:,}")
-        missing = [name for name in names if not is_file(folder / name)]
-        if missing:
-            raise UnsupportedCheckpoint(
-                f"{folder} lacks weight files that {index} names",
-                found=f"{len(names) - len(missing)} of {len(names)} files",
-                expected=name_list(map(brief, missing)),
-                hint="download the missing files into the folder",
-            )
-        return tuple(folder / name for name in names), weight_map
+        return weight_map
     finally:
         file.close()
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_contentvec.errors import IdentityError, did_you_mean, name_list
+from mlx_contentvec.errors import IdentityError, name_list
+from mlx_contentvec.files import explained, similar_name
+from mlx_contentvec.hub import WEIGHTS
 from mlx_contentvec.terminal import labelled, late_bar, say
 
 # Nothing here imports numpy: hashing the source takes longest and begins first.
@@ -20,6 +23,7 @@ from ..known_files import KNOWN_FILES
 if TYPE_CHECKING:
     from ..inspection import Inspection
     from ..ledger import Ledger
+    from ..repository import Fetched
 
 
 def _digits(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -45,9 +49,42 @@ _NORMALIZE = click.option(
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
+#: options of mlx-lm's convert that are another command or another option here
+_ELSEWHERE = {
+    "--quantize": "say --dtype q8 (8 bits) or --dtype q4 (4 bits, far less exact)",
+    "--q-bits": "say --dtype q8 or --dtype q4",
+    "--q-group-size": "groups are of 64 weights: say --dtype q8 or --dtype q4",
+    "--upload-repo": "put what proves the weights beside them and publish both: "
+    "mlx-contentvec package, then mlx-contentvec publish",
+}
+
+
+def _elsewhere(context: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value is not None and value is not False:
+        name = parameter.opts[-1]
+        raise click.UsageError(f"{name} is an option of mlx-lm; here, {_ELSEWHERE[name]}")
+
+
+def _words_of_mlx_lm(command: Callable[..., None]) -> Callable[..., None]:
+    """Hidden options: mlx-lm's two paths, and an answer to those that are not here."""
+    for name in reversed(_ELSEWHERE):
+        flag = name == "--quantize"
+        option = click.option(
+            *(("-q", name) if flag else (name,)),
+            is_flag=flag,
+            hidden=True,
+            expose_value=False,
+            callback=_elsewhere,
+        )
+        command = option(command)
+    paths = {"--mlx-path": click.Path(path_type=Path), "--hf-path": str}
+    for name, kind in paths.items():
+        command = click.option(name, type=kind, hidden=True)(command)
+    return command
+
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path), required=False)
 @click.option(
     "-o",
     "--output",
@@ -73,21 +110,43 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     callback=_digits,
     help="Convert only the file with this SHA-256.",
 )
+@click.option("--revision", help="Branch, tag or commit of a repository.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @_HEADS
 @_NORMALIZE
 @_JSON
-def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **options: Any) -> None:
+@_words_of_mlx_lm
+def convert(
+    source: Path | None,
+    output: Path | None,
+    hf_path: str | None,
+    mlx_path: Path | None,
+    dtype: str,
+    revision: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Convert the checkpoint SOURCE, a file or a Hugging Face folder, to MLX safetensors.
 
-    SOURCE may also be the name of a known model (see mlx-contentvec models): it
-    is fetched into the working folder first.
+    SOURCE may also be the name of a known model (see mlx-contentvec models), or
+    of a repository on the Hugging Face Hub, OWNER/NAME, or of a folder or file in
+    it, OWNER/NAME/PATH. It is fetched into the working folder first, and held to
+    the checksum that is known of it or that the Hub states.
 
-    Only a known file is converted unasked. Every tensor is accounted for in a
-    ledger beside the output, and nothing appears before it has been written,
-    flushed, read back and compared.
+    Of files that are there, only a known one, or one of the first release, is
+    converted unasked. Every
+    tensor is accounted for in a ledger beside the output, and nothing appears
+    before it has been written, flushed, read back and compared.
     """
-    source = _fetched(source)
+    if hf_path is not None and source is None:
+        source = Path(hf_path)
+    elif source is None or hf_path is not None:
+        raise click.UsageError("name one SOURCE: a file, a folder, or OWNER/NAME on the Hub")
+    if mlx_path is not None:
+        if output is not None:
+            raise click.UsageError("name one output: -o FILE.safetensors")
+        output = _file_at(mlx_path)
+    source, fetched = _fetched(source, revision)
     with contextlib.ExitStack() as stack:
         options["identification"] = (
             stack.enter_context(Identification(source)) if not source.is_dir() else None
@@ -99,9 +158,11 @@ def convert(source: Path, output: Path | None, dtype: str, as_json: bool, **opti
             raise click.BadParameter(f"not one of {', '.join(PRECISIONS)}", param_hint="--dtype")
         output = output if output is not None else conversion.default_output(source)
         progress = stack.enter_context(late_bar())
-        ledger = conversion.convert(source, output, dtype=dtype, progress=progress, **options)
+        ledger = conversion.convert(
+            source, output, dtype=dtype, progress=progress, fetched=fetched, **options
+        )
     if as_json:
-        click.echo(json.dumps({"path": _shown(output), **ledger.to_dict()}, ensure_ascii=False))
+        click.echo(json.dumps({"path": _shown(output), **ledger.to_dict()}))
     else:
         _show_ledger(ledger, source, output)
 
@@ -121,34 +182,40 @@ def inspect(
     with late_bar() as progress:
         found = inspect_file(path, heads=heads, normalize=normalize, progress=progress)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+        click.echo(json.dumps(found.to_dict()))
     else:
         _show_inspection(found, path, tensors)
 
 
-def _fetched(source: Path) -> Path:
-    """``source``, or the known file of that name, fetched where there is no such path."""
-    keys = [row.key for row in KNOWN_FILES]
+def _file_at(path: Path) -> Path:
+    """The output for ``--mlx-path``: a file, or one in a folder for ``from_pretrained``."""
+    if path.suffix == ".safetensors":
+        return path
+    with explained(path):
+        path.mkdir(exist_ok=True)
+    return path / WEIGHTS[0]
+
+
+def _fetched(source: Path, revision: str | None) -> tuple[Path, Fetched | None]:
+    """``source``; or, where there is no such path, what was downloaded by that name."""
     if source.exists():
-        return source
-    if str(source) not in keys:
+        if revision is not None:
+            raise click.BadParameter(f"{source} is no repository", param_hint="--revision")
+        return source, None
+    from ..fetch import fetch
+    from ..repository import is_address
+
+    name, keys = str(source), [row.key for row in KNOWN_FILES]
+    if name not in keys and not is_address(name):
         raise IdentityError(
             f"cannot read {_shown(source)}: No such file or directory",
-            expected="a checkpoint, a Hugging Face folder, or a name that `mlx-contentvec models` "
-            "lists",
-            hint=did_you_mean(str(source), [*keys, *_beside(source)]),
+            expected="a checkpoint, a Hugging Face folder, a repository like owner/name, or a name "
+            "that `mlx-contentvec models` lists",
+            hint=similar_name(source, keys),
         )
-    from ..fetch import fetch
-
-    click.echo(f"fetching {source}", err=True)
-    return fetch(str(source))[0]
-
-
-def _beside(missing: Path) -> list[str]:
-    """What lies where ``missing`` does not, as it would be typed."""
-    with contextlib.suppress(OSError):
-        return [str(missing.with_name(path.name)) for path in missing.parent.iterdir()]
-    return []
+    say(f"fetching {name}", err=True)
+    fetched = fetch(name, revision=revision)
+    return fetched.path, fetched
 
 
 def _shown(path: Path) -> str:
@@ -160,14 +227,16 @@ def _line(label: str, text: str) -> None:
     say(labelled(label, text))
 
 
-def _show_identity(identity: Identity, stand_in: str | None) -> None:
+def _show_identity(identity: Identity, stand_in: str | None, naming: str) -> None:
+    from ..recognition import BY_CONTENT
+
     known = identity.known
     if stand_in is not None:
         said = "a STAND-IN with synthetic weights, not a trained model"
     elif known is not None:
         said = f"{known.key}: {known.what}"
     else:
-        said = "not a file that is known here"
+        said = BY_CONTENT.get(naming, "not a file that is known here")
     _line("is", said)
     _line("md5", identity.md5)
     _line("sha256", identity.sha256)
@@ -180,9 +249,9 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
 
     facts = ledger.to_dict()
     counts, made, origin = facts["counts"], facts["output"], facts["source"]
-    click.echo(f"{_shown(source)} -> {_shown(output)}")
+    say(f"{_shown(source)} -> {_shown(output)}")
     click.echo("source")
-    _show_identity(ledger.identity, ledger.stand_in)
+    _show_identity(ledger.identity, ledger.stand_in, origin["naming"])
     _line("model", describe(ledger.config, origin["naming"]))
     click.echo("tensors")
     _line("read", f"{counts['source_tensors']} of {origin['naming']} naming, all accounted for")
@@ -209,9 +278,9 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
 def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
     from ..recognition import describe
 
-    click.echo(f"{_shown(path)}  {found.identity.size:,} bytes, {found.container}")
+    say(f"{_shown(path)}  {found.identity.size:,} bytes, {found.container}")
     if found.provenance is None:
-        _show_identity(found.identity, found.stand_in)
+        _show_identity(found.identity, found.stand_in, found.naming)
     else:
         _show_provenance(found)
     if found.config is not None:
@@ -229,7 +298,7 @@ def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
         _line("", str(found.problem))
     for row in found.tensors if tensors else ():
         fate = f" -> {row['target']} ({row['transform']})" if "target" in row else ""
-        click.echo(f"    {row['name']} {row['dtype']} {tuple(row['shape'])}{fate}")
+        say(f"    {row['name']} {row['dtype']} {tuple(row['shape'])}{fate}")
 
 
 def _show_provenance(found: Inspection) -> None:
@@ -242,7 +311,9 @@ def _show_provenance(found: Inspection) -> None:
     else:
         known = source.get("known_as") or "a checkpoint that is not a known one"
         _line("is", f"converted, as it says itself, from {known}")
-    _line("source", f"md5 {source.get('md5')}, {source.get('size')} bytes")
+    size = source.get("size")
+    size = f"{size:,}" if isinstance(size, int) else size
+    _line("source", f"md5 {source.get('md5')}, {size} bytes")
     _line("format", f"{said.get('dtype')}, by mlx-contentvec {said['mlx_contentvec_version']}")
     _line("sha256", found.identity.sha256)
     _line("ledger", str(found.ledger))

@@ -12,6 +12,9 @@ from mlx_contentvec.terminal import say
 from ..export import FORMATS
 from ..export import export as export_file
 
+#: what the name of an export ends in
+_ENDINGS = {"transformers": "-transformers", "fairseq": ".pt", "rvc-mlx": "-rvc-mlx.safetensors"}
+
 
 @click.command()
 @click.argument("converted", type=click.Path(path_type=Path))
@@ -20,8 +23,8 @@ from ..export import export as export_file
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder (transformers) or file (fairseq) to write. "
-    "Default: CONVERTED's name with -transformers or .pt.",
+    help="Folder (transformers) or file (fairseq, rvc-mlx) to write. "
+    "Default: CONVERTED's name with -transformers, .pt or -rvc-mlx.safetensors.",
 )
 @click.option("--force", is_flag=True, help="Replace what an earlier export wrote there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -32,8 +35,7 @@ def export(converted: Path, to: str, output: Path | None, force: bool, as_json: 
     of the positional convolution is chosen anew (v is the kernel, g its norm).
     """
     if output is None:
-        name = f"{converted.stem}-transformers" if to == "transformers" else f"{converted.stem}.pt"
-        output = converted.with_name(name)
+        output = converted.with_name(f"{converted.stem}{_ENDINGS[to]}")
     result = export_file(converted, output, to=to, force=force)
     if as_json:
         document = {

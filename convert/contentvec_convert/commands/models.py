@@ -21,7 +21,8 @@ def models(as_json: bool) -> None:
     """List the known embedders: what each is, how its input is scaled, where it lives.
 
     A file is recognised by its checksums, never by its name. The files marked
-    "no checksum known" exist, and nothing can be proven to be one of them.
+    "no checksum known" exist, and no file can be proven to be one of them: those
+    that can be fetched are held to what the Hub states and to their architecture.
     """
     if as_json:
         click.echo(json.dumps([_facts(row) for row in KNOWN_FILES], indent=2))
@@ -39,10 +40,10 @@ def models(as_json: bool) -> None:
 
 def _availability(row: KnownFile) -> str:
     size = "" if row.size is None else f"{row.size:,} bytes, "
-    if not row.verifiable:
+    if not row.fetchable:
         return f"{size}no checksum known: convert it with --allow-unknown"
-    if row.hub_path is None:
-        return f"{size}recognised, download it by hand"
+    if not row.verifiable:
+        return f"no checksum known, identified by where it lies: mlx-contentvec convert {row.key}"
     return f"{size}mlx-contentvec fetch {row.key}"
 
 
@@ -53,5 +54,5 @@ def _facts(row: KnownFile) -> dict[str, object]:
         "layers": preset.encoder_layers,
         "width": preset.encoder_embed_dim,
         "recognisable": row.verifiable,
-        "fetchable": row.verifiable and row.hub_path is not None,
+        "fetchable": row.fetchable,
     }

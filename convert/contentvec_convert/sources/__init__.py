@@ -31,7 +31,7 @@ class Source(Protocol):
 
 
 #: modules of this package, asked in this order, imported when they are asked
-SOURCES: tuple[str, ...] = ("fairseq", "transformers", "mlx", "first_release")
+SOURCES: tuple[str, ...] = ("fairseq", "transformers", "rvc_mlx", "mlx", "first_release")
 
 
 def plan_for(

@@ -210,7 +210,7 @@ def _read_config(
             raise UnsupportedCheckpoint(
                 "this model computes something that mlx-contentvec does not",
                 found=f"{key}: {model[key]!r} in its configuration",
-                expected=f"{key}: {value!r}, as every published HuBERT has it",
+                expected=f"{key}: {value!r}, as HuBERT base, large and xlarge have it",
             )
     mode = model.get("extractor_mode", "default")
     if not isinstance(mode, str) or mode not in EXTRACTOR_NORMS:

@@ -28,6 +28,10 @@ NAMING = "mlx-contentvec 0.1"
 #: what the release computed anew at every call
 COMPUTED = Drop(COMPUTED_KERNEL, "computed from g and v; what is stored may be stale")
 
+NO_HEAD = (
+    "it lacks final_proj, so it gives no features of RVC v1; a conversion of hubert_base.pt has it"
+)
+
 
 def rules(config: ModelConfig) -> Iterator[Rule]:
     """One rule per parameter of the model."""
@@ -78,4 +82,5 @@ def plan(
         config=config,
         rules=tuple(rules(config)),
         drops=tuple(drop for drop in (COMPUTED,) if drop.source in tensors),
+        notes=() if config.final_dim is not None else (NO_HEAD,),
     )

@@ -77,6 +77,12 @@ FIXED: dict[str, Any] = {
     "adapter_attn_dim": None,
 }
 
+#: which published models ask for something else, where they are known
+_UNSUPPORTED = {
+    "feat_proj_layer_norm": "distilhubert has no norm before its projection, and models without "
+    "it are not supported",
+}
+
 HEADS = "num_attention_heads"
 
 #: where a folder keeps its feature extractor, and in which section of the file
@@ -260,7 +266,8 @@ def _read_config(
             raise UnsupportedCheckpoint(
                 "this HuBERT computes something that mlx-contentvec does not",
                 found=f'config.json with "{key}": {json.dumps(stored[key])}',
-                expected=f"{json.dumps(value)}, as every published HuBERT has it",
+                expected=f"{json.dumps(value)}, as HuBERT base, large and xlarge have it",
+                hint=_UNSUPPORTED.get(key),
             )
     conv = [stored[key] for key in ("conv_dim", "conv_kernel", "conv_stride")]
     if not all(isinstance(numbers, list) for numbers in conv) or len(set(map(len, conv))) != 1:

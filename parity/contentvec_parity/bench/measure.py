@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import statistics
@@ -26,15 +27,27 @@ from typing import IO, Any
 import numpy as np
 
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import ParityError
+from mlx_contentvec.errors import MissingDependency, ParityError, install_hint, name_list
 
 from ..compare.candidate import read_metadata
 from .worker import PRODUCT
 
 SCHEMA = "mlx-contentvec-bench/1"
 
-#: what the others are measured against, where transformers does not run in their own dtype
+#: what the others are measured against, where transformers does not run in their own dtype;
+#: where it does not run at all, the first of the implementations that are not MLX's
 YARDSTICK = "transformers float32"
+
+ORIGINALS = ("transformers", "fairseq")
+#: what runs the exported transformers model besides, by name: the packages that it needs
+ENGINES = {
+    "onnxruntime": ("torch", "transformers", "onnx", "onnxruntime"),
+    "openvino": ("torch", "transformers", "onnx", "openvino"),
+    "torch-compile": ("torch", "transformers"),
+}
+#: rms of the difference between an engine's features and MLX's, by their own rms, from
+#: which it is not computing in float32: float16 weights give 2.5e-4, float32 1e-5
+MOST_APART = 1e-4
 
 #: seconds of audio on which errors against float64 are taken
 ERROR_SECONDS = 3.0
@@ -226,7 +239,7 @@ def _starts(
         for key in ("loaded", "first_features", "cpu", "peak"):
             row[key] = statistics.median(sample[key] for sample in samples)
         for key in ("first_features", "cpu"):
-            row[f"{key}_ratio"] = _ratio(samples, _yardstick(engine, found), key)
+            row[f"{key}_ratio"] = _ratio(samples, _yardstick(engine, engines, found), key)
         rows.append(row)
     return rows
 
@@ -303,7 +316,9 @@ def _steady(
                     }
                     for key in ("wall", "cpu"):
                         row[key] = statistics.median(sample[key] for sample in samples)
-                        row[f"{key}_ratio"] = _ratio(samples, _yardstick(engine, found), key)
+                        row[f"{key}_ratio"] = _ratio(
+                            samples, _yardstick(engine, engines, found), key
+                        )
                     rows.append(row)
     return rows, memory
 
@@ -319,11 +334,17 @@ def _floor(
     return {key: answer[key] * scale for key in ("wall", "cpu")}
 
 
+def yardstick(engines: Sequence[Engine]) -> str:
+    """The label of what the others are measured against; ``YARDSTICK`` unless it does not run."""
+    labels = [e.label for e in engines if e.kind in (*ORIGINALS, *ENGINES)]
+    return YARDSTICK if YARDSTICK in labels or not labels else labels[0]
+
+
 def _yardstick(
-    engine: Engine, found: dict[str, list[dict[str, float]]]
+    engine: Engine, engines: Sequence[Engine], found: dict[str, list[dict[str, float]]]
 ) -> list[dict[str, float]] | None:
-    """What transformers took with numbers of the same dtype, else in float32."""
-    return found.get(f"transformers {engine.dtype}", found.get(YARDSTICK))
+    """What transformers took with numbers of the same dtype, else what the yardstick took."""
+    return found.get(f"transformers {engine.dtype}", found.get(yardstick(engines)))
 
 
 def _ratio(
@@ -371,12 +392,44 @@ def errors(
     return rows
 
 
+def require_same_features(
+    engines: Sequence[Engine], settings: Settings, progress: Progress
+) -> None:
+    """Raise ParityError if one of ``ENGINES`` has other features than the first MLX file."""
+    checked = [engine for engine in engines if engine.kind in ENGINES]
+    if not checked:
+        return
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "features.npy"
+        for engine in (engines[0], *checked):
+            progress(f"features of {engine.label}")
+            kind = "mlx" if engine.kind == "live" else engine.kind
+            worker = Worker(dataclasses.replace(engine, kind=kind), settings)
+            worker.run(ERROR_SECONDS, save=file)
+            worker.close()
+            found.append(np.load(file).astype(np.float64))
+    ours, *theirs = found
+    for engine, features in zip(checked, theirs, strict=True):
+        apart = np.inf
+        if features.shape == ours.shape:
+            apart = float(np.sqrt(np.mean((features - ours) ** 2) / np.mean(ours**2)))
+        if not apart <= MOST_APART:
+            raise ParityError(
+                f"{engine.label} does not compute the features that MLX does",
+                found=f"shape {features.shape}, relative rms difference {apart:.2g}",
+                expected=f"shape {ours.shape}, at most {MOST_APART:g}",
+                hint="another precision than float32, or a fault of the engine or of the export; "
+                f"leave {engine.kind} out of --beside",
+            )
+
+
 def bench(
     checkpoint: Path,
     converted: Sequence[Path],
     settings: Settings,
     *,
-    originals: Sequence[str] = ("transformers", "fairseq"),
+    beside: Sequence[str] = ORIGINALS,
     torch_dtypes: Sequence[str] = ("float32",),
     with_errors: bool = True,
     progress: Progress = lambda doing: None,
@@ -385,14 +438,19 @@ def bench(
 
     checkpoint:   a fairseq checkpoint, or a Hugging Face folder
     converted:    what was converted from it; the first must be float32
-    originals:    which of them to run; one that is not installed is left out
+    beside:       which of ``ORIGINALS`` and ``ENGINES`` to run; an original that is not
+                  installed is left out
     torch_dtypes: dtypes in which transformers runs
 
-    Raises ParityError if an implementation cannot be run.
+    Raises ParityError if an implementation cannot be run, or one of ``ENGINES`` does not
+    compute MLX's features; MissingDependency if it is not installed.
     """
     from contentvec_convert.export import export
 
     from .. import machine
+    from .onnx_file import write_onnx
+
+    _require_installed(beside)
 
     config = ModelConfig.from_dict(json.loads(read_metadata(converted[0])["config"]))
     settings = dataclasses.replace(settings, normalize=config.normalize)
@@ -403,23 +461,28 @@ def bench(
         settings = dataclasses.replace(settings, lengths=(seconds,), batches=(1,))
     with tempfile.TemporaryDirectory() as folder:
         huggingface = checkpoint
-        if checkpoint.is_file() and "transformers" in originals:
+        if checkpoint.is_file() and set(beside) - {"fairseq"}:
             progress("writing the weights for transformers")
             huggingface = export(converted[0], Path(folder) / "hf", to="transformers").path
-        engines = _engines(checkpoint, huggingface, converted, originals, torch_dtypes)
+        onnx = Path(folder) / "model.onnx"
+        if "onnxruntime" in beside or "openvino" in beside:
+            progress("exporting to ONNX")
+            write_onnx(huggingface, onnx)
+        engines = _engines(checkpoint, huggingface, onnx, converted, beside, torch_dtypes)
         if settings.live:
             engines = [
                 dataclasses.replace(engine, kind="live") if engine.kind == "mlx" else engine
                 for engine in engines
             ]
+        require_same_features(engines, settings, progress)
         document: dict[str, Any] = {
             "schema": SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine.describe(),
-            "versions": machine.versions(),
+            "versions": machine.versions(*(name for name in ENGINES if name in beside)),
             "settings": dataclasses.asdict(settings),
             "load_average": os.getloadavg()[0],
-            "yardstick": YARDSTICK,
+            "yardstick": yardstick(engines),
             "engines": [
                 {"label": engine.label, "kind": engine.kind, "size": engine.size}
                 for engine in engines
@@ -436,11 +499,23 @@ def bench(
     return document
 
 
+def _require_installed(beside: Sequence[str]) -> None:
+    for name in beside:
+        missing = [p for p in ENGINES.get(name, ()) if importlib.util.find_spec(p) is None]
+        if missing:
+            raise MissingDependency(
+                f"{name} cannot be measured: {name_list(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not installed",
+                hint=install_hint("engines"),
+            )
+
+
 def _engines(
     checkpoint: Path,
     huggingface: Path,
+    onnx: Path,
     converted: Sequence[Path],
-    originals: Sequence[str],
+    beside: Sequence[str],
     torch_dtypes: Sequence[str],
 ) -> list[Engine]:
     from ..references import available
@@ -452,12 +527,17 @@ def _engines(
         if any(engine.label == label for engine in engines):
             label = f"{label} ({path.name})"
         engines.append(Engine(label, "mlx", path, dtype))
-    if "transformers" in originals and available("transformers"):
+    if "transformers" in beside and available("transformers"):
         engines += [
             Engine(f"transformers {dtype}", "transformers", huggingface, dtype)
             for dtype in torch_dtypes
         ]
-    if "fairseq" in originals and checkpoint.is_file() and available("fairseq"):
+    if "fairseq" in beside and checkpoint.is_file() and available("fairseq"):
         engines.append(Engine("fairseq float32", "fairseq", checkpoint))
+    engines += [
+        Engine(f"{name} float32", name, huggingface if name == "torch-compile" else onnx)
+        for name in ENGINES
+        if name in beside
+    ]
     engines.append(Engine("floor", "floor", converted[0]))
     return engines

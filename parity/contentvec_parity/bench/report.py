@@ -167,6 +167,7 @@ def plot(document: Document, path: Path) -> None:
 
     figure, (time, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for engine in (engine["label"] for engine in document["engines"]):
+        label = "floor: the matrix products alone" if engine == "floor" else engine
         for axes, table, key, unit in (
             (time, "steady", "wall", 1.0),
             (memory, "memory", "above_the_model", MB),
@@ -178,7 +179,7 @@ def plot(document: Document, path: Path) -> None:
             ]
             if points:
                 dashes = {"linestyle": "dashed", "color": "grey"} if engine == "floor" else {}
-                axes.plot(*zip(*points, strict=True), marker="o", label=engine, **dashes)
+                axes.plot(*zip(*points, strict=True), marker="o", label=label, **dashes)
     time.set(xlabel="seconds of audio", ylabel="seconds", title="Time of one clip")
     memory.set(xlabel="seconds of audio", ylabel="MB above the model", title="Memory of one clip")
     for axes in (time, memory):

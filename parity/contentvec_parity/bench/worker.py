@@ -23,6 +23,10 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_contentvec.config import EPS
+
+from .onnx_file import FEATURES, SOURCE
+
 Waveform = NDArray[np.float32]
 #: (batch, samples) in, (batch, frames, width) out, computed when it returns
 Run = Callable[[Waveform], NDArray[np.float32]]
@@ -163,34 +167,107 @@ def _torch_device(settings: dict[str, Any]) -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "mps")
 
 
+def _as_wanted(source: Waveform, settings: dict[str, Any]) -> Waveform:
+    """Each clip as the original is given it: by ``F.layer_norm`` if the model wants that."""
+    if not settings["normalize"]:
+        return source
+    centred = source - source.mean(axis=1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + np.float32(EPS))
+    normalized: Waveform = centred / deviation
+    return normalized
+
+
 def _on_torch(call: Callable[[Any], Any], settings: dict[str, Any], device: Any) -> Run:
     import torch
 
     dtype = getattr(torch, settings["dtype"])
 
     def run(source: Waveform) -> NDArray[np.float32]:
-        given = torch.from_numpy(source)
-        if settings["normalize"]:
-            given = torch.stack([torch.nn.functional.layer_norm(row, row.shape) for row in given])
+        given = torch.from_numpy(_as_wanted(source, settings))
         features: NDArray[np.float32] = call(given.to(device, dtype)).float().cpu().numpy()
         return features
 
     return run
 
 
-def _transformers(path: str, settings: dict[str, Any]) -> Run:
+def _transformers_model(path: str, settings: dict[str, Any], device: Any) -> Any:
     import torch
     from transformers import HubertModel
 
-    device = _torch_device(settings)
     model = HubertModel.from_pretrained(
         path,
         attn_implementation="sdpa",
         local_files_only=True,
         dtype=getattr(torch, settings["dtype"]),
     )
-    model.to(device).eval()
+    return model.to(device).eval()
+
+
+def _transformers(path: str, settings: dict[str, Any]) -> Run:
+    device = _torch_device(settings)
+    model = _transformers_model(path, settings, device)
     return _on_torch(lambda source: model(source).last_hidden_state, settings, device)
+
+
+def _torch_compile(path: str, settings: dict[str, Any]) -> Run:
+    """The transformers model compiled for each length: dynamic shapes run slower."""
+    import torch
+
+    device = _torch_device(settings)
+    compiled = torch.compile(_transformers_model(path, settings, device), dynamic=False)
+    shape = None
+
+    def call(source: Any) -> Any:
+        nonlocal shape
+        if source.shape != shape:
+            # after a number of shapes PyTorch would go on uncompiled
+            torch.compiler.reset()
+            shape = source.shape
+        return compiled(source).last_hidden_state
+
+    return _on_torch(call, settings, device)
+
+
+def _onnxruntime(path: str, settings: dict[str, Any]) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings["threads"]
+    provider = "CPUExecutionProvider" if settings["device"] == "cpu" else "CUDAExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise RuntimeError(f"this build of onnxruntime has no {provider}")
+    # as shipped it would use TF32
+    choices = [(provider, {} if settings["device"] == "cpu" else {"use_tf32": "0"})]
+    session = onnxruntime.InferenceSession(path, options, providers=choices)
+
+    def run(source: Waveform) -> NDArray[np.float32]:
+        features: NDArray[np.float32]
+        (features,) = session.run([FEATURES], {SOURCE: _as_wanted(source, settings)})
+        return features
+
+    return run
+
+
+def _openvino(path: str, settings: dict[str, Any]) -> Run:
+    import openvino
+
+    if settings["device"] != "cpu":
+        raise RuntimeError("openvino is measured on a CPU only")
+    compiled = openvino.Core().compile_model(
+        path,
+        "CPU",
+        {
+            # bfloat16 is what it takes by itself where the processor has it
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": settings["threads"],
+            "PERFORMANCE_HINT": "LATENCY",
+        },
+    )
+
+    def run(source: Waveform) -> NDArray[np.float32]:
+        return np.array(compiled(_as_wanted(source, settings))[FEATURES])
+
+    return run
 
 
 def _fairseq(path: str, settings: dict[str, Any]) -> Run:
@@ -237,13 +314,16 @@ ENGINES: dict[str, Callable[[str, dict[str, Any]], Run]] = {
     "live": _live,
     "transformers": _transformers,
     "fairseq": _fairseq,
+    "torch-compile": _torch_compile,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
     "floor": _floor,
 }
 
 
 def _memory(engine: str, device: str) -> ProcessMemory | MlxMemory | CudaMemory:
     """How to measure this engine's memory."""
-    if device == "cpu":
+    if device == "cpu" or engine == "onnxruntime":
         return ProcessMemory()
     if engine in ("mlx", "extract", "live", "floor"):
         return MlxMemory()

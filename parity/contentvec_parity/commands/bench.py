@@ -27,7 +27,18 @@ def numbers(kind: type[float] | type[int]) -> Callable[[str], tuple[float, ...]]
     return parse
 
 
-BESIDE = {"both": ("transformers", "fairseq"), "none": ()}
+def beside(text: str) -> tuple[str, ...]:
+    """The implementations that ``--beside`` names; both originals unless it chooses of them."""
+    from ..bench.measure import ENGINES, ORIGINALS
+
+    choices = {"both": ORIGINALS, "none": (), **{name: (name,) for name in ORIGINALS}}
+    names = [name.strip() for name in text.split(",")]
+    if unknown := sorted(set(names) - {*choices, *ENGINES}):
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join([*choices, *ENGINES])}")
+    originals = {n for name in names if name in choices for n in choices[name]}
+    if not any(name in choices for name in names):
+        originals = set(ORIGINALS)
+    return tuple(name for name in (*ORIGINALS, *ENGINES) if name in originals or name in names)
 
 
 @click.command()
@@ -67,11 +78,13 @@ BESIDE = {"both": ("transformers", "fairseq"), "none": ()}
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Default: what MLX uses.")
 @click.option(
     "--beside",
-    "originals",
-    type=click.Choice(["both", "transformers", "fairseq", "none"]),
+    "others",
+    type=beside,
+    metavar="NAME,NAME,...",
     default="both",
     show_default=True,
-    help="The originals to run, where they are installed.",
+    help="The originals to run, where they are installed: both, transformers, fairseq or none; "
+    "and engines that run them exported: onnxruntime, openvino, torch-compile.",
 )
 @click.option(
     "--torch-dtype",
@@ -104,7 +117,7 @@ def bench(
     repeats: int,
     starts: int,
     device: str | None,
-    originals: str,
+    others: tuple[str, ...],
     torch_dtypes: tuple[str, ...],
     live: bool,
     no_errors: bool,
@@ -147,7 +160,7 @@ def bench(
             checkpoint,
             converted,
             settings,
-            originals=BESIDE.get(originals, (originals,)),
+            beside=others,
             torch_dtypes=("float32", *(name for name in torch_dtypes if name != "float32")),
             with_errors=not no_errors,
             progress=status.update,

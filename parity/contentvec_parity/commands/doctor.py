@@ -21,18 +21,18 @@ def doctor(measure: bool, json_file: str | None) -> None:
     """
     from pathlib import Path
 
-    from rich.console import Console
-
-    from mlx_contentvec.errors import ContentvecError, OutputError
+    from mlx_contentvec.errors import ContentvecError
+    from mlx_contentvec.files import write_text
+    from mlx_contentvec.terminal import Status, say
 
     from .. import doctor as examination
 
     document = examination.facts()
     if measure and document["device"] is not None:
-        with Console(stderr=True).status("") as status:
+        with Status() as status:
             try:
                 document["measured"] = examination.measure(
-                    document["device"]["kind"], lambda doing: status.update(doing)
+                    document["device"]["kind"], status.update
                 )
             except ContentvecError as error:
                 document["troubles"].append(f"could not measure: {error.problem} ({error.found})")
@@ -41,9 +41,9 @@ def doctor(measure: bool, json_file: str | None) -> None:
                 document["troubles"].append(f"the comparison failed, {sums} sums")
     text = json.dumps(document, indent=2)
     if json_file is not None and json_file != "-":
-        try:
-            Path(json_file).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{json_file} cannot be written: {error.strerror}") from error
-    click.echo(text if json_file == "-" else examination.to_text(document))
+        write_text(Path(json_file), text + "\n")
+    if json_file == "-":
+        click.echo(text)
+    else:
+        say(examination.to_text(document))
     click.get_current_context().exit(1 if document["troubles"] else 0)

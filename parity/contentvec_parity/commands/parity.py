@@ -26,9 +26,16 @@ class RunByDefault(click.Group):
         run = self.commands["run"]
         with click.Context(run, parent=ctx.parent, info_name=ctx.info_name) as own:
             text = run.get_help(own)
-        others = [name for name in self.commands if name != "run"]
-        lines = [f"  {name:8}{self.commands[name].get_short_help_str(80)}" for name in others]
-        return text + "\n\nSubcommands:\n" + "\n".join(lines)
+        formatter = ctx.make_formatter()
+        with formatter.section("Subcommands"):
+            formatter.write_dl(
+                [
+                    (name, command.get_short_help_str(200))
+                    for name, command in self.commands.items()
+                    if name != "run"
+                ]
+            )
+        return text + "\n\n" + formatter.getvalue()
 
 
 @click.group(cls=RunByDefault, context_settings={"help_option_names": ["-h", "--help"]})
@@ -157,7 +164,11 @@ def run(
 @parity.command("record")
 @click.argument("checkpoint", type=_FILE)
 @click.argument("output", type=_FILE)
-@click.option("--reference", type=click.Choice(["fairseq", "transformers"]))
+@click.option(
+    "--reference",
+    type=click.Choice(["fairseq", "transformers"]),
+    help="Default: what is installed.",
+)
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
 def record_command(checkpoint: Path, output: Path, reference: str | None, force: bool) -> None:
     """Record what the original makes of six short clips, for others to compare with.
@@ -165,7 +176,7 @@ def record_command(checkpoint: Path, output: Path, reference: str | None, force:
     OUTPUT is a safetensors file of a few megabytes. Whoever has it can run
     `mlx-contentvec parity CONVERTED --reference OUTPUT` without PyTorch.
     """
-    from mlx_contentvec.terminal import Status
+    from mlx_contentvec.terminal import Status, say
 
     from ..references.recording import record
 
@@ -173,7 +184,7 @@ def record_command(checkpoint: Path, output: Path, reference: str | None, force:
         header = record(
             checkpoint, output, reference=reference, force=force, progress=status.update
         )
-    click.echo(
+    say(
         f"{output}  {output.stat().st_size:,} bytes, {len(header['clips'])} clips of "
         f"{header['source']['name']} by {header['reference']['name']}"
     )
@@ -213,7 +224,7 @@ def _deliver(
     html: Path | None,
     audio: tuple[Path, ...] = (),
 ) -> None:
-    """Write and print what was asked for, and end with the verdict's status."""
+    """Write and print what was asked for, all of it made first; end with the verdict's status."""
     from ..report.document import to_json
     from ..report.markdown import to_markdown
     from ..report.screen import print_screen
@@ -229,15 +240,18 @@ def _deliver(
 
         heard = {clip.name: clip.waveform[0] for clip in from_files(audio)}
         written.append((html, to_html(document, heard)))
-    for path, text in written:
-        write_text(path, text)
     if json_file == "-":
-        click.echo(to_json(document))
+        shown = to_json(document)
     else:
         from rich.console import Console
 
         console = Console()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = 100
-        print_screen(document, console)
+        with console.capture() as screen:
+            print_screen(document, console)
+        shown = screen.get().removesuffix("\n")
+    for path, text in written:
+        write_text(path, text)
+    click.echo(shown)
     click.get_current_context().exit(0 if document["verdict"]["passed"] else 1)

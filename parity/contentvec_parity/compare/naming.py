@@ -194,11 +194,15 @@ def outputs(config: ModelConfig) -> tuple[Output, ...]:
         call = (("output_layer", first),)
         label = f"layer {first} + projection"
         found.append(Output(label, "final_proj", call, projected=True))
-        found.append(Output("project=True", "final_proj", (*call, ("project", True)), variant=True))
+        found.append(
+            Output(
+                f"{label} by project=True", "final_proj", (*call, ("project", True)), variant=True
+            )
+        )
     if last != first:
         found.append(Output(f"layer {last}", f"layer.{last}", (("output_layer", last),)))
     if config.layer_norm_first:
         found.append(Output("final norm", "final_norm"))
     else:
-        found.append(Output("model(source)", f"layer.{last}", variant=True))
+        found.append(Output(f"layer {last} by model(source)", f"layer.{last}", variant=True))
     return tuple(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def require_same_architecture(reference: ModelConfig, candidate: ModelConfig) ->
 def measure(
     reference: Reference,
     candidate: MlxCandidate,
-    clips: Iterable[Clip],
+    clips: Sequence[Clip],
     *,
     yardsticks: Mapping[str, Yardstick] | None = None,
     staged: Collection[str] | None = None,
@@ -80,9 +80,9 @@ def measure(
     """
     clip_rows: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    for clip in clips:
+    for number, clip in enumerate(clips, 1):
         if progress is not None:
-            progress(clip.name)
+            progress(f"clip {clip.name}, {number} of {len(clips)}")
         with_stages = staged is None or clip.name in staged
         clip_row, found = _measure_clip(reference, candidate, clip, with_stages, yardsticks or {})
         clip_rows.append(clip_row)

@@ -36,6 +36,8 @@ from typing import Any
 #: limit on error(MLX) / error(PyTorch)
 RATIO = 2.0
 
+#: what the tables call the metrics that are compared with PyTorch's
+_ERRORS = {"max_abs": "largest", "rms": "rms"}
 #: how many times the limit a single clip may reach before it fails by itself
 CLIP_SLACK = 4.0
 
@@ -280,10 +282,10 @@ def _ratio_failures(summary: Iterable[Mapping[str, Any]], gates: Gates) -> list[
         for metric, value in entry["ratio"].items():
             clip = entry["worst_clip"]["ratio"][metric]
             if not value <= limit:
-                what = f"{metric} error {value:.3g} x PyTorch's, the limit is {limit:g} x"
+                what = f"{_ERRORS[metric]} error {value:.3g} x PyTorch's, the limit is {limit:g} x"
             elif not (local or clip <= limit * CLIP_SLACK):
                 what = (
-                    f"{metric} error {clip:.3g} x PyTorch's on the clip "
+                    f"{_ERRORS[metric]} error {clip:.3g} x PyTorch's on the clip "
                     f"{entry['worst_clip']['clip']}, the limit for one clip is "
                     f"{limit * CLIP_SLACK:g} x"
                 )

@@ -57,7 +57,8 @@ def _worst(what: str) -> Callable[[Mapping[str, Any]], str]:
 FEATURE_COLUMNS = (
     Column(report.MAX_ABS, _worst(report.MAX_ABS)),
     Column(report.COSINE, _worst(report.COSINE)),
-    Column("MLX, rms error", lambda e: report.figure(e["candidate"]["rms"])),
+    # not broken after the comma: a cell would break after the "e-" of its figure
+    Column("MLX,\u00a0rms error", lambda e: report.figure(e["candidate"]["rms"])),
     Column("PyTorch, rms error", lambda e: report.figure(e["reference"]["rms"])),
     Column("MLX / PyTorch", lambda e: f"{report.times(e['ratio']['rms'])} x"),
     Column("MLX, largest error", lambda e: report.figure(e["candidate"]["max_abs"])),
@@ -319,7 +320,9 @@ def _context(document: Mapping[str, Any]) -> str:
     shortest, longest = (f(clip["samples"] for clip in clips) for f in (min, max))
     rate = document["config"]["sample_rate"]
     files = sum("file" in clip["origin"] for clip in clips)
-    made = f"{files} of them audio files, the rest" if files else "all"
+    made = (
+        f"{'an audio file' if files == 1 else f'{files} audio files'}, the rest" if files else "all"
+    )
     return (
         f"Measured on {len(clips)} inputs from {shortest:,} samples to {longest / rate:g} s "
         f"(speech-like, quiet, silent; {made} made from seeds that the report names), "
@@ -383,7 +386,8 @@ def _files_table(package: Package) -> str:
     lines = ["| file | what | size |", "| --- | --- | ---: |"]
     for name, about in what.items():
         size = (package.folder / name).stat().st_size
-        lines.append(f"| [`{name}`]({name}) | {about} | {megabytes(size)} |")
+        written = megabytes(size).replace(" ", "\u00a0")
+        lines.append(f"| [`{name}`]({name}) | {about} | {written} |")
     return "\n".join(lines)
 
 

@@ -36,6 +36,7 @@ from mlx_contentvec.files import (
     is_file,
     is_folder,
     left_by_the_system,
+    similar_name,
     write_text,
 )
 from mlx_contentvec.folders import Room
@@ -246,7 +247,7 @@ def _gather(
     proven: the tensors were held against the ledger a moment ago
     """
     if not is_file(weights):
-        raise HubError(f"there is no converted file {weights}")
+        raise HubError(f"there is no converted file {weights}", hint=similar_name(weights))
     metadata = read_metadata(weights)
     checks.check_metadata(weights, metadata)
     sha256 = sha256 or hub.sha256_of(weights)
@@ -332,6 +333,7 @@ def _check_files(folder: Path, checksums: Mapping[str, str], hashed: bool) -> No
     for name, stated in checksums.items():
         if hashed:
             continue
+        hub.require_plausible_size(folder / name)
         stat = (folder / name).stat()
         # two names of one blob are hashed once
         key = (stat.st_dev, stat.st_ino)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import importlib.machinery
 import os
+import sys
+import types
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
 
-from .original import TorchOriginal, quiet
+from .original import TorchOriginal, first_line, quiet
 
 Tensor = Any
 
 #: longest list of convolutions a checkpoint may spell out
 MOST_CONVOLUTIONS = 64
+#: what fairseq's tasks and criterions import and HuBERT does not call
+_UNCALLED = ("sklearn", "sklearn.metrics", "scipy", "scipy.stats")
 
 
 def open(path: Path) -> FairseqOriginal:
@@ -34,7 +41,7 @@ def open(path: Path) -> FairseqOriginal:
             found="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set",
             hint="unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
         )
-    with quiet():
+    with quiet(), _without_scikit_learn():
         import fairseq
         import torch
         from fairseq import checkpoint_utils
@@ -56,11 +63,39 @@ def open(path: Path) -> FairseqOriginal:
             except Exception as error:
                 raise ParityError(
                     f"fairseq cannot load {path.name}",
-                    found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                    found=f"{type(error).__name__}: {first_line(error)}",
                     hint=f"mlx-contentvec inspect {path.name} says what the file is",
                 ) from error
     versions = {"torch": torch.__version__, "fairseq": fairseq.__version__}
     return FairseqOriginal(models[0], _config(models[0], cfg), versions)
+
+
+@contextlib.contextmanager
+def _without_scikit_learn() -> Iterator[None]:
+    """Have fairseq import neither scikit-learn nor SciPy, a quarter of the time it takes.
+
+    fairseq imports all its tasks and criterions; those that classify audio and sentences
+    take functions of these packages, which they call in training. HuBERT has none of them.
+    """
+    if {"fairseq", "sklearn", "scipy"} & set(sys.modules):
+        yield
+        return
+    for name in _UNCALLED:
+        empty = types.ModuleType(name)
+        # others ask by its specification whether a package is there
+        empty.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package="." not in name)
+        vars(empty)["__getattr__"] = _uncalled
+        sys.modules[name] = empty
+    try:
+        yield
+    finally:
+        for name in _UNCALLED:
+            del sys.modules[name]
+
+
+def _uncalled(name: str) -> None:
+    if name.startswith("__"):
+        raise AttributeError(name)
 
 
 def _refuse_expressions(path: Path, state: Any) -> None:

@@ -131,8 +131,8 @@ def write(
     half: dict[str, Any] = {
         dtype: {"about": yardstick.about, "errors": {}} for dtype, yardstick in yardsticks.items()
     }
-    for clip, selection in clips:
-        progress(clip.name)
+    for number, (clip, selection) in enumerate(clips, 1):
+        progress(f"clip {clip.name}, {number} of {len(clips)}")
         kept = SELECTIONS[selection](original.config)
         found, exact = original.stages(clip), original.truth(clip)
         outputs = {stage: found[stage] for stage in kept}

@@ -40,7 +40,14 @@ def to_html(
     require_packages()
     import jinja2
 
-    heard = {**_made_again(document), **(waveforms or {})}
+    # the first two sets are played as well; the third is large, and drawn where it is the worst
+    own = {name: waveform[None] for name, waveform in (waveforms or {}).items()}
+    heard = {**_made_again(document, "built-in", "standard"), **own}
+    drawn = heard
+    if any(
+        "file" not in clip["origin"] and clip["name"] not in heard for clip in document["clips"]
+    ):
+        drawn = {**_made_again(document, "thorough"), **heard}
     template = files(__package__).joinpath("templates/parity.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -65,7 +72,7 @@ def to_html(
         extra=report.extra_yardstick(document),
         features=report.feature_tables(document),
         stages=report.stage_entries(document),
-        worst=worst_frames(document, heard),
+        worst=worst_frames(document, drawn),
         plots=stage_svg(document),
         clips=[{**clip, "audio": _playable(heard, clip)} for clip in document["clips"]],
     )
@@ -83,22 +90,21 @@ def require_packages() -> None:
             ) from error
 
 
-def _made_again(document: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
-    """The waveforms of the clips that are made from seeds, by name."""
+def _made_again(document: Mapping[str, Any], *sets: str) -> dict[str, NDArray[np.float32]]:
+    """The clips of ``sets`` that were made from seeds: name -> (batch, samples)."""
     wanted = {clip["name"]: clip["origin"] for clip in document["clips"]}
     if document["reference"]["name"] == "recording":
         made = [clip for clip, _ in small()]
     else:
-        sets = [INPUT_SETS[name]() for name in ("built-in", "standard")]
-        made = [clip for clips in sets for clip in clips]
-    return {clip.name: clip.waveform[0] for clip in made if wanted.get(clip.name) == clip.origin}
+        made = [clip for name in sets for clip in INPUT_SETS[name]()]
+    return {clip.name: clip.waveform for clip in made if wanted.get(clip.name) == clip.origin}
 
 
 def _playable(heard: Mapping[str, NDArray[np.float32]], clip: Mapping[str, Any]) -> str | None:
     """A clip as a ``data:`` URI of 16-bit PCM; None if there is nothing to play."""
     if clip["name"] not in heard or clip["seconds"] > LISTENABLE_SECONDS:
         return None
-    waveform = heard[clip["name"]]
+    waveform = heard[clip["name"]][0]
     samples = np.round(np.clip(waveform, -1, 1) * 32767).astype("<i2")
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
@@ -139,8 +145,8 @@ def worst_frames(
             "pytorch": row["reference"]["worst_frame_cosine"],
             "outline": None,
         }
-        waveform = heard.get(row["clip"])
-        if waveform is not None and batch == 0:
+        if row["clip"] in heard:
+            waveform = heard[row["clip"]][batch]
             entry["outline"] = _outline(waveform)
             entry["mark"] = round((frame * hop + 200) / len(waveform) * OUTLINE_STEPS, 1)
         found.append(entry)

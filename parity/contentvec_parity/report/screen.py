@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_contentvec.terminal import wrapped
+
 from .document import (
     advice,
     agreement,
@@ -26,38 +28,42 @@ def print_screen(document: Mapping[str, Any], console: Any) -> None:
     """The verdict, then the features, the stages and the tensors, to a rich console."""
     verdict = document["verdict"]
     colour = "green" if verdict["passed"] else "red"
-    console.print(f"[bold {colour}]{headline(document)}[/]  ", end="")
-    console.print(verdict["reason"], highlight=False, markup=False)
+    _print(console, f"{headline(document)}  {verdict['reason']}", f"bold {colour}")
     for found in agreement(document):
-        console.print(
-            f"{found.what:24} {found.written:>8}  {found.where}", highlight=False, markup=False
-        )
+        _print(console, f"{found.what:24} {found.written:>8}  {found.where}")
     for line in advice(document):
-        console.print(f"  {line}", highlight=False, markup=False)
+        _print(console, f"  {line}")
     if document["source"].get("stand_in"):
-        console.print("[yellow]stand-in[/]  ", end="")
-        console.print(document["source"]["stand_in"], highlight=False, markup=False)
-    console.print(
-        f"MLX on {device_line(document)}; against {reference_line(document)}\n"
-        f"{document['machine']['chip']}, {document['machine']['cores']} cores, "
-        f"{document['machine']['system']}",
-        highlight=False,
-        markup=False,
+        _print(console, f"stand-in  {document['source']['stand_in']}", "yellow")
+    _print(console, f"MLX on {device_line(document)}; against {reference_line(document)}")
+    there = document["machine"]
+    _print(console, f"{there['chip']}, {there['cores']} cores, {there['system']}")
+    _print(
+        console, "\nFeatures: MLX against PyTorch, then the error of each against float64", "bold"
     )
     console.print(_feature_table(document))
+    _print(console, "\nStages, all clips together: error of MLX as a multiple of PyTorch's", "bold")
     console.print(_stage_table(document))
     for line in filter(
         None, (yardstick_line(document), tensor_line(document), tf32_line(document))
     ):
-        console.print(line, highlight=False, markup=False)
+        _print(console, line)
 
 
-def _table(title: str, first: str, *headings: str) -> Any:
+def _print(console: Any, text: str, style: str = "") -> None:
+    """A line, its label in ``style``; wrapped below the label on a terminal alone."""
+    from rich.text import Text
+
+    label = text.partition("  ")[0]
+    shown = Text(wrapped(text, console.width) if console.is_terminal else text)
+    shown.stylize(style, 0, len(label))
+    console.print(shown, soft_wrap=True)
+
+
+def _table(first: str, *headings: str) -> Any:
     from rich.table import Table
 
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 0, 0, 1)
-    )
+    table = Table(box=None, padding=(0, 0, 0, 1))
     table.add_column(first, no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -66,7 +72,6 @@ def _table(title: str, first: str, *headings: str) -> Any:
 
 def _feature_table(document: Mapping[str, Any]) -> Any:
     table = _table(
-        "\nFeatures: MLX against PyTorch, then the error of each against float64",
         "",
         "max absol.\ndifference",
         "cosine\nsimilarity",
@@ -96,7 +101,6 @@ def _feature_table(document: Mapping[str, Any]) -> Any:
 
 def _stage_table(document: Mapping[str, Any]) -> Any:
     table = _table(
-        "\nStages, all clips together: error of MLX as a multiple of PyTorch's",
         "",
         "from the audio\nrms",
         "\nlargest",

@@ -1,0 +1,314 @@
+"""Models of the Hub: fetched by the address of their repository, proven, converted in one go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from contentvec_convert import repository
+from contentvec_convert.identity import identify
+from contentvec_convert.known_files import KNOWN_FILES, KnownFile
+from contentvec_convert.repository import Fetched, is_address
+from mlx_contentvec import ContentvecModel
+from mlx_contentvec.config import PRESETS, ModelConfig
+from mlx_contentvec.errors import IdentityError, OutputError
+from tests.hub_server import HubServer
+from tests.originals import TINY_BASE, save_transformers, transformers_hubert
+
+Convert = Callable[..., Any]
+#: transformers saves no projection
+MODEL = dataclasses.replace(TINY_BASE, final_dim=None)
+
+
+@pytest.fixture(scope="module")
+def files(
+    need: Callable[[str, str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """The files of a small model in the Hugging Face layout."""
+    need("transformers", "pip install 'mlx-contentvec[parity]'")
+    folder = tmp_path_factory.mktemp("model")
+    save_transformers(transformers_hubert(MODEL), MODEL, folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def server() -> Iterator[HubServer]:
+    with HubServer() as running:
+        yield running
+
+
+@pytest.fixture
+def command(server: HubServer, run_cli: Convert, tmp_path: Path) -> Convert:
+    """``command("convert", "owner/name")``: the command, run in tmp_path."""
+
+    def run(*arguments: str) -> Any:
+        environment = server.environment(tmp_path / "home", token=None)
+        return run_cli(*arguments, cwd=tmp_path, env=environment)
+
+    return run
+
+
+def test_a_hugging_face_folder_is_fetched_and_converted(
+    server: HubServer, command: Convert, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    commit = server.add_repo("someone/voice", files)
+    done = command("convert", "someone/voice")
+    assert done.returncode == 0, done.stderr
+    assert "fetching someone/voice" in done.stderr
+    assert f"downloaded from someone/voice/model.safetensors at {commit[:12]}" in done.stdout
+    model = ContentvecModel.from_file(tmp_path / "voice.safetensors")
+    assert model.config == MODEL
+    assert (tmp_path / "voice" / "model.safetensors").read_bytes() == files["model.safetensors"]
+    ledger = json.loads((tmp_path / "voice.ledger.json").read_text())
+    assert ledger["source"]["known_as"] is None
+    assert any("the SHA-256 that the Hub states" in note for note in ledger["notes"])
+    # what is there is not downloaded again, and its conversion by hand is the same file
+    downloads = len(server.asked("GET /storage"))
+    assert command("convert", "someone/voice", "-o", "again.safetensors").returncode == 0
+    assert len(server.asked("GET /storage")) == downloads
+    assert (
+        command("convert", "voice", "-o", "by-hand.safetensors", "--allow-unknown").returncode == 0
+    )
+    outputs = {
+        (tmp_path / f"{name}.safetensors").read_bytes() for name in ("voice", "again", "by-hand")
+    }
+    assert len(outputs) == 1
+
+
+def test_a_folder_and_a_file_inside_a_repository_have_addresses(
+    server: HubServer, command: Convert, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    inside = {f"embedders/small/{name}": content for name, content in files.items()}
+    server.add_repo("someone/many", {"rmvpe.pt": b"\x00" * 100, **inside})
+    for address in ("someone/many/embedders/small", "someone/many/embedders/small/config.json"):
+        done = command("convert", address, "-o", "out.safetensors", "--force")
+        if address.endswith("small"):
+            assert done.returncode == 0, done.stderr
+            assert (tmp_path / "small" / "config.json").is_file()
+        else:
+            assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert ContentvecModel.from_file(tmp_path / "out.safetensors").config == MODEL
+
+
+def test_a_fairseq_checkpoint_of_a_repository_is_converted(
+    server: HubServer, command: Convert, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    content = tiny_checkpoint.read_bytes()
+    server.add_repo("someone/rvc", {"hubert_base.pt": content, "rmvpe.pt": b"other"})
+    # an address is no leave to convert a stand-in
+    refused = command("convert", "someone/rvc")
+    assert refused.returncode == 1 and "is a stand-in" in refused.stderr
+    done = command("convert", "someone/rvc", "--allow-unknown")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hubert_base.pt").read_bytes() == content
+    assert ContentvecModel.from_file(tmp_path / "contentvec_base.safetensors").config.final_dim
+    # another checksum than the one that the caller expects
+    wrong = command("convert", "someone/rvc", "-o", "x.safetensors", "--expect-sha256", "0" * 64)
+    assert wrong.returncode == 1 and "is not the file expected" in wrong.stderr
+
+
+def test_several_checkpoints_are_not_chosen_among(server: HubServer, command: Convert) -> None:
+    server.add_repo("someone/two", {"a.pt": b"a", "b.pt": b"b"})
+    done = command("convert", "someone/two")
+    assert done.returncode == 1
+    assert "a.pt, b.pt" in done.stderr
+    assert "mlx-contentvec convert someone/two/NAME" in done.stderr
+    server.add_repo("someone/none", {"README.md": b"nothing"})
+    done = command("convert", "someone/none")
+    assert done.returncode == 1 and "holds no model that can be chosen" in done.stderr
+
+
+def test_shards_are_fetched_with_their_index(
+    server: HubServer, command: Convert, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    from safetensors.numpy import load, save
+
+    tensors = load(files["model.safetensors"])
+    names = sorted(tensors)
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    server.add_repo(
+        "someone/large",
+        {
+            **{name: content for name, content in files.items() if name != "model.safetensors"},
+            "model.safetensors.index.json": json.dumps(index).encode(),
+            **{file: save({n: tensors[n] for n in held}) for file, held in shards.items()},
+        },
+    )
+    done = command("convert", "someone/large")
+    assert done.returncode == 0, done.stderr
+    assert ContentvecModel.from_file(tmp_path / "large.safetensors").config == MODEL
+    # an index that points out of its folder is not followed
+    index["weight_map"][names[0]] = "../../elsewhere.safetensors"
+    server.add_repo(
+        "someone/evil", {**files, "model.safetensors.index.json": json.dumps(index).encode()}
+    )
+    del server.repos["someone/evil"].files["model.safetensors"]
+    done = command("convert", "someone/evil")
+    assert done.returncode == 1 and "outside its folder" in done.stderr
+
+
+def test_a_download_that_broke_off_goes_on(
+    server: HubServer, command: Convert, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    server.add_repo("someone/voice", files)
+    size = len(files["model.safetensors"])
+    server.fail("GET /storage", drop_response=size // 2)
+    server.fail("GET /storage", times=99, status=500)
+    broken = command("convert", "someone/voice")
+    assert broken.returncode == 1 and "Traceback" not in broken.stderr
+    assert not (tmp_path / "voice" / "model.safetensors").exists()
+    server.faults.clear()
+    assert command("convert", "someone/voice").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"alter": lambda content: b"X" + content[1:]}, "served is not model.safetensors"),
+        ({"alter": lambda content: content + b"more" * 9999}, "more than"),
+    ],
+    ids=["altered", "too long"],
+)
+def test_what_is_not_what_the_hub_states_is_thrown_away(
+    server: HubServer,
+    command: Convert,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    fault: dict[str, Any],
+    said: str,
+) -> None:
+    server.add_repo("someone/voice", files)
+    server.fail("GET /storage", times=99, **fault)
+    done = command("convert", "someone/voice")
+    assert done.returncode == 1 and said in done.stderr, done.stderr
+    assert not (tmp_path / "voice" / "model.safetensors").exists()
+    assert not (tmp_path / "voice.safetensors").exists()
+    server.faults.clear()
+    assert command("convert", "someone/voice").returncode == 0
+
+
+def test_a_configuration_that_is_there_is_not_replaced(
+    server: HubServer, command: Convert, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    server.add_repo("someone/voice", files)
+    (tmp_path / "voice").mkdir()
+    (tmp_path / "voice" / "config.json").write_text("mine")
+    done = command("convert", "someone/voice")
+    assert done.returncode == 1 and "is not that of someone/voice" in done.stderr
+    assert (tmp_path / "voice" / "config.json").read_text() == "mine"
+    assert not server.asked("GET /storage")  # said before the weights are downloaded
+
+
+def test_a_disk_that_is_too_full_is_said_before_the_download(
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from contentvec_convert import fetch
+    from mlx_contentvec import files as file_module
+
+    size = len(files["model.safetensors"])
+    row = KnownFile("tiny", ("model.safetensors",), "", "https://huggingface.co/a/b", size=size)
+    usage = SimpleNamespace(total=10 * size, free=size // 2)
+    monkeypatch.setattr(file_module.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(fetch, "_obtain", lambda *arguments: pytest.fail("it is downloaded"))
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OutputError, match="the disk is too full"):
+        fetch._fetch_file(row, path, force=False, progress=None)
+    assert not list(tmp_path.iterdir())
+    # what is there of it already needs no room
+    path.with_name(f"{path.name}.part").write_bytes(files["model.safetensors"][: size - 9])
+    with pytest.raises(pytest.fail.Exception, match="it is downloaded"):
+        fetch._fetch_file(row, path, force=False, progress=None)
+
+
+def test_a_revision_is_one_of_a_repository(
+    server: HubServer, command: Convert, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    first = server.add_repo("someone/voice", files)
+    server.add_repo("someone/voice", {"README.md": b"emptied"})
+    assert command("convert", "someone/voice").returncode == 1
+    assert command("convert", "someone/voice", "--revision", first).returncode == 0
+    assert command("convert", "voice", "--revision", first).returncode == 2
+    assert "has no revisions" in command("convert", "spin", "--revision", "x").stderr
+
+
+def test_the_first_release_is_converted_by_its_address_and_its_key(
+    server: HubServer, command: Convert, tmp_path: Path
+) -> None:
+    from mlx_contentvec.first_release import HF_REPO_ID, HF_WEIGHTS_FILE
+
+    recorded = Path(__file__).parents[1] / "data" / "first_release.safetensors"
+    server.add_repo(HF_REPO_ID, {HF_WEIGHTS_FILE: recorded.read_bytes()})
+    done = command("convert", HF_REPO_ID, "-o", "new.safetensors", "--heads", "4")
+    assert done.returncode == 0, done.stderr
+    assert ContentvecModel.from_file(tmp_path / "new.safetensors").config.encoder_layers == 2
+    # by its key it must be the model that the table says
+    done = command("convert", "mlx-contentvec-0.1", "-o", "x.safetensors", "--heads", "4")
+    assert done.returncode == 1 and "is not mlx-contentvec-0.1" in done.stderr
+
+
+def test_a_known_model_without_a_checksum_is_identified_by_where_it_lies(
+    server: HubServer,
+    command: Convert,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = next(row for row in KNOWN_FILES if row.key == "spin")
+    assert row.hub_path is not None and not row.verifiable
+    folder = row.hub_path.rpartition("/")[0]
+    held = {
+        f"{folder}/config.json": files["config.json"],
+        row.hub_path: files["model.safetensors"],
+    }
+    server.add_repo("IAHispano/Applio", held)
+    # the small model is none of the row's architecture
+    done = command("convert", "spin")
+    assert done.returncode == 1
+    assert f"what IAHispano/Applio/{row.hub_path} at " in done.stderr
+    assert "encoder_layers 12" in done.stderr and "encoder_layers 3" in done.stderr
+    assert not (tmp_path / "spin.safetensors").exists()
+    monkeypatch.setitem(PRESETS, "base", MODEL)
+    from contentvec_convert.conversion import convert
+
+    fetched = Fetched(tmp_path / "spin", "somewhere", {"pytorch_model.bin": ""}, (), row)
+    with pytest.raises(IdentityError, match="no longer the file that was downloaded"):
+        convert(fetched.path, tmp_path / "spin.safetensors", fetched=fetched)
+    sha256 = identify(tmp_path / "spin" / "pytorch_model.bin").sha256
+    fetched = dataclasses.replace(fetched, sha256={"pytorch_model.bin": sha256})
+    ledger = convert(fetched.path, tmp_path / "spin.safetensors", fetched=fetched)
+    # its users give it plain audio, which its files do not say
+    assert ledger.config.normalize is False
+    assert any(note.startswith("downloaded as spin from") for note in ledger.notes)
+
+
+def test_what_looks_like_a_path_is_not_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    for name in (
+        *("models/hubert_base.pt", "weights/contentvec", "owner", "/owner/name", "../name"),
+        *("owner/name/../x", "owner/name//x", "./owner/name", "owner/a--b", "~/name"),
+    ):
+        assert not is_address(name), name
+    for name in ("owner/name", "owner/name.v2", "owner/name/file.pt", "owner/name/folder/x"):
+        assert is_address(name), name
+
+
+def test_the_architectures_of_the_table_are_told_apart() -> None:
+    row = next(row for row in KNOWN_FILES if row.key == "spin")
+    fetched = Fetched(Path(), "somewhere", row=row)
+    fetched.check_model(ModelConfig(encoder_attention_heads=8, conv_pos_batch_norm=True))
+    for other in (PRESETS["large"], ModelConfig(encoder_layers=11)):
+        with pytest.raises(IdentityError, match="is not spin"):
+            fetched.check_model(other)
+    assert repository.MOST_BYTES > 16 * 2**30
