@@ -49,6 +49,8 @@ def keep(folder: Path, source: Path, name: str = "a.npy", **more: Any) -> dict[s
             "output": name,
             "source": identity(source),
             "settings": SETTINGS,
+            "frames": 125,
+            "width": 16,
             **written,
             **more,
         }
@@ -195,7 +197,7 @@ def test_an_older_record_will_do_where_the_output_is_its(folder: Path, source: P
 
 
 def test_clips_of_a_packed_file_are_finished_while_it_is_whole(folder: Path, source: Path) -> None:
-    clip = {"source": identity(source), "settings": SETTINGS}
+    clip = {**keep(folder, source, "other.npy"), "output": "a.npy"}
     keep(folder, source, "pack.safetensors", clips={"a.npy": clip})
     assert status(folder, source) == (State.FINISHED, "")
     assert status(folder, source, layer=9) == (State.PENDING, "")

@@ -549,7 +549,7 @@ def test_errors_that_add_up_name_the_largest_of_single_stages() -> None:
         ],
     }
     assert verdict["reason"] == (
-        "two: max_abs error 3 x PyTorch's, the limit is 2 x; no stage is wrong by itself, the "
+        "two: largest error 3 x PyTorch's, the limit is 2 x; no stage is wrong by itself, the "
         "errors add up (the largest is one's own, 2 x PyTorch's)"
     )
 
