@@ -13,6 +13,7 @@ with the 16 kHz files it expects; the resampler is this project's choice.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import math
 import numbers
@@ -69,6 +70,9 @@ _DEMUXER_OPTIONS = {
 }
 #: demuxers that read frames of a known size, and mark one that the file's end cut
 _FLAGS_CUT_PACKETS = frozenset({"amr", "amrnb", "amrwb"})
+#: codecs of which each packet is sound; what the begin or the end of a stream skips lies in
+#: a packet or two. A damaged page in the middle makes the demuxer skip all that follows
+_ALWAYS_SOUND, _MOST_SILENT = frozenset({"opus", "libopus"}), 8
 #: demuxers whose duration is a count of samples in the file's header
 _COUNTS_SAMPLES = frozenset({"tta", "wv", "ape"})
 _MPEG_SYNC = re.compile(rb"\xff[\xe2-\xff]", re.DOTALL)
@@ -268,6 +272,20 @@ def _load(name: str) -> Any:
         ) from error
 
 
+class _AudioFile(io.FileIO):
+    """A file in which an impossible place is its end.
+
+    Demuxers go where a damaged header sends them. PyAV prints the traceback of what a file
+    raises meanwhile.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (OSError, OverflowError, ValueError):
+            return super().seek(0, os.SEEK_END)
+
+
 @contextlib.contextmanager
 def open_regular(path: Path, where: str) -> Generator[tuple[BinaryIO, int]]:
     """Open a regular file that is not empty, and its size; a pipe or a device is never waited for.
@@ -287,7 +305,7 @@ def open_regular(path: Path, where: str) -> Generator[tuple[BinaryIO, int]]:
             found=_KINDS.get(stat.S_IFMT(status.st_mode), "a special file"),
             expected="a regular file",
         )
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
+    with _AudioFile(descriptor) as file:
         if not status.st_size:
             raise AudioError(f"{where} is empty", found="0 bytes")
         yield cast(BinaryIO, file), status.st_size
@@ -328,6 +346,11 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
                     or "no streams",
                     hint="a video without an audio track; leave it out",
                 )
+            if container.streams.audio[0].codec_context is None:
+                raise AudioError(
+                    f"{where} is encoded in a way that FFmpeg does not know",
+                    hint="it is damaged, or of a kind that has to be converted first",
+                )
             frames = _frames(container, stated, where)
             first = next(frames, None)
             if first is None:
@@ -348,7 +371,7 @@ def _frames(
     """
     av = _load("av")
     stream = container.streams.audio[0]
-    samples = packets = 0
+    samples = packets = silent = 0
     last = before = b""
     try:
         for packet in container.demux(stream):
@@ -358,16 +381,29 @@ def _frames(
             packets += bool(packet.size)
             if data:
                 before, last = last, data
+            reached = samples
             for frame in _decoded(stream, packet, data):
                 samples += frame.samples
                 yield frame.sample_rate, _rows(frame)
-    except av.error.FFmpegError as error:
+            if packet.size and reached and samples == reached:
+                silent += 1
+                if stream.codec_context.codec.name in _ALWAYS_SOUND and silent > _MOST_SILENT:
+                    raise _cut_at(where, samples, stream, "its packets give no sound any more")
+    # a header that sends the demuxer to an impossible place: the file's own seek refuses
+    except (av.error.FFmpegError, OSError, OverflowError, ValueError) as error:
         raise _cut_at(where, samples, stream, _reason(error)) from error
     if last and (whole := _FRAME_SIZES[stream.codec_context.codec.name](last, before)) > len(last):
         raise _cut_at(where, samples, stream, f"{len(last)} of the last frame's {whole} bytes")
     expected, unit = stated or (0, "samples")
     if container.format.name in _COUNTS_SAMPLES and stream.duration:
         expected = round(stream.duration * stream.time_base * (stream.rate or 0))
+    if container.format.name == "flac" and 0 < expected < samples:
+        raise AudioError(
+            f"{where} holds more than its header says",
+            found=f"{samples:,} samples{_seconds(samples, stream)}",
+            expected=f"{expected:,} samples",
+            hint="join audio with a program that writes one header, such as ffmpeg or sox",
+        )
     decoded = packets if unit == "MPEG frames" else samples
     if decoded < expected:
         raise AudioError(

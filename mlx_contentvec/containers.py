@@ -183,8 +183,10 @@ def _require_w64(file: BinaryIO, size: int, where: str) -> None:
         length = int.from_bytes(head[16:], "little")
         if length < 24:
             return
-        if length > size - at and head[:16] == _W64_DATA:
-            raise _cut(where, size - at - 24, length - 24)
+        if length > size - at:
+            if head[:16] == _W64_DATA:
+                raise _cut(where, size - at - 24, length - 24)
+            return
         at += (length + 7) // 8 * 8
 
 
@@ -207,6 +209,9 @@ def _require_ogg(file: BinaryIO, size: int, where: str) -> None:
         if len(segments) < head[26] or end > size:
             raise _cut(where, size, max(end, size + 1), "its last page says")
         begins = bool(head[5] & 2)
+        if serial in pages and head[27 + head[26] :].startswith(b"OpusHead"):
+            # one Opus file after itself: FFmpeg takes the second for what is trimmed at the end
+            raise _joined(where, at)
         if serial in pages and not begins and number != pages[serial][0] + 1:
             raise AudioError(
                 f"{where} has lost some of its pages",

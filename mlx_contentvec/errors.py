@@ -28,7 +28,8 @@ from collections.abc import Iterable
 class ContentvecError(Exception):
     """What went wrong, what was found, what was expected, and what to do.
 
-    ``str()`` renders all four the way the command line prints them.
+    ``str()`` renders all four the way the command line prints them: what comes from a
+    file or a server has no control characters there, and no more than a few lines.
     """
 
     def __init__(
@@ -46,15 +47,28 @@ class ContentvecError(Exception):
         super().__init__(problem)
 
     def __str__(self) -> str:
-        lines = [self.problem]
+        lines = _shown(self.problem)
         if self.found is not None:
-            lines.append(f"  found     {self.found}")
+            lines += _shown(f"  found     {self.found}")
         if self.expected is not None:
-            lines.append(f"  expected  {self.expected}")
+            lines += _shown(f"  expected  {self.expected}")
         if self.hint is not None:
             lines.append("")
-            lines.append("hint: " + self.hint.replace("\n", "\n      "))
+            lines += _shown("hint: " + self.hint.replace("\n", "\n      "))
         return "\n".join(lines)
+
+
+#: lines of one part of a message, and characters of one line
+_LINES, _CHARACTERS = 12, 1_000
+
+
+def _shown(text: str) -> list[str]:
+    """The lines of one part of a message, bounded, and harmless to a terminal."""
+    lines = text[: _LINES * _CHARACTERS].split("\n")
+    shown = [printable(line[:_CHARACTERS]) for line in lines[:_LINES]]
+    if len(lines) > _LINES or any(len(line) > _CHARACTERS for line in lines):
+        shown[-1] += " ..."
+    return shown
 
 
 class CheckpointError(ContentvecError):

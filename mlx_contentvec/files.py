@@ -122,6 +122,15 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+def read_regular(path: Path, most: int) -> bytes:
+    """The first ``most`` bytes of the regular file at ``path``.
+
+    Raises what :func:`open_regular` does.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read(most)
+
+
 def open_own(path: Path, flags: int = os.O_RDWR) -> int:
     """A descriptor of a file that is kept from run to run, made if it is not there.
 

@@ -16,6 +16,7 @@ Where files come from and go to (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME`
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import shlex
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HubError, name_list
-from .files import open_regular, similar_name
+from .files import read_regular, similar_name
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
 from .json_text import JsonError, read_object
 
@@ -41,12 +42,20 @@ TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 #: number formats that any weights can be turned into after loading
 FLOATS = ("float32", "float16", "bfloat16")
 
+#: bytes of a file that describes weights: a report, a page, a plot
+_PAPER_BYTES = 1 << 26
+#: four times those of the largest HuBERT, a billion parameters in float32
+_WEIGHTS_BYTES = 1 << 34
+_WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".bin", ".npz")
+#: what the Hub names blobs and commits by
+_ETAG = re.compile(r"[0-9a-fA-F]{32,64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+#: bytes of a list of checksums: a hundred for each file of a folder
+_CHECKSUMS_BYTES = 1 << 20
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
 #: the folder of a repository in the client's cache
 _CACHED = re.compile(r"models--(.+?)--(.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-#: bytes of a list of checksums: some thousand files
-_SUMS_BYTES = 1024 * 1024
 _TOKEN = re.compile(r"hf_\w+")
 #: top-level modules whose exceptions mean that the network did not deliver
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "ssl", "socket"}
@@ -158,29 +167,44 @@ def is_repo_id(name: str) -> bool:
 def read_checksums(path: Path) -> dict[str, str]:
     """File name -> SHA-256 (hex), from a ``SHA256SUMS`` as sha256sum writes it.
 
-    Raises HubError on a line that is not one, and for a file that is too large or
-    not UTF-8.
+    Raises HubError on a line that is not one, on a file that is named twice, and where
+    the file cannot be read or is no list of any folder's files.
     """
-    sums: dict[str, str] = {}
+
+    def refuse(found: str) -> HubError:
+        return HubError(
+            f"{path} is not a list of checksums",
+            found=found,
+            expected="lines of a SHA-256, two spaces and a file name",
+        )
+
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            text = file.read(_SUMS_BYTES + 1)
-        if len(text) > _SUMS_BYTES:
-            raise ValueError(f"more than {_SUMS_BYTES:,} bytes")
-        lines = text.decode("utf-8").splitlines()
-    except ValueError as error:
-        problem = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise HubError(f"{path} is not a list of checksums", found=problem) from error
+        raw = read_regular(path, _CHECKSUMS_BYTES + 1)
+        lines = raw.decode("utf-8").splitlines()
+    except OSError as error:
+        raise HubError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise refuse(str(error)) from None
+    if len(raw) > _CHECKSUMS_BYTES:
+        raise refuse(f"more than {_CHECKSUMS_BYTES:,} bytes")
+    sums: dict[str, str] = {}
     for line in lines:
         digest, separator, name = line.partition("  ")
-        if not separator or not _SHA256.fullmatch(digest) or not name:
-            raise HubError(
-                f"{path} is not a list of checksums",
-                found=f"the line {line[:80]!r}",
-                expected="lines of a SHA-256, two spaces and a file name",
-            )
+        if not separator or not _SHA256.fullmatch(digest) or not name or name in sums:
+            raise refuse(f"the line {line[:80]!r}")
         sums[name] = digest
     return sums
+
+
+def require_plausible_size(path: Path) -> None:
+    """Raise HubError for a file that is no weights and takes long to be hashed."""
+    size = path.stat().st_size
+    if path.suffix != ".safetensors" and size > _PAPER_BYTES:
+        raise HubError(
+            f"{path} is too large for what it should be",
+            found=f"{size:,} bytes",
+            expected=f"at most {_PAPER_BYTES:,}",
+        )
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
@@ -239,6 +263,10 @@ class PackageFiles:
                 "`mlx-contentvec package` made",
             )
         return _verified(path, name, self.checksums())
+
+    def missing(self, *names: str) -> list[str]:
+        """Which of these files it lacks. Raises HubError where that cannot be told."""
+        return [name for name in names if self.find(name) is None]
 
     def weights(self, dtype: str | None = None) -> Path:
         """The weights file, or the variant called ``dtype``; see :func:`resolve`."""
@@ -334,20 +362,30 @@ class RepositoryFiles(PackageFiles):
         with self._or_why_not():
             return super().file(name)
 
+    def missing(self, *names: str) -> list[str]:
+        """See :meth:`PackageFiles.missing`."""
+        lacks = super().missing(*names)
+        if lacks and self._unreachable is not None:
+            with self._or_why_not():
+                raise HubError(f"{name_list(lacks)} of {self.where} is not in the cache")
+        return lacks
+
     def find(self, name: str) -> Path | None:
         """A file in the Hub's cache, downloaded if need be."""
-        from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         with plain_words(self.where, "download"):
             try:
-                path = Path(
-                    hf_hub_download(
-                        self.where,
-                        name,
-                        revision=self.revision,
-                        local_files_only=self._unreachable is not None,
-                    )
+                if self._unreachable is None:
+                    try:
+                        require_plausible_file(self.where, name, self.revision)
+                    except (HubError, EntryNotFoundError):
+                        raise
+                    except Exception as unreachable:
+                        # the client would ask again for minutes, and then look into the cache
+                        self._unreachable = unreachable
+                path = download(
+                    self.where, name, self.revision, cached=self._unreachable is not None
                 )
             except LocalEntryNotFoundError as unreachable:
                 self._unreachable = self._unreachable or unreachable
@@ -390,6 +428,7 @@ def _verified(path: Path, name: str, sums: dict[str, str] | None) -> Path:
             found=name_list(sums),
             hint="the folder is not as it was made: make or download it again",
         )
+    require_plausible_size(path)
     if not _is_known_good(path, sums[name]):
         digest = sha256_of(path)
         if digest != sums[name]:
@@ -427,6 +466,87 @@ def _as_named(path: Path) -> Path:
         )
     _note_good(blob, digest)
     return path
+
+
+# what a server states ---------------------------------------------------------
+
+
+def most_bytes(name: str) -> int:
+    """What a file of this name in a repository may have."""
+    return _WEIGHTS_BYTES if name.endswith(_WEIGHTS_SUFFIXES) else _PAPER_BYTES
+
+
+def require_plausible_file(repo_id: str, name: str, revision: str | None = None) -> None:
+    """Look at what the Hub states of a file, before any of it is used.
+
+    The client makes paths in its cache of the ETag and the commit. Raises HubError for
+    what would lead out of it, and for a size that no such file has; otherwise what
+    huggingface_hub raises.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    cached = revision is not None and _COMMIT.fullmatch(revision) is not None
+    if constants.HF_HUB_OFFLINE or (
+        cached and isinstance(try_to_load_from_cache(repo_id, name, revision=revision), str)
+    ):
+        return
+    stated = get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision))
+    for what, value, form in (
+        ("ETag", stated.etag, _ETAG),
+        ("commit", stated.commit_hash, _COMMIT),
+    ):
+        if value is None or not form.fullmatch(value):
+            raise HubError(
+                f"{repo_id} cannot be downloaded: what answers is not the Hub",
+                found=f"the {what} {str(value)[:80]!r} of {name}",
+                expected="hexadecimal digits",
+                hint=f"check HF_ENDPOINT, now {constants.ENDPOINT}",
+            )
+    if stated.size is None or not 0 <= stated.size <= most_bytes(name):
+        raise HubError(
+            f"{repo_id} cannot be downloaded: {name} is too large for what it should be",
+            found="no size" if stated.size is None else f"{stated.size:,} bytes",
+            expected=f"at most {most_bytes(name):,}",
+        )
+
+
+def download(repo_id: str, name: str, revision: str | None = None, *, cached: bool = False) -> Path:
+    """A file in the Hub's cache, downloaded if need be, and no further than it may be long.
+
+    cached: only look there. Raises what huggingface_hub raises, HubError for a file
+    without end.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    most = most_bytes(name)
+
+    class Bounded(tqdm):
+        """The client's bar; it is told of every piece that arrives."""
+
+        arrived = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.arrived += int(n or 0)
+            if self.arrived > most:
+                raise endless(repo_id, name, most)
+            return super().update(n)  # type: ignore[no-any-return]
+
+    bounds: dict[str, Any] = {}
+    if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
+        bounds["tqdm_class"] = Bounded  # clients before 1.0 cannot be told
+    return Path(
+        hf_hub_download(repo_id, name, revision=revision, local_files_only=cached, **bounds)
+    )
+
+
+def endless(repo_id: str, name: str, most: int) -> HubError:
+    """The error for a download that goes on past its end."""
+    return HubError(
+        f"cannot download {name} from {repo_id}: it does not end",
+        found=f"more than {most:,} bytes",
+        hint="what answers is not the Hub, or something between changes what it passes on",
+    )
 
 
 # what was hashed before --------------------------------------------------------

@@ -6,11 +6,11 @@ Every JSON text that comes from outside is parsed here.
 from __future__ import annotations
 
 import json
-import os
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .files import open_regular
+from .files import read_regular
 
 #: bytes of a text: a safetensors header of the largest models has some megabytes
 JSON_BYTES = 16 * 1024 * 1024
@@ -19,6 +19,8 @@ JSON_VALUES = 1_000_000
 #: objects and lists inside each other
 NESTING = 64
 _INTEGER_DIGITS = 20
+#: a pair of these is one character; one alone is none, and cannot be written again
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class JsonError(ValueError):
@@ -62,6 +64,11 @@ def parse_object(
         raise JsonError("it is not an object")
     if _depth(value) > NESTING:
         raise JsonError("it nests too deeply")
+    if _ESCAPED_SURROGATE.search(raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise JsonError("it has half of a character") from None
     return value
 
 
@@ -72,11 +79,48 @@ def read_object(path: Path, *, size: int = JSON_BYTES, values: int = JSON_VALUES
     no regular file, OSError for one that cannot be read.
     """
     try:
-        descriptor = open_regular(path)
+        raw = read_regular(path, size + 1)
     except ValueError as error:
         raise JsonError(f"it is {error}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        return parse_object(file.read(size + 1), size=size, values=values)
+    return parse_object(raw, size=size, values=values)
+
+
+#: what :func:`require` takes for a number; JSON has one kind
+NUMBER = (int, float)
+
+
+def require(value: Any, form: Any, name: str = "it") -> None:
+    """Raise JsonError, which names the part, unless a parsed text has a form.
+
+    form: a type or a tuple of types (None: null is among what fits); ``[form]`` for a list
+          of such; ``{name: form}`` for an object with at least these names; ``{...: form}``
+          for one whose every value fits
+    """
+    if isinstance(form, dict):
+        _require_type(value, (dict,), name)
+        for key, part in form.items():
+            if key is ...:
+                for own, inner in value.items():
+                    require(inner, part, f"{name}, {own[:40]}")
+            elif key not in value:
+                raise JsonError(f"{name} has no {key}")
+            else:
+                require(value[key], part, f"{name}, {key}")
+    elif isinstance(form, list):
+        _require_type(value, (list,), name)
+        for index, inner in enumerate(value):
+            require(inner, form[0], f"{name}, {index}")
+    else:
+        _require_type(value, form if isinstance(form, tuple) else (form,), name)
+
+
+def _require_type(value: Any, kinds: tuple[type | None, ...], name: str) -> None:
+    if value is None and None in kinds:
+        return
+    plain = tuple(kind for kind in kinds if kind is not None)
+    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+        wanted = " or ".join(kind.__name__ for kind in plain)
+        raise JsonError(f"{name}: {type(value).__name__} instead of {wanted}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -60,17 +60,17 @@ class ContentvecModel(Hubert):
     :meth:`from_file` takes the shape from a converted file.
     """
 
-    def __init__(self, config: ModelConfig | None = None, **fields: Any) -> None:
+    def __init__(self, config: ModelConfig | None = None, *positional: Any, **fields: Any) -> None:
         """Build the model without weights; nothing is initialised or computed.
 
         The options of the first release's constructor are taken where they mean the same.
 
         Raises ConfigError for an unknown field or an impossible combination.
         """
-        if config is not None and not isinstance(config, ModelConfig):
+        if positional or not isinstance(config, ModelConfig | None):
             raise ConfigError(
-                "the first argument is a ModelConfig",
-                found=repr(config)[:200],
+                "the first argument is a ModelConfig, and the only one by position",
+                found=", ".join(map(repr, (config, *positional)))[:200],
                 hint="name the options: conv_feature_layers=, encoder_layers_1=, ...",
             )
         fields = first_release.config_fields(**fields)

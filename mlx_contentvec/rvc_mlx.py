@@ -16,6 +16,7 @@ from typing import Any
 from .config import ModelConfig
 from .errors import ConfigError, WeightsError
 from .first_release import HEAD
+from .json_text import parse_object
 
 Array = Any
 
@@ -54,12 +55,12 @@ def config_of(metadata: Mapping[str, str], origin: str) -> ModelConfig:
             expected="kind 'hubert': hubert.safetensors, which is beside it",
         )
     try:
-        stored = json.loads(metadata["config"])
+        stored = parse_object(metadata["config"])
         fields = {FIELDS[name]: value for name, value in stored.items()}
         if len(fields) != len(FIELDS):
             raise KeyError(*(FIELDS.keys() - stored.keys()))
         config = ModelConfig(**fields)
-    except (AttributeError, ConfigError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"the configuration stored in {origin} cannot be read",
             found=f"rvc-mlx, {type(error).__name__}: {str(error)[:200]}",

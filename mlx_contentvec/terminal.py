@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from .errors import printable
+
 #: seconds between two lines of progress where stderr is no terminal
 LINE_EVERY = 10.0
 #: seconds of work before a bar appears
@@ -30,8 +32,10 @@ def say(text: str, *, err: bool = False) -> None:
     """Print lines. On a terminal they are wrapped at its width, below their labels.
 
     Words are never broken, so that paths and checksums can be copied; what goes into a
-    file or a pipe is not wrapped.
+    file or a pipe is not wrapped. What a terminal would obey, from names and files, is
+    printed as what it is.
     """
+    text = "\n".join(map(printable, text.split("\n")))
     stream = sys.stderr if err else sys.stdout
     if stream is not None and stream.isatty():
         text = wrapped(text, shutil.get_terminal_size().columns)
@@ -59,6 +63,13 @@ def labelled(label: str, text: str, *, width: int = 10) -> str:
     return f"  {label:<{width}}" + text.replace("\n", "\n" + " " * (width + 2))
 
 
+def _plain(text: str) -> str:
+    """``text`` for rich, which takes what stands in brackets for a style."""
+    from rich.markup import escape
+
+    return escape(printable(text))
+
+
 class Status:
     """Says on stderr what is being done: a spinner on a terminal, else a line now and then."""
 
@@ -72,13 +83,13 @@ class Status:
         """What is being done from now on."""
         self._text = text
         if self._spinner is not None:
-            self._spinner.update(text)
+            self._spinner.update(_plain(text))
 
     def __enter__(self) -> Status:
         if sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
 
-            self._spinner = Console(stderr=True).status(self._text)
+            self._spinner = Console(stderr=True).status(_plain(self._text))
             self._spinner.start()
         else:
             self._thread = threading.Thread(target=self._print, name="progress", daemon=True)
@@ -96,7 +107,7 @@ class Status:
         while not self._stop.wait(LINE_EVERY):
             if self._text:
                 with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-                    click.echo(self._text, err=True)
+                    click.echo(printable(self._text), err=True)
 
 
 @contextlib.contextmanager

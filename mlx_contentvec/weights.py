@@ -22,6 +22,7 @@ from .ops.mlx import to_gemm_layout
 
 Arrays = dict[str, mx.array]
 
+_NO_HEAD = "the model without a projection: ContentvecModel(..., final_dim=None)"
 _BUILD_FROM_FILE = "ContentvecModel.from_file(path) builds the model that a file describes"
 
 
@@ -159,7 +160,7 @@ def match(
             f"{origin} does not fit this model",
             found="; ".join(found),
             expected=f"exactly the model's {len(expected)} tensors",
-            hint=_BUILD_FROM_FILE,
+            hint=_NO_HEAD if {*missing, *surplus} == first_release.HEAD else _BUILD_FROM_FILE,
         )
     wrong = [
         f"{name} {tuple(arrays[name].shape)} instead of {tuple(expected[name].shape)}"

@@ -52,6 +52,8 @@ PRELOADED = [
     "contentvec_parity.commands.publish",
     "contentvec_parity.publishing.package",
     "contentvec_parity.references.recording",
+    "jinja2",
+    "yaml",
 ]
 #: the part of the processes that are killed
 KILLED = 0.75
@@ -64,11 +66,21 @@ def command(arguments: list[str], go: Any) -> None:
     """In a process of its own: run a command, silently, once ``go`` is set."""
     from mlx_contentvec.cli import main
 
+    if arguments[0] == "package":
+        _draw_nothing()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
     go.wait()
     main(arguments)
+
+
+def _draw_nothing() -> None:
+    """Leave the page and the plot of a package blank: drawing them takes most of its time."""
+    from contentvec_parity.publishing import package
+
+    vars(package)["to_html"] = lambda *_: "blank"
+    vars(package)["stage_plot"] = lambda _, path: path.write_bytes(b"blank")
 
 
 @dataclass

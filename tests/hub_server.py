@@ -94,7 +94,9 @@ class Fault:
     ``status`` answers with that code; ``drop_request`` reads that many bytes of
     the body and hangs up; ``drop_response`` sends that many bytes of the answer's
     body and hangs up; ``shorten`` sends a complete answer without its last bytes;
-    ``alter`` changes the body that is sent.
+    ``alter`` changes the body that is sent; ``headers`` replaces headers of the answer;
+    ``silence`` says nothing for that many seconds and hangs up; ``endless`` never stops
+    sending zeros.
     """
 
     match: str
@@ -105,6 +107,9 @@ class Fault:
     drop_response: int | None = None
     shorten: int | None = None
     alter: Callable[[bytes], bytes] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    silence: float | None = None
+    endless: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,6 +232,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.sent = 0
         status = 0
         try:
+            if self.fault and self.fault.silence is not None:
+                time.sleep(self.fault.silence)
+                raise _HungUp
+            if self.fault and self.fault.endless:
+                self._send_without_end()
             if self.fault and self.fault.drop_request is not None:
                 self.rfile.read(self.fault.drop_request)
                 raise _HungUp
@@ -261,6 +271,15 @@ class _Handler(BaseHTTPRequestHandler):
                 )
             )
 
+    def _send_without_end(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        piece = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+        while True:
+            self.wfile.write(piece)
+            self.sent += 0x10000
+
     def _armed(self, line: str) -> Fault | None:
         with self.hub.lock:
             for fault in self.hub.faults:
@@ -294,6 +313,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.shorten is not None:
                 content = content[: -fault.shorten]
                 promised = len(content)
+        if fault:
+            headers = {**(headers or {}), **fault.headers}
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

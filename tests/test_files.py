@@ -137,7 +137,7 @@ def test_where_there_are_no_locks_work_goes_on(
     assert (tmp_path / "a").read_text() == "1"
 
 
-def hold(folder: Path, held: multiprocessing.synchronize.Event) -> None:  # type: ignore[name-defined]
+def hold(folder: Path, held: multiprocessing.synchronize.Event) -> None:
     with folder_lock(folder):
         held.set()
         signal.pause()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from mlx_contentvec import terminal
 from mlx_contentvec.errors import AudioError, ContentvecError, counted, did_you_mean
 from mlx_contentvec.extract.sources import find_sources
-from mlx_contentvec.terminal import Status, labelled, late_bar, wrapped
+from mlx_contentvec.terminal import Status, labelled, late_bar, say, wrapped
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -119,6 +120,37 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
         time.sleep(0.3)
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= lines.count("hashing 25 %") <= 6 and 2 <= lines.count("loading") <= 6
+
+
+#: sets a terminal's title, colours, clears it by the one-byte form of ESC [, turns the line round
+ESCAPES = "\x1b]0;x\x07\x1b[31m\x9b2J\u202e"
+
+
+def test_what_a_terminal_would_obey_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"a{ESCAPES}\nb")
+    printed = capsys.readouterr().out
+    assert printed == "a\\x1b]0;x\\x07\\x1b[31m\\x9b2J\\u202e\nb\n"
+
+
+def test_no_part_of_an_error_is_obeyed_or_fills_pages() -> None:
+    parts = {part: f"{ESCAPES}{part}\n" * 5_000 for part in ("found", "expected", "hint")}
+    shown = str(ContentvecError("x" * 100_000, **parts))
+    assert all(character.isprintable() or character == "\n" for character in shown)
+    assert shown.count("\n") < 60
+    assert len(shown) < 20_000
+    assert "..." in shown
+    plain = ContentvecError("a", found="b\nc", expected="d", hint="e\nf")
+    assert str(plain) == "a\n  found     b\nc\n  expected  d\n\nhint: e\n      f"
+
+
+def test_a_name_in_brackets_is_no_style(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Status("loading [/red].pt") as status:
+        status.update(f"recording [/]{ESCAPES}.pt")
 
 
 def test_quick_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:

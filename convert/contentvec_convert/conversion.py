@@ -10,8 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_contentvec import __version__
-from mlx_contentvec.errors import CheckpointError, ConfigError, MappingError, OutputError
+from mlx_contentvec.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    MappingError,
+    OutputError,
+)
 from mlx_contentvec.files import Draft, check_target
+from mlx_contentvec.json_text import JSON_BYTES
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .diagnosis import accept, stand_in_refused
@@ -200,6 +207,13 @@ def opened(
             before = folder_states(source)
             checkpoint = stack.enter_context(open_checkpoint(source))
             beside = [source / name for name in BESIDE if source / name in before]
+            for path in beside:
+                if before[path][0] > JSON_BYTES:
+                    raise CorruptCheckpoint(
+                        f"{path} is too large for what it should be",
+                        found=f"{before[path][0]:,} bytes",
+                        expected=f"at most {JSON_BYTES:,}",
+                    )
             identification = stack.enter_context(
                 Identification(source, checkpoint.files, beside, since=before)
             )

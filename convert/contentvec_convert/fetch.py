@@ -150,7 +150,7 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
                 hint="give another --output, or --force to replace it",
             )
         if right:
-            _fetch_beside(row, path.parent, force=force)
+            _write_beside(_read_beside(row, path.parent, force=force))
             return there
     part = _part_of(path)
     with explained(part):
@@ -164,8 +164,8 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
         resumed = _size(file) > 0
         try:
             check_target(path, force=force, needed=(row.size or 0) - _size(file))
-            # the small files first: what is wrong with them is known before the long download
-            _fetch_beside(row, path.parent, force=force)
+            # what is wrong with the small files is known before the long download
+            beside = _read_beside(row, path.parent, force=force)
             try:
                 identity = _obtain(row, part, file, progress)
             except IdentityError:
@@ -173,6 +173,7 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
                     raise
                 # the part may have been the beginning of something else
                 identity = _obtain(row, part, file, progress)
+            _write_beside(beside)
             with explained(path):
                 place(part, path, force=force)
         finally:
@@ -210,15 +211,23 @@ def _target(row: KnownFile, output: str | Path | None) -> Path:
         path = path / row.names[0]
     folder = path.parent.parent if row.beside else path.parent
     if not folder.is_dir():
-        raise OutputError(f"there is no folder {folder}", hint="make it first")
+        raise OutputError(
+            f"there is no folder {folder}",
+            hint="make the folder first, or write to another one with -o",
+        )
     with explained(path.parent):
         path.parent.mkdir(exist_ok=True)
     return path
 
 
-def _fetch_beside(row: KnownFile, folder: Path, *, force: bool) -> None:
-    """The small files that belong to the weights; the client keeps them in its cache."""
+def _read_beside(row: KnownFile, folder: Path, *, force: bool) -> dict[Path, bytes]:
+    """The small files that belong to the weights, by their place in ``folder``, but for those
+    that are there already. The client keeps them in its cache.
+
+    Raises OutputError if another file is in the place of one, unless ``force``.
+    """
     inside = PurePosixPath(row.hub_path or "").parent
+    files: dict[Path, bytes] = {}
     for name in row.beside:
         found = small_file(repository_of(row), str(inside / name), row.revision).read_bytes()
         path = folder / name
@@ -230,9 +239,15 @@ def _fetch_beside(row: KnownFile, folder: Path, *, force: bool) -> None:
                     f"{path} exists, and is not that of {repository_of(row)}",
                     hint="give another --output, or --force to replace it",
                 )
+        files[path] = found
+    return files
+
+
+def _write_beside(files: dict[Path, bytes]) -> None:
+    for path, content in files.items():
         with Draft(path) as draft:
             with draft.open() as copy, explained(path):
-                copy.write(found)
+                copy.write(content)
             draft.sync()
             draft.rename(force=True)
 
@@ -291,6 +306,25 @@ def _download(row: KnownFile, file: BinaryIO) -> None:
             return
 
 
+class _Bounded:
+    """A file that takes no more than the known file has; the client writes all that is sent."""
+
+    def __init__(self, file: BinaryIO, row: KnownFile) -> None:
+        self._file = file
+        self._row = row
+        self._most = row.size if row.size is not None else hub.most_bytes(row.hub_path or "")
+
+    def write(self, piece: bytes) -> int:
+        if self._file.tell() + len(piece) > self._most:
+            # not a byte of it can be the file's
+            self._file.truncate(0)
+            raise hub.endless(repository_of(self._row), self._row.hub_path or "", self._most)
+        return self._file.write(piece)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -308,29 +342,6 @@ def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
             headers=build_hf_headers(library_name="mlx-contentvec"),
             displayed_filename=row.names[0],
         )
-
-
-class _Bounded:
-    """A file that takes no more bytes than its row has."""
-
-    def __init__(self, file: BinaryIO, row: KnownFile) -> None:
-        self._file, self._row = file, row
-
-    def write(self, data: bytes) -> int:
-        """Write ``data``. Raises IdentityError for more than the file can be."""
-        size = self._row.size
-        if size is not None and self._file.tell() + len(data) > size:
-            self._file.truncate(0)
-            raise IdentityError(
-                f"what {repository_of(self._row)} served is not {self._row.key}",
-                found=f"more than {size:,} bytes",
-                expected=f"{size:,} bytes",
-                hint="run the same again; if it fails again, the file has changed at its home",
-            )
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def _in_cache(row: KnownFile) -> Path | None:

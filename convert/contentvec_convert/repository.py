@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from mlx_contentvec import hub
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import HubError, IdentityError, name_list, printable
-from mlx_contentvec.json_text import JSON_BYTES
 
 from .checkpoint.folder import CONFIG_FILE, INDEX_FILES, WEIGHT_FILES, shard_names
 from .identity import Identity
@@ -204,18 +203,9 @@ def stated(row: KnownFile) -> KnownFile:
 
 def small_file(repo_id: str, path: str, revision: str | None) -> Path:
     """A configuration of a repository, in the client's cache. Raises HubError if it is large."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
     with hub.plain_words(repo_id, f"download {path} from"):
-        url = hf_hub_url(repo_id, path, revision=revision)
-        size = get_hf_file_metadata(url, library_name="mlx-contentvec").size
-        if size is None or size > JSON_BYTES:
-            raise HubError(
-                f"{path} of {repo_id} is no configuration",
-                found=f"{size or 0:,} bytes",
-                expected=f"at most {JSON_BYTES:,}",
-            )
-        return Path(hf_hub_download(repo_id, path, revision=revision))
+        hub.require_plausible_file(repo_id, path, revision)
+        return hub.download(repo_id, path, revision)
 
 
 def repository_of(row: KnownFile) -> str:

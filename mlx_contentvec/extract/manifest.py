@@ -17,8 +17,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
-from ..files import Draft, cannot_write, lock_now, open_own, remove_leftovers
+from ..errors import OutputError, printable
+from ..files import Draft, cannot_write, lock_now, open_own, open_regular, remove_leftovers
+from ..json_text import count_values, require
 
 NAME = "mlx-contentvec"
 LOCK = f".{NAME}.lock"
@@ -221,14 +222,37 @@ def ignores_case(folder: Path) -> bool:
     return (folder / LOCK.upper()).exists()
 
 
+#: what every record has, and what those of single clips and of packed files have besides
+_FORM = {"output": str, "settings": dict, "bytes": int, "crc32": str}
+_CLIP = {
+    **_FORM,
+    "source": {"path": str, "bytes": int, "mtime_ns": int, "crc32": str},
+    "frames": int,
+    "width": int,
+}
+_PACK = {**_FORM, "clips": {...: _CLIP}}
+#: bytes and values of a line: a packed file's names each of its clips, 50 values for each
+_LINE_BYTES, _LINE_VALUES = 1 << 27, 8_000_000
+
+
 def _lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for line in file:
-            # the last line of a run that lost its power may be torn
-            with contextlib.suppress(ValueError, UnicodeDecodeError):
+    """The records of a file; what is none, such as a line torn by a power cut, is passed over."""
+    try:
+        file = os.fdopen(open_regular(path), "rb")
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{printable(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}",
+            hint="move it away: what it lists is made again with --force",
+        ) from error
+    with file:
+        while line := file.readline(_LINE_BYTES):
+            if count_values(line) > _LINE_VALUES:
+                continue
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("output"), str):
-                    yield record
+                require(record, dict)
+                require(record, _PACK if "clips" in record else _CLIP)
+                yield record
 
 
 def _ends_a_line(path: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import OutputError, counted, name_list
+from ..errors import OutputError, counted, name_list, printable
+from ..files import open_regular
+from ..json_text import JSON_BYTES, parse_object, require
 from .manifest import Manifest, Record, holds, prepared
 
 PARTS = ".parts"
@@ -113,10 +116,17 @@ def _in_part(path: Path, record: Record) -> _Tensor:
 
 
 def _in_pack(path: Path, part: str) -> _Tensor:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[_key(part)]
-    start, stop = entry["data_offsets"]
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_object(file.read(min(length, JSON_BYTES + 1)))
+        require(header, {_key(part): {"data_offsets": [int], "shape": [int]}})
+        entry = header[_key(part)]
+        start, stop = entry["data_offsets"]
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{printable(str(path))} is not a file of features", found=str(error)
+        ) from error
     return _Tensor(path, 8 + length + start, stop - start, tuple(entry["shape"]))
 
 

@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from contentvec_convert import writer
 from contentvec_convert.writer import Entry, header, lay_out, publish
 from mlx_contentvec.errors import OutputError
 from mlx_contentvec.files import Draft, check_target, folder_lock
@@ -221,6 +222,48 @@ def test_an_interrupted_publication_never_leaves_a_foreign_ledger(
     pair = (final.read_bytes(), ledger.read_bytes() if ledger.exists() else None)
     assert pair == [(b"old", b"ledger of old"), (b"old", None), (b"new", None)][steps]
     assert len(names(tmp_path)) == 1 + (pair[1] is not None)
+
+
+def test_both_files_are_on_the_disk_before_either_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    def noted(name: str, act: Callable[..., None]) -> Callable[..., None]:
+        def step(draft: Draft, **options: Any) -> None:
+            steps.append(f"{name} {draft.final.name}")
+            act(draft, **options)
+
+        return step
+
+    for name in ("sync", "rename"):
+        monkeypatch.setattr(Draft, name, noted(name, getattr(Draft, name)))
+    monkeypatch.setattr(writer, "sync_folder", lambda folder: steps.append(f"sync {folder.name}"))
+    final, ledger = tmp_path / "out.safetensors", tmp_path / "out.ledger.json"
+    with Draft(final) as draft, Draft(ledger) as paper:
+        publish(draft, paper, force=False)
+    assert steps == [
+        "sync out.safetensors",
+        "sync out.ledger.json",
+        "rename out.safetensors",
+        "rename out.ledger.json",
+        f"sync {tmp_path.name}",
+    ]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_meanwhile_is_seen_before_anything_is_renamed(
+    tmp_path: Path, force: bool
+) -> None:
+    final, ledger = tmp_path / "out.safetensors", tmp_path / "out.ledger.json"
+    with Draft(final) as draft, Draft(ledger) as paper:
+        ledger.write_bytes(b"another's")
+        if force:
+            os.mkfifo(final)
+        with pytest.raises(OutputError):
+            publish(draft, paper, force=force)
+    assert ledger.read_bytes() == b"another's"
+    assert not final.is_file()
 
 
 # ---- refusals

@@ -93,11 +93,28 @@ def test_an_output_that_does_not_read_back_never_gets_its_name(
 
 
 def test_parts_follow_each_other_whatever_they_are_views_of(folder: Path) -> None:
-    parts = [b"12", memoryview(bytearray(b"3456")).cast("H"), b""]
+    parts: list[bytes | memoryview] = [b"12", memoryview(bytearray(b"3456")).cast("H"), b""]
     with prepared(folder / "deep" / "a.npy", parts) as (draft, written):
         draft.rename(force=True)
     assert (folder / "deep" / "a.npy").read_bytes() == b"123456"
     assert written == {"bytes": 6, "crc32": f"{zlib.crc32(b'123456'):08x}"}
+
+
+def test_an_output_is_flushed_before_it_is_read_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(Draft, "sync", lambda _: steps.append("flushed"))
+    read = Draft.read_into
+
+    def noted(self: Draft, offset: int, target: memoryview) -> None:
+        steps.append("read")
+        read(self, offset, target)
+
+    monkeypatch.setattr(Draft, "read_into", noted)
+    with prepared(folder / "a.npy", [CONTENT]):
+        pass
+    assert steps == ["flushed", "read"]
 
 
 def test_a_folder_that_cannot_be_made_is_said(folder: Path) -> None:
@@ -146,6 +163,16 @@ def test_a_source_that_changed_is_made_again(folder: Path, source: Path) -> None
     source.write_bytes(content + b"more")
     assert status(folder, source) == (State.PENDING, "")
     source.unlink()
+    assert status(folder, source) == (State.PENDING, "")
+
+
+def test_a_source_of_another_size_is_made_again_whatever_its_time_stamp(
+    folder: Path, source: Path
+) -> None:
+    keep(folder, source)
+    before = source.stat()
+    source.write_bytes(source.read_bytes() + b"more")
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert status(folder, source) == (State.PENDING, "")
 
 
@@ -253,6 +280,11 @@ def test_a_pipe_is_no_output(folder: Path) -> None:
 
 
 # who may write ------------------------------------------------------------------------
+
+
+def test_a_folder_is_made_to_be_locked(tmp_path: Path) -> None:
+    with locked(tmp_path / "deep" / "out"):
+        assert (tmp_path / "deep" / "out" / LOCK).exists()
 
 
 def test_one_process_at_a_time_writes(folder: Path) -> None:

@@ -27,7 +27,10 @@ FORMATS = {
     "f32.wav": ("-c:a pcm_f32le", "wav"),
     "f64.wav": ("-c:a pcm_f64le", "wav"),
     "alaw.wav": ("-c:a pcm_alaw", "wav"),
+    "mulaw.wav": ("-c:a pcm_mulaw -ac 2", "wav"),
     "adpcm.wav": ("-c:a adpcm_ms", "wav"),
+    "ima.wav": ("-c:a adpcm_ima_wav", "wav"),
+    "g722.wav": ("-c:a g722 -ar 16000", "wav"),
     "stereo.wav": ("-ac 2", "wav"),
     "surround.wav": ("-ac 6", "wav"),
     "8000.wav": ("-ar 8000", "wav"),
@@ -36,8 +39,15 @@ FORMATS = {
     "a.w64": ("", "w64"),
     "a.aiff": ("", "aiff"),
     "s24.aiff": ("-c:a pcm_s24be", "aiff"),
+    "mulaw.aifc": ("-c:a pcm_mulaw", "aiff"),
+    "f32.aifc": ("-c:a pcm_f32be -ac 2", "aiff"),
     "a.au": ("", "au"),
+    "alaw.au": ("-c:a pcm_alaw", "au"),
+    "f64.au": ("-c:a pcm_f64be -ar 11025", "au"),
     "a.caf": ("", "caf"),
+    "alac.caf": ("-c:a alac", "caf"),
+    "stereo.w64": ("-c:a pcm_s24le -ac 2", "w64"),
+    "96000.flac": ("-ar 96000 -ac 6", "flac"),
     "a.flac": ("", "flac"),
     "s24.flac": ("-sample_fmt s32 -ac 2", "flac"),
     "a.mp3": ("", "mp3"),
@@ -54,17 +64,23 @@ FORMATS = {
     "alac.m4a": ("-c:a alac", "mp4"),
     "a.mov": ("-c:a pcm_s16le", "mov"),
     "a.mka": ("-c:a libvorbis", "matroska"),
+    "flac.mka": ("-c:a flac", "matroska"),
+    "aac.mkv": ("-c:a aac -ac 2", "matroska"),
     "a.webm": ("-c:a libopus", "webm"),
     "a.aac": ("", "adts"),
     "a.ts": ("-c:a aac", "mpegts"),
     "a.ac3": ("", "ac3"),
     "a.wma": ("", "asf"),
+    "v1.wma": ("-c:a wmav1 -ac 2", "asf"),
     "a.tta": ("", "tta"),
     "a.wv": ("", "wv"),
     "a.avi": ("-c:a pcm_s16le", "avi"),
 }
 #: written to a pipe, these do not state their length and ffmpeg itself reads none of them
-NOT_PIPED = {"a.rf64", "a.w64", "a.aiff", "s24.aiff", "a.m4a", "fast.m4a", "alac.m4a", "a.mov"}
+NOT_PIPED = {
+    *("a.rf64", "a.w64", "stereo.w64", "a.aiff", "s24.aiff", "mulaw.aifc", "f32.aifc"),
+    *("a.m4a", "fast.m4a", "alac.m4a", "a.mov", "alac.caf"),
+}
 SECONDS = 1.5
 
 
@@ -154,7 +170,9 @@ def test_joined_files_give_all_of_their_audio_or_are_refused(folder: Path, name:
     try:
         samples = read_count(joined)
     except AudioError as error:
-        assert re.search("holds several files|1.50 s., then an error", str(error))
+        assert re.search(
+            "holds several files|1.50 s., then an error|more than its header", str(error)
+        )
         return
     # what frames overlap by at the joint is heard, what encoders pad with may be
     assert samples >= 2 * read_count(path)
@@ -200,6 +218,13 @@ def test_a_flac_cut_between_frames_is_known_by_its_count(folder: Path) -> None:
     assert "70,758 samples" in str(refused.value)
 
 
+def test_a_flac_with_another_file_behind_it_is_not_read_across_both(folder: Path) -> None:
+    both = made(folder, "a.flac").read_bytes() + made(folder, "flac.ogg").read_bytes()
+    (folder / "two.flac").write_bytes(both)
+    with pytest.raises(AudioError, match="more than its header says"):
+        read_audio(folder / "two.flac")
+
+
 def test_an_mp3_cut_between_frames_is_known_by_its_count(folder: Path) -> None:
     path = made(folder, "a.mp3")
     data = path.read_bytes()
@@ -224,6 +249,30 @@ def test_a_lost_page_of_an_ogg_is_noticed(folder: Path) -> None:
     (folder / "lost.ogg").write_bytes(b"OggS".join(pages[:3] + pages[4:]))
     with pytest.raises(AudioError, match="lost some of its pages"):
         read_audio(folder / "lost.ogg")
+
+
+def test_a_short_opus_joined_to_itself_is_refused_and_to_another_read(folder: Path) -> None:
+    """Each is one page of sound; a file of a few pages gives all of both."""
+    short = [
+        ffmpeg("-i", f"{folder / 'voice.wav'}", "-t", f"{0.3 + i / 1000}", "-f", "ogg", "-c:a",
+               "libopus", "-serial_offset", f"{i}", "pipe:1")
+        for i in (0, 1)
+    ]  # fmt: skip
+    (folder / "twice.opus").write_bytes(2 * short[0])
+    with pytest.raises(AudioError, match="holds several files"):
+        read_audio(folder / "twice.opus")
+    (folder / "both.opus").write_bytes(b"".join(short))
+    assert read_count(folder / "both.opus") == pytest.approx(0.6 * 48000, abs=100)
+
+
+def test_opus_that_falls_silent_after_a_damaged_page_is_refused(folder: Path) -> None:
+    short = ffmpeg("-i", f"{folder / 'voice.wav'}", "-t", "0.3", "-f", "ogg", "-c:a", "libopus",
+                   "pipe:1")  # fmt: skip
+    second = bytearray(short)
+    second[second.index(b"OpusHead") : second.index(b"OpusHead") + 8] = b"OpusHeat"
+    (folder / "silent.opus").write_bytes(short + second)
+    with pytest.raises(AudioError, match=r"no sound any more|to its end"):
+        read_audio(folder / "silent.opus")
 
 
 def test_an_ogg_without_its_last_page_is_cut_short(folder: Path) -> None:

@@ -451,7 +451,11 @@ def test_what_was_saved_is_loaded_into_a_model_of_the_same_options(
 ) -> None:
     model = ContentvecModel.from_pretrained(weights_path=weights_path)
     model.save_weights(str(tmp_path / "saved.safetensors"))
-    options = {**CONSTRUCTOR, **SMALL, "encoder_layers_1": 0, "final_dim": None}
+    options = {**CONSTRUCTOR, **SMALL, "encoder_layers_1": 0}
+    with pytest.raises(WeightsError, match="final_proj") as caught:
+        ContentvecModel(**options).load_weights(tmp_path / "saved.safetensors")
+    assert "final_dim=None" in str(caught.value)
+    options["final_dim"] = None
     again = ContentvecModel(**options).load_weights(tmp_path / "saved.safetensors")
     source = mx.array(AUDIO).reshape(1, -1)
     np.testing.assert_array_equal(np.array(again(source)["x"]), np.array(model(source)["x"]))
@@ -474,6 +478,10 @@ def test_a_shape_by_position_is_refused_with_its_name() -> None:
     with pytest.raises(ConfigError, match="first argument is a ModelConfig") as caught:
         ContentvecModel("[(512,10,5)]")  # type: ignore[arg-type]
     assert "conv_feature_layers=" in str(caught.value)
+    with pytest.raises(ConfigError, match="only one by position"):
+        ContentvecModel("[(512,10,5)]", False, "default", 768)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="only one by position"):
+        ContentvecModel(ModelConfig(), False)
 
 
 def test_the_commands_take_the_file(
@@ -496,7 +504,8 @@ def test_the_commands_take_the_file(
         features.append(np.load(tmp_path / name / "a.npy"))
     np.testing.assert_allclose(features[0], features[1], atol=1e-4)
     lacking = run_cli("verify", weights_path)
-    assert lacking.returncode == 1 and "without the evidence" in lacking.stderr
+    assert lacking.returncode == 1
+    assert "weights of the first release (0.1): without config" in lacking.stderr
 
 
 def test_the_guide_names_all_that_the_release_had() -> None:

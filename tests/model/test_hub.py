@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,9 @@ def test_a_changed_config_does_not_choose(tmp_path: Path) -> None:
 
 def test_a_config_that_is_not_json_is_said(tmp_path: Path) -> None:
     files = {"config.json": b"<html>", "model.safetensors": WEIGHTS}
-    with pytest.raises(HubError, match=r"config\.json is not JSON"):
+    with pytest.raises(
+        HubError, match=r"config\.json is not what it should be\s+found +it is not JSON"
+    ):
         hub.resolve(write(tmp_path, files), dtype="q8")
 
 
@@ -529,3 +532,51 @@ def test_a_rejected_token_is_not_repeated(server: HubServer, resolved: Run) -> N
     result = resolved(REPO, token="hf_wrongwrongwrong")
     assert "does not accept the token" in result.stderr
     assert "wrongwrong" not in result.stderr
+
+
+# what a server states
+
+
+@pytest.mark.parametrize("what", ["ETag", "commit"])
+@pytest.mark.parametrize(
+    "stated", ["../../../../../outside", "/etc/outside", "a" * 300, "..", "x\x1b[31m" + "0" * 40]
+)
+def test_a_hash_that_is_none_makes_no_path(
+    server: HubServer, resolved: Run, tmp_path: Path, what: str, stated: str
+) -> None:
+    server.add_repo(REPO, package())
+    names = {"ETag": ("X-Linked-Etag", "ETag"), "commit": ("X-Repo-Commit",)}[what]
+    server.fail("HEAD", times=99, headers=dict.fromkeys(names, stated))
+    result = resolved(REPO)
+    assert "what answers is not the Hub" in result.stderr, result.stderr
+    assert "\x1b" not in result.stderr
+    assert not [path for path in tmp_path.rglob("*") if "outside" in path.name or path.name == "a"]
+
+
+def test_a_size_that_no_file_has_is_refused_before_it_is_downloaded(
+    server: HubServer, resolved: Run
+) -> None:
+    server.add_repo(REPO, package())
+    size = str(10**12)
+    server.fail("HEAD", times=99, headers={"X-Linked-Size": size, "Content-Length": size})
+    result = resolved(REPO)
+    assert "too large for what it should be" in result.stderr, result.stderr
+    assert not server.asked("GET /storage")
+
+
+def test_a_paper_without_end_is_broken_off(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, package())
+    server.fail(f"GET /{REPO}/resolve/.*SHA256SUMS", times=99, endless=True)
+    result = resolved(REPO)
+    assert "it does not end" in result.stderr, result.stderr
+    assert server.asked("GET .*SHA256SUMS")[0].sent < 200_000_000
+
+
+def test_a_server_that_never_answers_is_asked_once(server: HubServer, resolved: Run) -> None:
+    server.add_repo(REPO, package())
+    server.fail("GET|HEAD", times=99, silence=30)
+    begun = time.monotonic()
+    result = resolved(REPO, HF_HUB_ETAG_TIMEOUT="1")
+    assert "the connection to" in result.stderr, result.stderr
+    assert time.monotonic() - begun < 20
+    assert len(server.requests) <= 1

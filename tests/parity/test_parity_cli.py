@@ -488,6 +488,9 @@ addEventListener("load", () => {
   const dot = document.querySelector("#plots svg use, #plots svg path[style*='--mlx']");
   document.body.dataset.paper = getComputedStyle(document.body).backgroundColor;
   document.body.dataset.ink = getComputedStyle(document.body).color;
+  const table = document.querySelector(".scroll");
+  document.body.dataset.scrolls = table.scrollWidth > table.clientWidth;
+  document.body.dataset.told = document.querySelector(".sideways").offsetWidth > 0;
   document.body.dataset.stages = document.querySelectorAll("#stages tbody tr").length;
 });
 </script>
@@ -518,6 +521,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(
 
     # nothing sticks out sideways: wide tables scroll in themselves
     assert int(probed("overflow")) <= 0
+    assert probed("scrolls") == probed("told") == ("true" if width < 500 else "false")
     assert all(250 < int(width) < 700 for width in probed("plots").split(","))
     assert float(probed("heard")) == pytest.approx(3.0, abs=0.1)
     assert probed("stages") == "13"

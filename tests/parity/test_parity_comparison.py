@@ -10,7 +10,7 @@ import pytest
 
 from contentvec_parity import compare_arrays
 from contentvec_parity.compare.metrics import METRICS, difference, rounding_floor
-from contentvec_parity.compare.verdict import CLIP_SLACK, Gates, judge, ratio
+from contentvec_parity.compare.verdict import CLIP_SLACK, Gates, exceeds_noise, judge, ratio
 from mlx_contentvec.errors import ParityError
 
 
@@ -206,6 +206,7 @@ def test_a_differing_tensor_blames_the_stage_that_reads_it() -> None:
     verdict = judge(report(*healthy(), tensors={"failures": [failure]}), Gates())
     assert not verdict["passed"]
     assert verdict["blame"]["wrong"][0]["differing_tensors"] == ["two.weight"]
+    assert verdict["reason"].endswith("it reads two.weight, which is not what the original holds")
 
 
 def test_a_report_without_tensors_can_be_judged() -> None:
@@ -397,3 +398,203 @@ def test_the_noise_that_each_format_may_have(precision: str, limit: float, half:
         for item in rows:
             item["candidate"]["snr_db"] = noise
         assert judge(report(*rows, precision=precision), Gates())["passed"] is passes
+
+
+# ---- what cannot be compared, and limits to the last digit ----------------------------------
+
+
+def incomparable(clip: str, shape: list[int], stage: str = "two") -> dict[str, Any]:
+    """A row of features of another shape, or with numbers that are not finite."""
+    found = row("features", stage, clip, 1.0, 1.0, comparable=False, shape=shape)
+    return {key: found[key] for key in found if key not in ("candidate", "reference", "floor")}
+
+
+@pytest.mark.parametrize(
+    ("shape", "what"),
+    [
+        ([1, 2, 1], "shape (1, 2, 1) instead of (1, 1, 1)"),
+        ([1, 1, 1], "values that are not finite numbers"),
+    ],
+)
+def test_what_cannot_be_compared_fails_and_says_why(shape: list[int], what: str) -> None:
+    verdict = judge(report(*healthy(), incomparable("c", shape)), Gates())
+    assert not verdict["passed"]
+    assert verdict["failures"] == [
+        {"gate": "shape", "kind": "features", "name": "two", "clip": "c", "what": what}
+    ]
+    (entry,) = [e for e in verdict["summary"] if (e["kind"], e["name"]) == ("features", "two")]
+    assert entry["broken"] == ["c"]
+    assert entry["clips"] == 3
+    assert entry["ratio"] == {"max_abs": math.inf, "rms": math.inf}
+    assert entry["snr_db"] == -math.inf
+    assert entry["worst_clip"] == {"clip": "c", "ratio": entry["ratio"]}
+
+
+def test_a_stage_that_can_be_compared_on_no_clip_has_no_figures() -> None:
+    rows = [item for item in healthy() if (item["kind"], item["name"]) != ("features", "two")]
+    verdict = judge(report(*rows, incomparable("a", [1, 2, 1])), Gates(max_abs=1, min_cosine=0))
+    entry = verdict["summary"][-1]
+    assert (entry["name"], entry["broken"]) == ("two", ["a"])
+    assert "candidate" not in entry
+    assert [failure["gate"] for failure in verdict["failures"]] == ["shape"]
+
+
+def test_absolute_gates_hold_to_the_last_digit_and_for_features_alone() -> None:
+    rows = healthy()
+    for item in rows:
+        item["candidate"]["worst_frame_cosine"] = 0.75 if item["kind"] == "features" else 0.5
+    rows.append(row("stage", "two", "loud", 1.0, 1.0))
+    assert judge(report(*rows), Gates(max_abs=1e-6, min_cosine=0.75))["passed"]
+    for gates, name in (
+        (Gates(max_abs=0.99e-6), "max_abs"),
+        (Gates(min_cosine=0.76), "min_cosine"),
+    ):
+        failures = judge(report(*rows), gates)["failures"]
+        assert [failure["gate"] for failure in failures] == [name] * 4
+        assert {failure["kind"] for failure in failures} == {"features"}
+
+
+def test_noise_begins_beyond_its_limit() -> None:
+    entry = {"snr_db": 40.0, "ratio": {"max_abs": 4.0, "rms": 1.0}}
+    assert not exceeds_noise(entry, 40.0)
+    assert exceeds_noise(entry, 40.1)
+    assert not exceeds_noise(entry, None)
+    entry["ratio"] = {"max_abs": 1.0, "rms": 4.001}
+    assert exceeds_noise(entry, None)
+    assert not exceeds_noise({"snr_db": None}, 40.0)
+
+
+def test_where_a_device_is_as_exact_as_the_cpu_the_cpu_is_named() -> None:
+    verdict = judge(report(*beside(with_error(1e-6), "device", 1e-6)), Gates())
+    assert {who for e in verdict["summary"] for who in e["yardstick"].values()} == {"reference"}
+
+
+# ---- who is to blame -------------------------------------------------------------------------
+
+
+def spoiled(*which: tuple[str, str], error: float = 1e-2) -> list[dict[str, Any]]:
+    """Rows of one clip, those of these kinds and stages far off."""
+    return [
+        row(kind, stage, "a", error if (kind, stage) in which else 1e-6, 1e-6)
+        for stage in ("one", "two")
+        for kind in ("stage", "local", "features")
+    ]
+
+
+@pytest.mark.parametrize("nearest", ["one", None])
+def test_a_call_that_gives_something_else_is_blamed(nearest: str | None) -> None:
+    rows = spoiled(("features", "two"))
+    rows[-1]["nearest"] = nearest
+    # of what is not features nothing is nearer
+    rows[3]["nearest"] = "nonsense"
+    verdict = judge(report(*rows), Gates())
+    blame = verdict["blame"]
+    assert blame == {
+        "wrong": [],
+        "stage_input": None,
+        "calls": [{"name": "two", "stage": "two", "looks_like": nearest}],
+    }
+    assert verdict["reason"] == (
+        "asking for two gives something else than the stage two, which is right"
+        + (": it is nearest to one" if nearest else "")
+    )
+
+
+@pytest.mark.parametrize(
+    ("which", "stage", "given"),
+    [((("stage", "two"),), "two", "one"), ((("stage", "one"),), "one", "the waveform")],
+)
+def test_a_stage_given_something_else_is_blamed(
+    which: tuple[tuple[str, str], ...], stage: str, given: str
+) -> None:
+    document = report(*spoiled(*which))
+    # a stage that was not run by itself, or not at all
+    document["reference"]["stages"] = ["zero", "one", "two"]
+    document["reference"]["reads"]["zero"] = []
+    document["reference"]["inputs"]["zero"] = None
+    document["stages"].append(row("stage", "zero", "a", 1e-2, 1e-6))
+    verdict = judge(document, Gates())
+    assert verdict["blame"] == {"wrong": [], "stage_input": {"stage": stage, "input": given}}
+    assert f"{stage} is right by itself and {given} is right" in verdict["reason"]
+
+
+def test_a_stage_wrong_by_itself_is_the_only_one_blamed() -> None:
+    verdict = judge(report(*spoiled(("local", "two"), ("stage", "two"))), Gates())
+    assert verdict["blame"] == {
+        "wrong": [
+            {
+                "stage": "two",
+                "differing_tensors": [],
+                "local_ratio": pytest.approx(1e4),
+                "reads": ["two.weight"],
+            }
+        ]
+    }
+    assert (
+        "its error is 1e+04 x PyTorch's, with tensors that are the original's"
+        in (verdict["reason"])
+    )
+
+
+def test_errors_that_add_up_name_the_largest_of_single_stages() -> None:
+    rows = spoiled(("stage", "two"), ("features", "two"), error=3e-6)
+    rows[1]["candidate"]["rms"] = 2e-6
+    verdict = judge(report(*rows), Gates())
+    assert verdict["blame"] == {
+        "wrong": [],
+        "stage_input": None,
+        "largest_local": [
+            {"stage": "one", "ratio": pytest.approx(2.0)},
+            {"stage": "two", "ratio": pytest.approx(1.0)},
+        ],
+    }
+    assert verdict["reason"] == (
+        "two: max_abs error 3 x PyTorch's, the limit is 2 x; no stage is wrong by itself, the "
+        "errors add up (the largest is one's own, 2 x PyTorch's)"
+    )
+
+
+def test_of_many_tensors_that_differ_the_first_is_named() -> None:
+    failures = [
+        {"name": f"{stage}.weight", "stage": stage, "what": "differs"} for stage in ("two", "one")
+    ]
+    document = report(*healthy(), tensors={"failures": failures})
+    document["reference"]["reads"]["one"].append("two.weight")
+    verdict = judge(document, Gates())
+    assert [wrong["stage"] for wrong in verdict["blame"]["wrong"]] == ["one", "two"]
+    assert verdict["reason"].endswith(
+        "it reads one.weight and 1 more, which is not what the original holds"
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "given"), [(45.0, 39.0, "one"), (44.9, 39.0, None), (39.0, 38.0, "the waveform")]
+)
+def test_noise_may_grow_by_less_than_half_its_amplitude(
+    one: float, two: float, given: str | None
+) -> None:
+    rows = spoiled()
+    for item in rows:
+        if item["kind"] != "local":
+            item["candidate"]["snr_db"] = one if item["stage"] == "one" else two
+    blame = judge(report(*rows, precision="float16"), Gates())["blame"]
+    found = blame["stage_input"]
+    assert (found and found["input"]) == given
+
+
+def test_the_reason_speaks_of_features_and_not_of_stages() -> None:
+    rows = [
+        *spoiled(),
+        row("stage", "two", "b", 1.9e-6, 1e-6),
+        row("local", "two", "b", 3e-6, 1e-6),
+    ]
+    rows[2]["candidate"].update(max_abs=1.5e-6, rms=1.25e-6)
+    assert (
+        "at most 1.50 x its error (one; the limit is 2 x)"
+        in judge(report(*rows), Gates())["reason"]
+    )
+    for noise, said in ((30.0, "at 30.0 dB or better"), (None, "at no noise at all")):
+        rows = spoiled()
+        for item in rows:
+            item["candidate"]["snr_db"] = noise if item["kind"] == "features" else 25.0
+        assert said in judge(report(*rows, precision="q8"), Gates())["reason"]

@@ -15,6 +15,7 @@ from contentvec_parity.publishing import package as packaging
 from contentvec_parity.publishing.evidence import Package
 from contentvec_parity.publishing.package import package
 from contentvec_parity.publishing.verify import line, replay
+from mlx_contentvec import hub
 from mlx_contentvec.backend import mx
 from mlx_contentvec.errors import ContentvecError, HubError, ParityError
 
@@ -338,6 +339,17 @@ def test_a_file_of_the_first_release_is_told_what_it_lacks(run_cli: Any, tmp_pat
         for said in ("first release", "config in its metadata", "source in its metadata"):
             assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_what_is_not_in_the_cache_is_not_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub.RepositoryFiles, "find", lambda self, name: None)
+    files = hub.RepositoryFiles("someone/contentvec-mlx")
+    assert files.missing("recording.safetensors") == ["recording.safetensors"]
+    files._unreachable = ConnectionError("refused")
+    with pytest.raises(HubError, match=r"the connection to .* failed"):
+        files.missing("recording.safetensors")
 
 
 def test_one_converted_file_is_told_what_it_lacks(made: Package) -> None:

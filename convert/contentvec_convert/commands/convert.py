@@ -162,7 +162,7 @@ def convert(
             source, output, dtype=dtype, progress=progress, fetched=fetched, **options
         )
     if as_json:
-        click.echo(json.dumps({"path": _shown(output), **ledger.to_dict()}, ensure_ascii=False))
+        click.echo(json.dumps({"path": _shown(output), **ledger.to_dict()}))
     else:
         _show_ledger(ledger, source, output)
 
@@ -182,7 +182,7 @@ def inspect(
     with late_bar() as progress:
         found = inspect_file(path, heads=heads, normalize=normalize, progress=progress)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+        click.echo(json.dumps(found.to_dict()))
     else:
         _show_inspection(found, path, tensors)
 
@@ -213,7 +213,7 @@ def _fetched(source: Path, revision: str | None) -> tuple[Path, Fetched | None]:
             "that `mlx-contentvec models` lists",
             hint=similar_name(source, keys),
         )
-    click.echo(f"fetching {name}", err=True)
+    say(f"fetching {name}", err=True)
     fetched = fetch(name, revision=revision)
     return fetched.path, fetched
 
@@ -249,7 +249,7 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
 
     facts = ledger.to_dict()
     counts, made, origin = facts["counts"], facts["output"], facts["source"]
-    click.echo(f"{_shown(source)} -> {_shown(output)}")
+    say(f"{_shown(source)} -> {_shown(output)}")
     click.echo("source")
     _show_identity(ledger.identity, ledger.stand_in, origin["naming"])
     _line("model", describe(ledger.config, origin["naming"]))
@@ -278,7 +278,7 @@ def _show_ledger(ledger: Ledger, source: Path, output: Path) -> None:
 def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
     from ..recognition import describe
 
-    click.echo(f"{_shown(path)}  {found.identity.size:,} bytes, {found.container}")
+    say(f"{_shown(path)}  {found.identity.size:,} bytes, {found.container}")
     if found.provenance is None:
         _show_identity(found.identity, found.stand_in, found.naming)
     else:
@@ -298,7 +298,7 @@ def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
         _line("", str(found.problem))
     for row in found.tensors if tensors else ():
         fate = f" -> {row['target']} ({row['transform']})" if "target" in row else ""
-        click.echo(f"    {row['name']} {row['dtype']} {tuple(row['shape'])}{fate}")
+        say(f"    {row['name']} {row['dtype']} {tuple(row['shape'])}{fate}")
 
 
 def _show_provenance(found: Inspection) -> None:

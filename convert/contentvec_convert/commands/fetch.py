@@ -61,7 +61,7 @@ def fetch(
         )
         return
     for identity in fetched.identities:
-        click.echo(f"{fetched.path}  {identity.size:,} bytes")
+        say(f"{fetched.path}  {identity.size:,} bytes")
         say(labelled("is", identity.known.what if identity.known else "unknown", width=8))
         say(labelled("md5", identity.md5, width=8))
         say(labelled("sha256", identity.sha256, width=8))

@@ -21,7 +21,8 @@ def doctor(measure: bool, json_file: str | None) -> None:
     """
     from pathlib import Path
 
-    from mlx_contentvec.errors import ContentvecError, OutputError
+    from mlx_contentvec.errors import ContentvecError
+    from mlx_contentvec.files import write_text
     from mlx_contentvec.terminal import Status, say
 
     from .. import doctor as examination
@@ -40,10 +41,7 @@ def doctor(measure: bool, json_file: str | None) -> None:
                 document["troubles"].append(f"the comparison failed, {sums} sums")
     text = json.dumps(document, indent=2)
     if json_file is not None and json_file != "-":
-        try:
-            Path(json_file).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{json_file} cannot be written: {error.strerror}") from error
+        write_text(Path(json_file), text + "\n")
     if json_file == "-":
         click.echo(text)
     else:

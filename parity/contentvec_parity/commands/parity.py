@@ -176,7 +176,7 @@ def record_command(checkpoint: Path, output: Path, reference: str | None, force:
     OUTPUT is a safetensors file of a few megabytes. Whoever has it can run
     `mlx-contentvec parity CONVERTED --reference OUTPUT` without PyTorch.
     """
-    from mlx_contentvec.terminal import Status
+    from mlx_contentvec.terminal import Status, say
 
     from ..references.recording import record
 
@@ -184,7 +184,7 @@ def record_command(checkpoint: Path, output: Path, reference: str | None, force:
         header = record(
             checkpoint, output, reference=reference, force=force, progress=status.update
         )
-    click.echo(
+    say(
         f"{output}  {output.stat().st_size:,} bytes, {len(header['clips'])} clips of "
         f"{header['source']['name']} by {header['reference']['name']}"
     )
@@ -224,7 +224,7 @@ def _deliver(
     html: Path | None,
     audio: tuple[Path, ...] = (),
 ) -> None:
-    """Write and print what was asked for, and end with the verdict's status."""
+    """Write and print what was asked for, all of it made first; end with the verdict's status."""
     from ..report.document import to_json
     from ..report.markdown import to_markdown
     from ..report.screen import print_screen
@@ -240,15 +240,18 @@ def _deliver(
 
         heard = {clip.name: clip.waveform[0] for clip in from_files(audio)}
         written.append((html, to_html(document, heard)))
-    for path, text in written:
-        write_text(path, text)
     if json_file == "-":
-        click.echo(to_json(document))
+        shown = to_json(document)
     else:
         from rich.console import Console
 
         console = Console()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = 100
-        print_screen(document, console)
+        with console.capture() as screen:
+            print_screen(document, console)
+        shown = screen.get().removesuffix("\n")
+    for path, text in written:
+        write_text(path, text)
+    click.echo(shown)
     click.get_current_context().exit(0 if document["verdict"]["passed"] else 1)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_contentvec.errors import printable
+from mlx_contentvec.terminal import say
+
 if TYPE_CHECKING:
     from ..publishing.evidence import Package
 
@@ -90,7 +93,7 @@ def package(
     if as_json:
         click.echo(json.dumps(_described(made), indent=2))
         return
-    click.echo(f"{folder}  {made.title}")
+    say(f"{folder}  {made.title}")
     _print_files(made)
 
 
@@ -157,14 +160,17 @@ def verify(name: str, revision: str | None, dtype: str | None, as_json: bool) ->
     from ..report.document import to_json
 
     document = replay(name, revision=revision, dtype=dtype, step=_say)
-    click.echo(to_json(document) if as_json else line(document, name))
+    if as_json:
+        click.echo(to_json(document))
+    else:
+        say(line(document, name))
     click.get_current_context().exit(0 if document["verdict"]["passed"] else 1)
 
 
 def _say(text: str) -> None:
     """Name a step on stderr; the client's own bars may follow it."""
     with contextlib.suppress(OSError):  # nobody reads it
-        click.secho(f"{text} ...", err=True, dim=True)
+        click.secho(f"{printable(text)} ...", err=True, dim=True)
 
 
 def _described(found: Package) -> dict[str, object]:
@@ -187,7 +193,7 @@ def _print_files(found: Package) -> None:
     width = max(map(len, found.names))
     for name in found.names:
         size = (found.folder / name).stat().st_size
-        click.echo(f"  {name:{width}}  {size:>13,} bytes  sha256 {found.hash_of(name)[:16]}")
+        say(f"  {name:{width}}  {size:>13,} bytes  sha256 {found.hash_of(name)[:16]}")
 
 
 def _preview(found: Package, repo_id: str, public: bool, card: str, as_json: bool) -> None:

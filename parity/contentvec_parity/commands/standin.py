@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from mlx_contentvec.terminal import say
+
 from ..standin.weights import DEFAULT_SEED, DTYPES, PRESETS, marker
 from ..standin.write import write_standin
 
@@ -83,6 +85,6 @@ def standin(
         }
         click.echo(json.dumps(facts, indent=2))
         return
-    click.echo(f"wrote {output}: {size:,} bytes, {dtype}")
+    say(f"wrote {output}: {size:,} bytes, {dtype}")
     click.echo(marker(preset, seed))
-    click.echo(f"It is in no table of known files: mlx-contentvec convert {output} --allow-unknown")
+    say(f"It is in no table of known files: mlx-contentvec convert {output} --allow-unknown")

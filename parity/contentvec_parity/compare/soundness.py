@@ -106,7 +106,9 @@ def _require_types(what: str, found: Any, types: Mapping[str, tuple[type, ...]])
     if not isinstance(found, dict):
         _refuse(f"{what} is no object")
     for key, kinds in types.items():
-        value = found.get(key)
+        if key not in found:
+            _refuse(f"{what} has no {key}")
+        value = found[key]
         # a bool is an int to isinstance
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             _refuse(f"{what} has no {key}, or not as a {kinds[0].__name__}")

@@ -420,7 +420,7 @@ def _adds_up(
     min_snr_db: float | None,
 ) -> bool:
     """Whether a stage has little more noise than its input, in a format that has noise."""
-    if min_snr_db is None or before is None or before not in accumulated:
+    if min_snr_db is None or before is None:
         return False
     given, gives = accumulated[before]["snr_db"], accumulated[stage]["snr_db"]
     return given is not None and gives is not None and given - gives < SNR_STEP

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_contentvec import hub
+from mlx_contentvec.json_text import parse_object
 
 from ..report.document import Document
 
@@ -40,7 +40,7 @@ class Evidence:
     def source(self) -> dict[str, Any]:
         """What the weights say they were made from, by the name that the ledger gives it."""
         name = (self.ledger.get("source") or {}).get("name")
-        return {"name": name, **json.loads(self.metadata["source"])}
+        return {"name": name, **parse_object(self.metadata["source"])}
 
     @property
     def size(self) -> int:

@@ -44,8 +44,7 @@ def replay(
         raise _unproven(path, path.name, ["everything that a package has beside the weights"])
     files = hub.open_package(name, revision)
     weights = files.weights(dtype)
-    lacks = [other for other in (hub.CHECKSUMS, RECORDING) if files.find(other) is None]
-    if lacks:
+    if lacks := files.missing(hub.CHECKSUMS, RECORDING):
         raise _unproven(weights, f"{name}", lacks)
     recording = files.file(RECORDING)
     checks.check_metadata(weights, read_metadata(weights))

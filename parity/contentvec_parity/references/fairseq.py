@@ -17,7 +17,7 @@ from typing import Any
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
 
-from .original import TorchOriginal, quiet
+from .original import TorchOriginal, first_line, quiet
 
 Tensor = Any
 
@@ -63,7 +63,7 @@ def open(path: Path) -> FairseqOriginal:
             except Exception as error:
                 raise ParityError(
                     f"fairseq cannot load {path.name}",
-                    found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                    found=f"{type(error).__name__}: {first_line(error)}",
                     hint=f"mlx-contentvec inspect {path.name} says what the file is",
                 ) from error
     versions = {"torch": torch.__version__, "fairseq": fairseq.__version__}

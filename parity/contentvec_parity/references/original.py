@@ -21,6 +21,11 @@ from .truth import make_copyable, true_double
 Tensor = Any
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of what another library says of an error; it may say nothing."""
+    return next(iter(str(error).splitlines()), "")[:200]
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the chatter of imports and loaders off the terminal.

@@ -9,9 +9,10 @@ from typing import Any
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError, name_list
+from mlx_contentvec.json_text import read_object
 
 from ..compare.naming import UNREAD, rows
-from .original import TorchOriginal, frame_mask, quiet
+from .original import TorchOriginal, first_line, frame_mask, quiet
 
 Tensor = Any
 
@@ -33,7 +34,7 @@ def open(path: Path) -> TransformersOriginal:
         except Exception as error:
             raise ParityError(
                 f"transformers cannot load {path.name}",
-                found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                found=f"{type(error).__name__}: {first_line(error)}",
                 hint=f"mlx-contentvec inspect {path.name} says what it is",
             ) from error
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -55,8 +56,6 @@ def _model_class() -> Any:
 
 
 def _from_folder(path: Path) -> tuple[Any, bool]:
-    import json
-
     from transformers import HubertConfig
 
     projecting, plain = _model_class()
@@ -74,7 +73,7 @@ def _from_folder(path: Path) -> tuple[Any, bool]:
             found=f"no tensor for {name_list(sorted(lacking))}",
         )
     preprocessor = path / "preprocessor_config.json"
-    settings = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
+    settings = read_object(preprocessor) if preprocessor.is_file() else {}
     # the folder's own statement; without one, what the large models' norms imply
     normalize = settings.get("do_normalize", config.feat_extract_norm == "layer")
     return model, bool(normalize)

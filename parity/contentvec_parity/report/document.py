@@ -68,7 +68,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_contentvec.errors import ParityError
+from mlx_contentvec.errors import ParityError, printable
 from mlx_contentvec.json_text import JsonError, read_object
 
 from ..compare.soundness import require_sound
@@ -108,14 +108,14 @@ _INFINITE = {"inf": math.inf, "-inf": -math.inf}
 
 
 def _undone(value: Any, key: str = "") -> Any:
-    """``value`` with infinite numbers where ``to_json`` wrote strings for them."""
+    """``value`` with infinite numbers where ``to_json`` wrote strings, and harmless texts."""
     if isinstance(value, dict):
-        return {name: _undone(item, name) for name, item in value.items()}
+        return {printable(name): _undone(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_undone(item, key) for item in value]
     if key in _MAY_BE_INFINITE and isinstance(value, str):
-        return _INFINITE.get(value, value)
-    return value
+        return _INFINITE.get(value, printable(value))
+    return printable(value) if isinstance(value, str) else value
 
 
 def read(path: Path) -> Document:
