@@ -15,6 +15,7 @@ from .errors import BackendError, ConfigError, WeightsError, name_list
 from .hub import how_to_convert, resolve_pretrained
 from .hubert import Hubert
 from .ops import CpuHubert, MlxHubert
+from .streaming import front_end, front_end_step
 
 #: the process in which this module first had MLX compute
 _computing: int | None = None
@@ -331,6 +332,12 @@ class ContentvecModel(Hubert):
             chain.append("final_proj")
         stages = dict(walk.stages(**conditions))
         x, previous = walk.waveform(waveform), None
+        frames = self.config.frames(waveform.shape[1])
+        step = front_end_step(frames)
+        if step < frames and isinstance(walk, CpuHubert):
+            counts = None if conditions["lengths"] is None else conditions["lengths"].tolist()
+            x = front_end(walk, self.config, x, step, lengths=counts)
+            chain = chain[chain.index("positional") :]
         for name in chain:
             x = stages[name](x)
             if waveform.size > ops.PIPELINED_SAMPLES and isinstance(walk, MlxHubert):

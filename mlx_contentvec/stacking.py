@@ -19,6 +19,7 @@ import numpy.typing as npt
 from .config import ModelConfig, stage_names
 from .inputs import normalization_of
 from .ops import CpuHubert
+from .streaming import front_end, front_end_step
 
 Buffer = npt.NDArray[np.float32]
 
@@ -39,16 +40,17 @@ def stacked(
     clips = [
         slice(stop - count, stop) for count, stop in zip(counts, accumulate(counts), strict=True)
     ]
-    stages = dict(walk.stages(clips=clips))
-    chain = stage_names(config)
-    front_end, chain = chain[: chain.index("projection")], chain[chain.index("projection") :]
-    x = np.empty((1, sum(counts), config.conv_layers[-1][0]), np.float32)
+    x = np.empty((1, sum(counts), config.encoder_embed_dim), np.float32)
     for waveform, clip in zip(waveforms, clips, strict=True):
-        window = walk.waveform(normalization_of(waveform, config)(waveform)[None])
-        for name in front_end:
-            window = stages[name](window)
-        x[:, clip] = window
-    for name in chain[: chain.index(f"layer.{layer}") + 1]:
+        x[:, clip] = front_end(
+            walk,
+            config,
+            waveform[None],
+            front_end_step(clip.stop - clip.start),
+            normalize=normalization_of(waveform, config),
+        )
+    stages, chain = dict(walk.stages(clips=clips)), stage_names(config)
+    for name in chain[chain.index("positional") : chain.index(f"layer.{layer}") + 1]:
         x = stages[name](x)
     if project:
         x = stages["final_proj"](x)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_contentvec import memory
+from mlx_contentvec import memory, streaming
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError
@@ -32,6 +32,34 @@ def test_a_streamed_clip_is_the_clip_in_one_go(config: ModelConfig, samples: int
     pieces = streamed(model, waveform, 3, False, PLAN)
     assert pieces.shape == whole.shape == (config.frames(samples), 96)
     np.testing.assert_allclose(pieces, whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_the_front_end_of_a_longer_clip_is_taken_in_pieces_on_a_cpu(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(config)
+    waveforms = np.stack([noise(40 * 320 + 100), noise(40 * 320 + 100, 1)])
+    calls: dict[str, Any] = {"whole": {}, "lengths": {"lengths": [40 * 320 + 100, 9000]}}
+    expected = {name: model(waveforms, output_layer=3, **call) for name, call in calls.items()}
+    monkeypatch.setattr(streaming, "WHOLE_FRONT_END", 16)
+    monkeypatch.setattr(streaming, "FRONT_END_FRAMES", 7)
+    longest = 0
+    conv1d = cpu.conv1d
+
+    def measured(x: Any, *arguments: Any) -> Any:
+        nonlocal longest
+        longest = max(longest, x.shape[1])
+        return conv1d(x, *arguments)
+
+    monkeypatch.setattr(cpu, "conv1d", measured)
+    for name, call in calls.items():
+        found = model(waveforms, output_layer=3, **call)
+        valid = ~found["padding_mask"] if name == "lengths" else np.ones((2, 40), bool)
+        apart = np.abs(np.asarray(found["x"]) - np.asarray(expected[name]["x"]))
+        assert apart[np.asarray(valid)].max() < 2e-5
+    # the whole clip would be 2,580 steps of the first convolution, or its samples
+    assert 0 < longest <= 7 * 320 + 400
 
 
 def test_the_projection_is_streamed_too() -> None:
