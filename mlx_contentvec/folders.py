@@ -188,7 +188,8 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    # for reading: weights that are linked here may be write-protected
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
         sync(descriptor)
     finally:

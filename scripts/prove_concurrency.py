@@ -318,10 +318,12 @@ class Proof:
         for moment, process in moments:
             process.join(max(0.0, begun + moment - time.monotonic()))
             if process.exitcode is None:
-                os.kill(process.pid, signal.SIGKILL)
-                self.killed += 1
+                # it may end by itself at this very moment
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
         for process in processes:
             process.join()
+        self.killed += sum(process.exitcode == -signal.SIGKILL for process in processes)
         self.judge(number, before)
 
     def judge(self, number: int, before: str | None) -> None:

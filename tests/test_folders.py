@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +108,179 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
         make(room, a="1")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_can_be_made_in_a_room_too(tmp_path: Path) -> None:
+    final = tmp_path / "f.pt"
+
+    def put_file(text: str, force: bool) -> None:
+        with Room(final) as room:
+            (room.path / "made").write_text(text)
+            room.publish(room.path / "made", force=force, may_replace=anything)
+
+    put_file("1", False)
+    assert final.read_text() == "1"
+    with pytest.raises(OutputError, match="appeared"):
+        put_file("2", False)
+    assert final.read_text() == "1"
+    put_file("3", True)
+    assert final.read_text() == "3"
+    assert [path.name for path in tmp_path.iterdir()] == ["f.pt"]
+
+
+def test_whether_it_may_be_replaced_is_asked_where_it_is_replaced_only(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def put_folder(force: bool) -> None:
+        with Room(tmp_path / "f") as room:
+            made = make(room, a="1")
+            room.publish(made, force=force, may_replace=lambda: asked.append("may I?"))
+
+    put_folder(True)
+    with pytest.raises(OutputError, match="appeared"):
+        put_folder(False)
+    assert asked == []
+    put_folder(True)
+    assert asked == ["may I?"]
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_all_of_it_is_on_the_disk_before_it_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    final = tmp_path / "f"
+    synced: list[tuple[str, bool]] = []
+
+    def note_file(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, final.exists()))
+
+    def note_folder(folder: Path) -> None:
+        synced.append((folder.name, final.exists()))
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc (Linux)")
+    monkeypatch.setattr(folders, "sync", note_file)
+    monkeypatch.setattr(folders, "sync_folder", note_folder)
+    with Room(final) as room:
+        made = make(room, a="1", b="2")
+        given = made if what == "folder" else made / "a"
+        room.publish(given, force=False, may_replace=anything)
+    inside = {("a", False), ("b", False), ("made", False)} if what == "folder" else {("a", False)}
+    assert set(synced[:-1]) == inside
+    assert synced[-1] == (tmp_path.name, True)
+
+
+def test_a_write_protected_file_can_be_part_of_it(tmp_path: Path) -> None:
+    with Room(tmp_path / "f") as room:
+        made = make(room, a="1")
+        (made / "a").chmod(0o444)
+        room.publish(made, force=False, may_replace=anything)
+    assert contents(tmp_path / "f") == {"a": "1"}
+
+
+def test_files_are_flushed_without_being_opened_for_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, modes = os.open, []
+
+    def noted(path: Path, flags: int, *more: int) -> int:
+        modes.append(flags & os.O_ACCMODE)
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", noted)
+    put(tmp_path / "f", a="1")
+    assert set(modes) == {os.O_RDONLY}
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    listed = Path("/proc/self/fd")
+    if not listed.exists():
+        pytest.skip("needs /proc (Linux)")
+    killed_in(tmp_path, lambda room: make(room, a="1"))
+    with Room(tmp_path / "f"):
+        before = len(list(listed.iterdir()))
+        with Room(tmp_path / "f"):
+            pass  # looks at the other's room, and leaves it alone
+        assert len(list(listed.iterdir())) == before
+    before = len(list(listed.iterdir()))
+    put(tmp_path / "f", a="1")
+    put(tmp_path / "f", force=True, b="2")
+    killed_in(tmp_path, lambda room: make(room, a="1"))
+    put(tmp_path / "f", force=True, b="2")
+    assert len(list(listed.iterdir())) == before
+
+
+def test_a_room_taken_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, given = folders.lock_now, []
+
+    def lost_once(descriptor: int) -> bool:
+        given.append(descriptor)
+        return real(descriptor) if len(given) > 1 else False
+
+    monkeypatch.setattr(folders, "lock_now", lost_once)
+    put(tmp_path / "f", a="1")
+    assert len(given) == 2
+    assert contents(tmp_path / "f") == {"a": "1"}
+
+
+def test_what_was_replaced_stays_gone_where_the_new_one_is_there(tmp_path: Path) -> None:
+    def nearly_done(room: Room) -> None:
+        (room.path / folders._REPLACED).mkdir()
+        (room.path / folders._REPLACED / "a").write_text("old")
+        (tmp_path / "f").mkdir()
+        (tmp_path / "f" / "a").write_text("new")
+
+    killed_in(tmp_path, nearly_done)
+    with Room(tmp_path / "f"):
+        assert contents(tmp_path / "f") == {"a": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_files_and_links_in_a_room_go_with_it(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("precious")
+    with Room(tmp_path / "f") as room:
+        (room.path / "half").write_text("1")
+        (room.path / "link").symlink_to(elsewhere)
+    assert (elsewhere / "mine").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, 45, 102])
+def test_a_system_that_cannot_exchange_says_so_and_others_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    class Library:
+        failed = -1
+
+        def renameat2(self, *_: object) -> int:
+            return self.failed
+
+        renamex_np = renameat2
+
+    monkeypatch.setattr(folders.ctypes, "CDLL", lambda *_, **__: Library())
+    monkeypatch.setattr(folders.ctypes, "get_errno", lambda: code)
+    assert not exchange(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(folders.ctypes, "get_errno", lambda: errno.EIO)
+    with pytest.raises(OSError, match="b"):
+        exchange(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(Library, "failed", 0)
+    assert exchange(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(folders.ctypes, "CDLL", lambda *_, **__: object())
+    assert not exchange(tmp_path / "a", tmp_path / "b")
+
+
+def test_linux_exchanges_in_one_step(tmp_path: Path) -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    before = (tmp_path / "a").stat().st_ino
+    if exchange(tmp_path / "a", tmp_path / "b"):
+        assert (tmp_path / "b").stat().st_ino == before
 
 
 def killed_in(tmp_path: Path, code: Callable[[Room], object]) -> None:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_contentvec import json_text
-from mlx_contentvec.json_text import JsonError, count_values, parse_object, read_object
+from mlx_contentvec.json_text import (
+    NUMBER,
+    JsonError,
+    count_values,
+    parse_object,
+    read_object,
+    require,
+)
 
 
 def test_an_object_is_what_it_says() -> None:
@@ -97,3 +105,52 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> N
             read_object(path)
     with pytest.raises(FileNotFoundError):
         read_object(tmp_path / "nothing")
+
+
+def test_halves_of_characters_are_refused_and_whole_ones_are_not() -> None:
+    assert parse_object('{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+    for text in ('{"a": "\\ud83d"}', '{"\\ude00": 1}'):
+        with pytest.raises(JsonError, match="half of a character"):
+            parse_object(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        (1, int),
+        (True, bool),
+        (1.5, NUMBER),
+        (None, (str, None)),
+        ("a", (str, None)),
+        ({"a": 1, "b": 2}, {"a": int}),
+        ({"a": [1, 2]}, {"a": [int]}),
+        ([], [int]),
+        ({"x": {"a": 1}, "y": {"a": 2}}, {...: {"a": int}}),
+    ],
+)
+def test_what_has_a_form_is_taken(value: Any, form: Any) -> None:
+    require(value, form)
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "said"),
+    [
+        ("1", int, "it: str instead of int"),
+        (True, int, "it: bool instead of int"),
+        (True, NUMBER, "it: bool instead of int or float"),
+        (None, int, "it: NoneType instead of int"),
+        (1, (str, None), "it: int instead of str"),
+        ([], {"a": int}, "it: list instead of dict"),
+        ({"b": 1}, {"a": int}, "it has no a"),
+        ({"a": "1"}, {"a": int}, "it, a: str instead of int"),
+        ({}, [int], "it: dict instead of list"),
+        ([1, "2"], [int], "it, 1: str instead of int"),
+        ({"x": {"a": 1}, "y": {}}, {...: {"a": int}}, "it, y has no a"),
+    ],
+)
+def test_what_has_another_form_is_refused_and_its_part_named(
+    value: Any, form: Any, said: str
+) -> None:
+    with pytest.raises(JsonError) as refused:
+        require(value, form)
+    assert str(refused.value) == said

@@ -640,24 +640,6 @@ def test_features_that_are_not_finite_are_not_written(
 # ---- manifest ---------------------------------------------------------------------
 
 
-def test_a_torn_line_is_ignored_and_does_not_swallow_the_next(tmp_path: Path) -> None:
-    manifest = Manifest(tmp_path)
-    manifest.add({"output": "a.npy"})
-    with manifest.path.open("ab") as file:
-        file.write(b'{"output": "b.n')
-    manifest = Manifest(tmp_path)
-    manifest.add({"output": "c.npy"})
-    reread = Manifest(tmp_path)
-    assert [bool(reread.records(f"{name}.npy")) for name in "abc"] == [True, False, True]
-
-
-def test_every_rank_writes_its_own_file_and_reads_all(tmp_path: Path) -> None:
-    Manifest(tmp_path, 0).add({"output": "a.npy"})
-    Manifest(tmp_path, 1).add({"output": "b.npy"})
-    assert len({path.name for path in tmp_path.iterdir()}) == 2
-    assert Manifest(tmp_path, 2).records("a.npy") and Manifest(tmp_path).records("b.npy")
-
-
 def test_nothing_has_its_name_until_it_is_published(tmp_path: Path) -> None:
     path = tmp_path / "a/x.npy"
     with prepared(path, [b"abc", b"def"]) as (draft, written):

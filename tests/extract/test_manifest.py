@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlx_contentvec.errors import OutputError
+from mlx_contentvec.extract import manifest as manifests
 from mlx_contentvec.extract.manifest import (
     LOCK,
     Manifest,
@@ -241,6 +242,39 @@ def test_a_torn_line_swallows_no_other(folder: Path, source: Path, torn: bytes) 
     whole = path.read_bytes().splitlines()
     assert json.loads(whole[-1])["output"] == "c.npy"
     assert b"" not in whole
+
+
+@pytest.mark.parametrize("lacking", ["output", "source", "settings", "crc32", "frames"])
+def test_a_record_of_another_form_is_none(folder: Path, source: Path, lacking: str) -> None:
+    record = keep(folder, source)
+    del record[lacking]
+    Manifest(folder).path.write_text(json.dumps(record) + "\n")
+    assert Manifest(folder).records("a.npy") == []
+
+
+def test_a_line_of_too_many_values_is_none(
+    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = keep(folder, source)
+    needed = manifests.count_values(json.dumps(record).encode() + b"\n")
+    for most, there in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(manifests, "_LINE_VALUES", most)
+        assert bool(Manifest(folder).records("a.npy")) is there
+
+
+def test_a_manifest_that_is_no_file_is_said(folder: Path) -> None:
+    os.mkfifo(folder / ".mlx-contentvec.jsonl")
+    with pytest.raises(OutputError, match="cannot be read: not a regular file"):
+        Manifest(folder)
+    (folder / ".mlx-contentvec.jsonl").unlink()
+    (folder / ".mlx-contentvec.jsonl").symlink_to(folder / "nothing")
+    with pytest.raises(OutputError, match="cannot be read: No such file"):
+        Manifest(folder)
+
+
+def test_no_records_make_no_file(folder: Path) -> None:
+    Manifest(folder).add()
+    assert list(folder.iterdir()) == []
 
 
 def test_a_record_is_on_the_disk_when_it_is_said_to_be(
