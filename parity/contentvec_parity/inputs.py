@@ -143,6 +143,26 @@ def thorough() -> list[Clip]:
     ]
 
 
+def lengthened(clip: Clip, samples: int) -> Clip:
+    """``clip``, repeated if any of it is shorter than ``samples``: what one frame needs.
+
+    400 samples are the shortest clip of the usual models; those of fewer frames per second
+    need more.
+    """
+    if clip.padding_mask is not None:
+        lengths = [int(row) for row in (~clip.padding_mask).sum(axis=1)]
+        if min(lengths) >= samples:
+            return clip
+        return padded_batch(
+            clip.name, tuple(max(length, samples) for length in lengths), clip.origin["seed"]
+        )
+    if clip.waveform.shape[1] >= samples:
+        return clip
+    about = f"{clip.about}, repeated to {samples} samples"
+    origin = {**clip.origin, "repeated_to": samples}
+    return Clip(clip.name, np.resize(clip.waveform, (1, samples)), about, origin)
+
+
 #: name of a set of inputs -> what makes it
 INPUT_SETS: dict[str, Callable[[], list[Clip]]] = {
     "built-in": built_in,

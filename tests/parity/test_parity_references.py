@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contentvec_parity import references
+from contentvec_convert.conversion import convert
+from contentvec_parity import harness, references
 from contentvec_parity.compare.naming import outputs, rows, stage_parameters
 from contentvec_parity.inputs import Clip, built_in, from_files, speech_like, standard, thorough
 from contentvec_parity.references import open_reference
 from contentvec_parity.references.fairseq import _is_list_of_numbers
+from contentvec_parity.references.recording import record
 from mlx_contentvec.backend import mx
-from mlx_contentvec.config import PRESETS, parameter_shapes, stage_input, stage_names
+from mlx_contentvec.config import PRESETS, ModelConfig, parameter_shapes, stage_input, stage_names
 from mlx_contentvec.errors import AudioError, MissingDependency, ParityError
 from mlx_contentvec.model import ContentvecModel
+from tests.originals import TINY_BASE, TINY_LARGE, save_transformers, transformers_hubert
 from tests.small_models import CONFIGS, random_model, random_weights
 
 
@@ -319,3 +322,29 @@ def test_audio_too_short_for_a_frame_is_refused(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "click.wav", speech_like(399, 1), 16000)
     with pytest.raises(AudioError, match="too short"):
         from_files([tmp_path / "click.wav"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(TINY_LARGE, final_dim=None),
+        # 25 frames per second: one needs 720 samples, more than the shortest clip has
+        dataclasses.replace(
+            TINY_BASE, conv_layers=((48, 10, 5), *(((48, 3, 2),) * 5), *(((48, 2, 2),) * 2))
+        ),
+    ],
+    ids=["norms first, no projection", "25 Hz"],
+)
+def test_a_model_of_another_form_is_recorded_and_compared(
+    tmp_path: Path, config: ModelConfig
+) -> None:
+    folder, weights = tmp_path / "hub", tmp_path / "m.safetensors"
+    save_transformers(transformers_hubert(config), config, folder)
+    convert(folder, weights, allow_unknown=True)
+    document = harness.compare_files(folder, weights, inputs="built-in")
+    assert document["verdict"]["passed"], document["verdict"]["reason"]
+    shortest = next(clip for clip in document["clips"] if clip["name"] == "min")
+    assert shortest["samples"] == config.receptive_field
+    record(folder, tmp_path / "m.recording.safetensors")
+    document = harness.replay(tmp_path / "m.recording.safetensors", weights)
+    assert document["verdict"]["passed"], document["verdict"]["reason"]

@@ -201,7 +201,8 @@ class TorchOriginal:
             return x if self.config.layer_norm_first else encoder.layer_norm(x)
         if kind == "layer":
             return self._layer(encoder.layers[int(number) - 1], x, mask)
-        return {"final_norm": encoder.layer_norm, "final_proj": model.final_proj}[kind](x)
+        # not every model has a projection
+        return encoder.layer_norm(x) if kind == "final_norm" else model.final_proj(x)
 
     def stages_of(self, model: Any, clip: Clip) -> dict[str, NDArray[Any]]:
         """Every stage of a copy of the model, from the audio.

@@ -47,7 +47,7 @@ from mlx_contentvec.json_text import JsonError, parse_object
 from .. import machine
 from ..compare.fingerprints import Fingerprint, computed_fingerprint, fingerprint
 from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows
-from ..inputs import Clip, padded_batch, spoken
+from ..inputs import Clip, lengthened, padded_batch, spoken
 from . import Reference
 from . import recording_checks as checks
 from .original import TorchOriginal, frame_mask
@@ -106,7 +106,9 @@ def record(
     progress(f"loading {checkpoint.name}")
     original = open_reference(reference or choose(checkpoint), checkpoint)
     source = identify_checkpoint(checkpoint)
-    return write(original, source, output, clips or small(), force=force, progress=progress)
+    shortest = original.config.receptive_field
+    given = [(lengthened(clip, shortest), selection) for clip, selection in clips or small()]
+    return write(original, source, output, given, force=force, progress=progress)
 
 
 def write(
