@@ -436,7 +436,10 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
             )
 
     parts = batch * heads * len(starts)
-    parallel_for(work, parts, -(-parts // blas.threads()))
+    # heads of a short clip are many small steps, which wait for each other's turn in Python
+    multiplications = 2 * batch * heads * frames * keys.shape[2] * width
+    threads = max(1, min(blas.threads(), multiplications // MIN_MACS_PER_THREAD))
+    parallel_for(work, parts, -(-parts // threads))
     return result
 
 
