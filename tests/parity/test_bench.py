@@ -160,11 +160,11 @@ def test_a_model_that_cannot_be_exported_says_why(tmp_path: Path, need: Any) -> 
 def test_an_engine_that_is_not_installed_says_what_to_install(
     tiny_checkpoint: Path, converted_tiny: Path, monkeypatch: Any
 ) -> None:
-    find = importlib.util.find_spec
+    find, lacking = importlib.util.find_spec, ("onnx", "openvino")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name)
+        importlib.util, "find_spec", lambda name: None if name in lacking else find(name)
     )
-    with pytest.raises(MissingDependency, match="openvino is not installed") as caught:
+    with pytest.raises(MissingDependency, match="onnx, openvino are not installed") as caught:
         bench.bench(tiny_checkpoint, [converted_tiny], SETTINGS, beside=["openvino"])
     assert "[engines]" in str(caught.value.hint)
 
