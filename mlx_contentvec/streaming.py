@@ -59,7 +59,7 @@ def streamed(
     progress: is given the part of the work that is done, front end and layers alike
     returns:  (frames, width) float32: the output of ``layer``, projected if asked
     """
-    x = front_end(
+    x: Buffer = front_end(
         walk, config, waveform[None], plan.frames, normalize=normalization_of(waveform, config)
     )[0]
     # the second buffer of two: stages that look beyond their piece write here

@@ -1026,7 +1026,7 @@ SAFETENSORS: dict[str, tuple[bytes, str]] = {
     "metadata of numbers": (safetensors(b'{"__metadata__":{"a":1}}'), "not strings"),
     "metadata that are no text": (
         safetensors(b'{"__metadata__":{"a":"\\ud800"}}'),
-        "not text",
+        "half of a character",
     ),
     "a name that cannot be shown": (
         safetensors(header().replace(b"the", b"\\u001b"), SIX_FLOATS),
