@@ -149,6 +149,8 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
             expected="a folder made by `mlx-contentvec package`, or a repository like owner/name",
             hint=f"mlx-contentvec inspect {path}\nsays what the file is",
         )
+    if path.exists():
+        raise HubError(f"{path} is not a regular file", expected="a .safetensors file or a folder")
     if isinstance(name, Path) or not is_repo_id(name):
         raise HubError(
             f"there are no weights at {name}",

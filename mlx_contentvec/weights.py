@@ -41,6 +41,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
             + how_to_convert(path),
         )
     if not path.is_file():
+        if path.exists():
+            raise WeightsError(
+                f"{path} is not a regular file",
+                expected="a file that mlx-contentvec convert wrote",
+            )
         raise WeightsError(
             f"no such file: {path}", hint=similar_name(path) or how_to_convert("hubert_base.pt")
         )

@@ -125,6 +125,19 @@ def test_what_is_not_a_file_is_refused_at_once(tmp_path: Path, kind: str) -> Non
         identify(path)
 
 
+def test_what_would_take_hours_to_hash_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for size, refused in ((identity_module.FILE_BYTES + 1, True), (BLOCK_BYTES, False)):
+        with path.open("wb") as stream:
+            stream.truncate(size)
+        if refused:
+            with pytest.raises(IdentityError, match="larger than any checkpoint") as caught:
+                identify(path)
+            assert f"{size:,} bytes" in str(caught.value)
+        else:
+            assert identify(path).size == size
+
+
 def test_leaving_early_stops_the_hashing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("wb") as stream:

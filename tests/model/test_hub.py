@@ -107,6 +107,12 @@ def test_a_file_on_its_own_is_taken_as_it_is(tmp_path: Path) -> None:
     assert hub.resolve(folder / "any.safetensors") == folder / "any.safetensors"
 
 
+def test_a_pipe_is_named_as_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(HubError, match="not a regular file"):
+        hub.resolve(tmp_path / "pipe.safetensors")
+
+
 def test_a_folder_gives_its_weights(tmp_path: Path) -> None:
     assert hub.resolve(str(write(tmp_path, package()))) == tmp_path / "model.safetensors"
 

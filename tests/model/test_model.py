@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -595,6 +596,9 @@ class TestWeights:
     def test_what_is_no_converted_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match="no such file"):
             ContentvecModel(TINY).load_weights(tmp_path / "none.safetensors")
+        os.mkfifo(tmp_path / "pipe.safetensors")
+        with pytest.raises(WeightsError, match="not a regular file"):
+            ContentvecModel(TINY).load_weights(tmp_path / "pipe.safetensors")
         broken = tmp_path / "broken.safetensors"
         broken.write_bytes(b"\x00" * 64)
         with pytest.raises(WeightsError, match="not a readable safetensors file"):

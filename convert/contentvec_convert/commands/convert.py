@@ -303,6 +303,8 @@ def _show_inspection(found: Inspection, path: Path, tensors: bool) -> None:
 
 def _show_provenance(found: Inspection) -> None:
     """What a converted file says about where it comes from; the ledger can bear it out."""
+    from ..checkpoint.tensors import brief
+
     said = found.provenance or {}
     source = said.get("source")
     source = source if isinstance(source, dict) else {}
@@ -310,10 +312,11 @@ def _show_provenance(found: Inspection) -> None:
         _line("is", "made from a STAND-IN with synthetic weights, not a trained model")
     else:
         known = source.get("known_as") or "a checkpoint that is not a known one"
-        _line("is", f"converted, as it says itself, from {known}")
+        _line("is", f"converted, as it says itself, from {brief(known)}")
     size = source.get("size")
-    size = f"{size:,}" if isinstance(size, int) else size
-    _line("source", f"md5 {source.get('md5')}, {size} bytes")
-    _line("format", f"{said.get('dtype')}, by mlx-contentvec {said['mlx_contentvec_version']}")
+    size = f"{size:,}" if isinstance(size, int) and size < 1 << 64 else brief(size)
+    _line("source", f"md5 {brief(source.get('md5'))}, {size} bytes")
+    version = brief(said["mlx_contentvec_version"])
+    _line("format", f"{brief(said.get('dtype'))}, by mlx-contentvec {version}")
     _line("sha256", found.identity.sha256)
     _line("ledger", str(found.ledger))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
+from mlx_contentvec.files import open_regular
 from mlx_contentvec.json_text import JsonError, parse_object
 
 from ..inputs import Clip
@@ -160,10 +162,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        os.close(open_regular(path))  # what is no regular file may block, or never end
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
-    except OSError as error:
-        raise ParityError(f"{path.name} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ParityError(f"{path.name} cannot be read: {reason or error}") from error
     except SafetensorError as error:
         raise ParityError(
             f"{path.name} is not a whole safetensors file",
