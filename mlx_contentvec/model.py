@@ -44,11 +44,15 @@ def _rebuilt(
     cls: type[ContentvecModel], parts: dict[str, Any], private: dict[str, Any], left: list[str]
 ) -> ContentvecModel:
     """A model out of what ``ContentvecModel.__reduce__`` gives."""
+    _require_no_fork()
     model = cls.__new__(cls)
     model.__dict__.update(private)
     dict.update(model, parts)
     model._placeholders = weights.Placeholders(model, left)
     model._preparation = ops.Preparation()
+    # a pickled array is stored by rows; what was only copied is left as it is shared
+    if not left and weights.arrange(model):
+        model._fuse_qkv()
     return model
 
 
@@ -227,8 +231,17 @@ class ContentvecModel(Hubert):
     def set_dtype(self, dtype: mx.Dtype, *arguments: Any, **keywords: Any) -> None:
         """``nn.Module.set_dtype``, computed at once and stored as before."""
         super().set_dtype(dtype, *arguments, **keywords)
-        mx.eval(self.parameters())
-        self._fuse_qkv()
+        if not self._placeholders.left(self):
+            mx.eval(self.parameters())
+            weights.arrange(self)
+            self._fuse_qkv()
+
+    def apply(self, *arguments: Any, **keywords: Any) -> ContentvecModel:
+        """``nn.Module.apply``; what has no weights yet has none afterwards."""
+        left = self._placeholders.left(self)
+        super().apply(*arguments, **keywords)
+        self._placeholders = weights.Placeholders(self, left)
+        return self
 
     def update(self, parameters: dict[str, Any], strict: bool = True) -> ContentvecModel:
         """``nn.Module.update``, computed at once unless a gradient or compile traces it."""

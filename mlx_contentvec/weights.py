@@ -18,7 +18,7 @@ from .files import Draft, check_target, similar_name
 from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
-from .ops.mlx import to_gemm_layout
+from .ops.mlx import in_gemm_layout, to_gemm_layout
 
 Arrays = dict[str, mx.array]
 
@@ -338,6 +338,17 @@ def _dtype_name(arrays: Arrays, quantization: Mapping[str, int] | None) -> str:
     dtypes = {array.dtype for array in arrays.values()}
     formats = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
     return next(name for name, dtype in formats.items() if dtype in dtypes)
+
+
+def arrange(model: Hubert) -> bool:
+    """Store every parameter as :func:`match` does, and say whether one was stored otherwise."""
+    from mlx.utils import tree_unflatten
+
+    stray = [(name, array) for name, array in flat_parameters(model) if not in_gemm_layout(array)]
+    arranged = [(name, to_gemm_layout(array)) for name, array in stray]
+    mx.eval([array for _, array in arranged])
+    nn.Module.update(model, tree_unflatten(arranged), strict=False)
+    return bool(arranged)
 
 
 def fuse_qkv(model: Hubert) -> ops.FusedQKV | None:

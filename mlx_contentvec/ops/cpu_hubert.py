@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..backend import mx, nn
 from ..config import EPS, ModelConfig
 from . import blas, cpu
-from .mlx import to_gemm_layout
+from .mlx import in_gemm_layout, to_gemm_layout
 
 Buffer = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -26,9 +26,13 @@ Weights = dict[str, Buffer]
 
 
 def to_numpy(weight: mx.array) -> Buffer:
-    """A parameter as float32 in the layout of products; MLX's own memory where it is that."""
-    if weight.dtype != mx.float32:
-        weight = to_gemm_layout(weight.astype(mx.float32))
+    """A parameter as float32 in the layout of products; MLX's own memory where it is that.
+
+    In another layout OpenBLAS may choose another kernel, which rounds otherwise (AVX-512).
+    """
+    weight = weight.astype(mx.float32)
+    if not in_gemm_layout(weight):
+        weight = to_gemm_layout(weight)
     # another array of the same memory: the parameter may be changed in place
     held = weight[None]
     mx.eval(held)
@@ -45,7 +49,7 @@ def dequantized(layer: nn.QuantizedLinear) -> Buffer:
     matrix = mx.dequantize(
         layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, mode=layer.mode
     )
-    return to_numpy(to_gemm_layout(matrix.astype(mx.float32)))
+    return to_numpy(matrix)
 
 
 class Norm:

@@ -55,6 +55,13 @@ def to_gemm_layout(weight: mx.array) -> mx.array:
     return mx.contiguous(inputs_first).transpose(weight.ndim - 1, *range(weight.ndim - 1))
 
 
+def in_gemm_layout(weight: mx.array) -> bool:
+    """Whether ``to_gemm_layout`` leaves ``weight``, or a part of it, where it is."""
+    if device_kind() == "metal" or weight.ndim < 2 or weight.dtype != mx.float32:
+        return True
+    return weight.shape[0] == 1 or bool(np.asarray(weight).strides[0] == weight.itemsize)
+
+
 def _gelu(x: mx.array) -> mx.array:
     return x * (1 + mx.erf(x * 0.7071067811865476)) * 0.5
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from mlx_contentvec import ContentvecModel, ModelConfig, memory, ops
-from mlx_contentvec.backend import device_kind, mx
+from mlx_contentvec.backend import device_kind, mx, nn
 from mlx_contentvec.config import PRESETS, parameter_shapes, stage_input, stage_names
 from mlx_contentvec.errors import AudioError, ConfigError, WeightsError
 from mlx_contentvec.hubert import Linear
 from mlx_contentvec.inputs import normalize_waveform
 from mlx_contentvec.ops import cpu_hubert
 from mlx_contentvec.ops import mlx as mlx_ops
+from tests import small_models
 from tests.small_models import random_model, random_weights
 
 TINY = ModelConfig(
@@ -426,6 +427,16 @@ class TestWeights:
     def test_a_model_without_weights_does_not_run(self) -> None:
         with pytest.raises(WeightsError, match="no weights yet"):
             ContentvecModel(TINY)(waveform()[None])
+
+    @pytest.mark.parametrize("change", ["set_dtype", "quantize"])
+    def test_nor_does_one_that_was_only_changed(self, change: str) -> None:
+        built = ContentvecModel(small_models.TINY)
+        if change == "set_dtype":
+            built.set_dtype(mx.float16)
+        else:
+            nn.quantize(built.encoder, group_size=32, bits=8)
+        with pytest.raises(WeightsError, match="no weights yet"):
+            built(waveform()[None])
 
     def test_a_single_parameter_left_out_is_named_and_nothing_is_loaded(self) -> None:
         arrays = random_weights(TINY)

@@ -20,10 +20,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_contentvec import ContentvecModel, first_release
 from mlx_contentvec.backend import device_kind, mx, nn
 from mlx_contentvec.errors import WeightsError
+from mlx_contentvec.ops.mlx import in_gemm_layout
 from mlx_contentvec.rvc import Hubert
 from tests import small_models
 from tests.small_models import noise, random_model, random_weights, random_weights_file
@@ -56,8 +58,6 @@ def write_float16(path: Path) -> None:
 
 
 def write_quantised(path: Path) -> None:
-    from mlx.utils import tree_flatten
-
     model = random_model(DEEP)
     settings = {"group_size": 32, "bits": 8}
     nn.quantize(model.encoder, **settings)
@@ -238,6 +238,29 @@ def test_a_copy_of_a_model_is_the_model(file: Path, how: str, used: bool) -> Non
     assert type(twin) is ContentvecModel and twin.config == model.config
     assert_same(in_a_thread(lambda: answer(twin, "extract")), expected)
     assert_same(answer(model, "extract"), expected)
+
+
+@pytest.mark.skipif(device_kind() == "metal", reason="Metal's products take any layout")
+@pytest.mark.parametrize("made", ["pickle", "set_dtype"])
+def test_weights_are_stored_as_loading_stores_them(file: Path, made: str) -> None:
+    """Another layout may be another kernel of the BLAS, and other bits."""
+    model = load(file)
+    if made == "pickle":
+        model = COPIES[made](model)
+    else:
+        model.set_dtype(mx.bfloat16)
+        model.set_dtype(mx.float32)
+    for name, weight in tree_flatten(model.parameters()):
+        assert in_gemm_layout(weight), name
+
+
+def test_weights_given_by_rows_are_multiplied_as_those_of_a_file(tmp_path: Path) -> None:
+    path = random_weights_file(tmp_path / "weights.safetensors", DEEP)
+    model = load(path)
+    by_rows = [(name, mx.contiguous(x)) for name, x in tree_flatten(model.parameters())]
+    assert not all(in_gemm_layout(x) for _, x in by_rows) or device_kind() == "metal"
+    model.update(tree_unflatten(by_rows))
+    assert_same(answer(model, "extract"), answer(load(path), "extract"))
 
 
 def test_weights_of_a_deep_copy_are_its_own() -> None:
