@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from contentvec_convert.identity import FILE_BYTES
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
 from mlx_contentvec.files import open_regular
@@ -163,6 +164,12 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     try:
         os.close(open_regular(path))  # what is no regular file may block, or never end
+        if (size := path.stat().st_size) > FILE_BYTES:
+            raise ParityError(
+                f"{path.name} is larger than any file of weights",
+                found=f"{size:,} bytes",
+                expected=f"at most {FILE_BYTES:,}",
+            )
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
     except (OSError, ValueError) as error:
