@@ -135,6 +135,14 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
     "no original": (lambda d: d["reference"].update(name="mlx"), "what the original was"),
     "a recording of nothing": (lambda d: d["reference"].update(name="recording"), "what the"),
     "no versions": (lambda d: d["reference"].pop("versions"), "which versions"),
+    "an environment that is a number": (
+        lambda d: d["flags"].update(environment=0.5),
+        "its flags has no environment",
+    ),
+    "a device that is a text": (
+        lambda d: d["machine"].update(device="cpu"),
+        "its machine has no device",
+    ),
     "no parameter compared": (tensors(exact=0), "parameters were compared"),
     "parameters compared twice": (tensors(quantized=10), "parameters were compared"),
     "parameters uncounted": (tensors(exact=-1, quantized=58), "parameters were compared"),

@@ -47,6 +47,11 @@ _DOCUMENT: dict[str, tuple[type, ...]] = {
     "tensors": (dict, type(None)),
     "with_tf32": (dict, type(None)),
 }
+#: what a report shows of what lies inside these
+_INSIDE: dict[str, dict[str, tuple[type, ...]]] = {
+    "machine": {"device": (dict,)},
+    "flags": {"environment": (dict,)},
+}
 _CLIP: dict[str, tuple[type, ...]] = {
     "name": _TEXT,
     "about": _TEXT,
@@ -82,6 +87,8 @@ def require_sound(document: Fields) -> None:
     ConfigError if its configuration is impossible. The verdict in it is not looked at.
     """
     _require_types("the report", document, _DOCUMENT)
+    for key, types in _INSIDE.items():
+        _require_types(f"its {key}", document[key], types)
     config = ModelConfig.from_dict(document["config"])
     precision = document["weights"].get("precision")
     if precision not in PRECISIONS:
