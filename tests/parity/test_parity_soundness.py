@@ -139,6 +139,7 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
         lambda d: d["flags"].update(environment=0.5),
         "its flags has no environment",
     ),
+    "no chip": (lambda d: d["machine"].pop("chip"), "its machine has no chip"),
     "a device that is a text": (
         lambda d: d["machine"].update(device="cpu"),
         "its machine has no device",

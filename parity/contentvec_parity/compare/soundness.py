@@ -49,7 +49,7 @@ _DOCUMENT: dict[str, tuple[type, ...]] = {
 }
 #: what a report shows of what lies inside these
 _INSIDE: dict[str, dict[str, tuple[type, ...]]] = {
-    "machine": {"device": (dict,)},
+    "machine": {"chip": _TEXT, "system": _TEXT, "cores": (int, type(None)), "device": (dict,)},
     "flags": {"environment": (dict,)},
 }
 _CLIP: dict[str, tuple[type, ...]] = {
