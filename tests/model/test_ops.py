@@ -76,13 +76,15 @@ class TestEveryForm:
         assert closeness(mlx_ops.conv1d(array(x), arranged, None, stride), plain) < 1e-5
 
     @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("kernel", [2, 3])
     def test_a_convolution_of_real_width_is_taken_in_parts(
-        self, form: str, bias: bool, rng: np.random.Generator
+        self, form: str, bias: bool, kernel: int, rng: np.random.Generator
     ) -> None:
         x = rng.standard_normal((2, 61, 512)).astype(np.float32)
-        weight = (rng.standard_normal((24, 3, 512)) / 39).astype(np.float32)
+        weight = (rng.standard_normal((24, kernel, 512)) / 39).astype(np.float32)
         shift = rng.standard_normal(24).astype(np.float32)
-        windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.float64), 3, axis=1)[:, ::2]
+        exact = x.astype(np.float64)
+        windows = np.lib.stride_tricks.sliding_window_view(exact, kernel, axis=1)[:, ::2]
         expected = np.einsum("btik,oki->bto", windows, weight.astype(np.float64))
         expected += shift if bias else 0
         given = array(x), array(weight), array(shift) if bias else None, 2
@@ -113,6 +115,7 @@ class TestEveryForm:
     def test_a_sum_over_time_is_in_short_sums(self, count: int, rng: np.random.Generator) -> None:
         x = rng.standard_normal((2, count, 3))
         assert closeness(mlx_ops._sum_over_time(array(x)), x.astype(np.float32).sum(1)) < 1e-4
+        assert closeness(mlx_ops._sum_of_squares(array(x)), (x * x).sum(1)) < 1e-4
 
     def test_silence_does_not_lose_a_variance(self, rng: np.random.Generator) -> None:
         """Added one after the other, many small squares are lost beside a large sum."""
