@@ -107,6 +107,34 @@ def device_kind() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+#: the process in which MLX first computed. On CUDA that is the one that imported it: the driver
+#: is initialised by then, and refuses to work in a fork
+_computing: int | None = os.getpid() if device_kind() == "cuda" else None
+
+
+def require_no_fork() -> None:
+    """Raise BackendError in a fork of a process that has computed (on CUDA, that imported MLX).
+
+    The threads that MLX computes with are not in the fork, which would wait for them
+    forever.
+    """
+    global _computing
+    process = os.getpid()
+    if _computing is None:
+        _computing = process
+    if process != _computing:
+        on_cuda = device_kind() == "cuda"
+        raise BackendError(
+            "this process was forked from one that had "
+            + ("imported MLX for CUDA" if on_cuda else "loaded a model")
+            + ", and MLX cannot compute here",
+            found=f"process {process}, forked from {_computing} or a fork of it",
+            hint="start processes anew: multiprocessing.get_context('spawn'); or "
+            + ("import\nmlx_contentvec" if on_cuda else "load the first\nmodel")
+            + " after forking",
+        )
+
+
 def tf32_enabled() -> bool:
     """Whether float32 products may run at TF32 precision (CUDA, Apple M5 and later).
 

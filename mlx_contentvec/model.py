@@ -9,42 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from . import features, first_release, inputs, live, ops, weights
-from .backend import mx
+from .backend import mx, require_no_fork
 from .config import ModelConfig, stage_input, stage_names
-from .errors import BackendError, ConfigError, WeightsError, name_list
+from .errors import ConfigError, WeightsError, name_list
 from .hub import how_to_convert, resolve_pretrained
 from .hubert import Hubert
 from .ops import CpuHubert, MlxHubert
 from .streaming import front_end, front_end_step
-
-#: the process in which this module first had MLX compute
-_computing: int | None = None
-
-
-def _require_no_fork() -> None:
-    """Raise BackendError in a fork of a process that has computed.
-
-    The threads that MLX computes with are not in the fork, which would wait for them
-    forever.
-    """
-    global _computing
-    process = os.getpid()
-    if _computing is None:
-        _computing = process
-    if process != _computing:
-        raise BackendError(
-            "this process was forked from one that had loaded a model, and MLX cannot compute here",
-            found=f"process {process}, forked from {_computing} or a fork of it",
-            hint="start processes anew: multiprocessing.get_context('spawn'); or load the first\n"
-            "model after forking",
-        )
 
 
 def _rebuilt(
     cls: type[ContentvecModel], parts: dict[str, Any], private: dict[str, Any], left: list[str]
 ) -> ContentvecModel:
     """A model out of what ``ContentvecModel.__reduce__`` gives."""
-    _require_no_fork()
+    require_no_fork()
     model = cls.__new__(cls)
     model.__dict__.update(private)
     dict.update(model, parts)
@@ -200,7 +178,7 @@ class ContentvecModel(Hubert):
         Raises OutputError if the file cannot be written, WeightsError for a model
         without weights, or that is no longer what its configuration says.
         """
-        _require_no_fork()
+        require_no_fork()
         self._placeholders.require_none(self)
         weights.save(self, path, self._origin)
 
@@ -214,7 +192,7 @@ class ContentvecModel(Hubert):
     ) -> None:
         from mlx.utils import tree_unflatten
 
-        _require_no_fork()
+        require_no_fork()
         quantized = "quantization" in metadata
         matched = weights.match(self, arrays, metadata, origin, strict)
         if quantized:
@@ -282,7 +260,7 @@ class ContentvecModel(Hubert):
         Raises WeightsError while weights are missing, BackendError in a fork of a
         process that has computed.
         """
-        _require_no_fork()
+        require_no_fork()
         self._placeholders.require_none(self)
         return self._preparation.walk(self, *traceable)
 
@@ -366,7 +344,7 @@ class ContentvecModel(Hubert):
         normalized: bool,
     ) -> tuple[MlxHubert | CpuHubert, mx.array, dict[str, mx.array | None]]:
         """What computes, the waveform it is given, and the conditions of its stages."""
-        _require_no_fork()  # before anything is computed of what was given
+        require_no_fork()  # before anything is computed of what was given
         config = self.config
         waveform = inputs.check_waveform(source, config)
         speaker = inputs.check_speaker(spk_emb, waveform, config)
@@ -458,6 +436,7 @@ class ContentvecModel(Hubert):
 
         Raises ConfigError if there is no such stage.
         """
+        require_no_fork()
         x = mx.array(x)
         walk = self.walk(x, spk_emb)
         stages = dict(walk.stages(padding=padding_mask, lengths=lengths, speaker=spk_emb))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from . import first_release, ops, rvc_mlx
-from .backend import mx, nn
+from .backend import mx, nn, require_no_fork
 from .config import ModelConfig, parameter_shapes
 from .errors import OutputError, WeightsError, name_list
 from .files import Draft, check_target, similar_name
@@ -49,6 +49,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
         raise WeightsError(
             f"no such file: {path}", hint=similar_name(path) or how_to_convert("hubert_base.pt")
         )
+    require_no_fork()
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_contentvec.backend import mx
+from mlx_contentvec import memory
+from mlx_contentvec.backend import device_kind, mx
 from mlx_contentvec.config import ModelConfig, parameter_shapes
 from mlx_contentvec.model import ContentvecModel
 
@@ -27,8 +28,28 @@ DEEP = dataclasses.replace(TINY, encoder_layers=12)
 LARGE = dataclasses.replace(
     TINY, extractor_norm="layer", layer_norm_first=True, normalize=True, conv_bias=True
 )
+#: what MLX multiplies quantised on every device: on CUDA by 64 inputs at a time
+QUANTISABLE = dataclasses.replace(
+    TINY,
+    conv_layers=((64, 10, 5), *(((64, 3, 2),) * 4), *(((64, 2, 2),) * 2)),
+    encoder_embed_dim=128,
+    encoder_ffn_embed_dim=256,
+)
 MULTILINGUAL = dataclasses.replace(TINY, conv_pos=15, conv_pos_batch_norm=True, normalize=True)
 CONFIGS = {"base": TINY, "large": LARGE, "batch norm, odd kernel, normalised": MULTILINGUAL}
+
+
+#: how close two answers of a GPU must be: it may choose another order of summing, and in
+#: half precision and quantised products that shows
+CLOSE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 0.3, "quantised": 5e-2}
+
+
+def assert_same(one: np.ndarray, other: np.ndarray, kind: str = "float32") -> None:
+    """To the bit on a CPU, close on a GPU."""
+    if device_kind() == "cpu":
+        np.testing.assert_array_equal(one, other)
+    else:
+        np.testing.assert_allclose(one, other, atol=CLOSE[kind], rtol=0)
 
 
 def random_weights(config: ModelConfig, dtype: Any = mx.float32) -> dict[str, Any]:
@@ -64,6 +85,13 @@ def noise(samples: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     swell = np.linspace(0.02, 0.4, samples)
     return (rng.standard_normal(samples) * swell + 0.05).astype(np.float32)
+
+
+def least_memory(model: ContentvecModel, samples: int) -> int:
+    """Bytes that a clip of so many samples is streamed in, on whatever device is here."""
+    least = memory.streamed_bytes(model.config, samples, memory._least_plan())
+    assert least < memory.whole_clip_bytes(model.config, samples)
+    return least
 
 
 def in_one_go(model: ContentvecModel, waveform: np.ndarray, **options: Any) -> np.ndarray:

@@ -216,9 +216,10 @@ def _channel_statistics(
         counted = mx.arange(rows.shape[1])[None, :, None] < valid_windows[..., None]
         rows = mx.where(counted, rows, 0.0)
     row_mean = _sum_over_time(rows) / valid_windows
-    channels = (rows - row_mean[:, None]) @ weight.T
+    centred = rows - row_mean[:, None]
     if lengths is not None:
-        channels = mx.where(counted, channels, 0.0)
+        centred = mx.where(counted, centred, 0.0)
+    channels = centred @ weight.T
     return offset, row_mean @ weight.T, _sum_of_squares(channels) / valid_windows
 
 

@@ -14,7 +14,7 @@ from mlx_contentvec.model import ContentvecModel
 from mlx_contentvec.ops import cpu
 from mlx_contentvec.ops.mlx import compute_dtype
 from mlx_contentvec.streaming import streamed as streamed_by
-from tests.small_models import CONFIGS, TINY, in_one_go, noise, random_model
+from tests.small_models import CONFIGS, QUANTISABLE, TINY, in_one_go, noise, random_model
 
 PLAN = ChunkPlan(frames=32, heads=3, queries=16)
 
@@ -34,6 +34,7 @@ def test_a_streamed_clip_is_the_clip_in_one_go(config: ModelConfig, samples: int
     np.testing.assert_allclose(pieces, whole, atol=2e-5, rtol=0)
 
 
+@pytest.mark.skipif(memory.device_kind() != "cpu", reason="a CPU's way")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_front_end_of_a_longer_clip_is_taken_in_pieces_on_a_cpu(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch
@@ -103,7 +104,7 @@ def test_half_precision_weights_are_streamed_as_they_are_run_in_one_go() -> None
 def test_quantised_weights_are_streamed() -> None:
     from mlx import nn
 
-    model = random_model(TINY)
+    model = random_model(QUANTISABLE)
     waveform = noise(40000)
     exact = in_one_go(model, waveform, output_layer=3)
     nn.quantize(model, group_size=32, bits=8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
