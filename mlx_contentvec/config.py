@@ -6,6 +6,7 @@ Nothing here imports mlx: the converter plans with it, the model is built from i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import reprlib
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class ModelConfig:
                 f"a width of {self.encoder_embed_dim}"
             )
 
-    @property
+    @functools.cached_property
     def hop(self) -> int:
         """Samples from one frame to the next (320 for every known model)."""
         hop = 1
@@ -140,7 +141,7 @@ class ModelConfig:
             hop *= stride
         return hop
 
-    @property
+    @functools.cached_property
     def receptive_field(self) -> int:
         """Samples that one frame sees, and the shortest usable clip (400)."""
         field = 1
@@ -269,6 +270,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@functools.lru_cache
 def stage_names(config: ModelConfig) -> tuple[str, ...]:
     """The stages of a forward pass, in the order they run.
 

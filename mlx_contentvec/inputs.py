@@ -61,7 +61,8 @@ def check_waveform(source: Any, config: ModelConfig) -> mx.array:
             expected=f"at least {config.receptive_field} "
             f"({1000 * config.receptive_field / config.sample_rate:g} ms)",
         )
-    _check_memory(config, samples, batch)
+    if device_kind() == "cpu":
+        _check_memory(config, samples, batch)
     source = source.astype(mx.float32)
     if is_traced(source):  # nothing to look at yet
         return source
@@ -83,7 +84,7 @@ def check_waveform(source: Any, config: ModelConfig) -> mx.array:
 
 def _check_memory(config: ModelConfig, samples: int, batch: int) -> None:
     """Refuse what cannot fit: on a CPU, MLX crashes when it is given no memory."""
-    available = memory.process_memory() if device_kind() == "cpu" else None
+    available = memory.process_memory()
     needed = memory.whole_clip_bytes(config, samples, batch)
     if available is not None and needed > available:
         raise AudioError(

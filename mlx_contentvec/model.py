@@ -324,8 +324,7 @@ class ContentvecModel(Hubert):
         stages = dict(walk.stages(**conditions))
         x, previous = walk.waveform(waveform), None
         frames = self.config.frames(waveform.shape[1])
-        step = front_end_step(frames)
-        if step < frames and isinstance(walk, CpuHubert):
+        if isinstance(walk, CpuHubert) and (step := front_end_step(frames)) < frames:
             counts = None if conditions["lengths"] is None else conditions["lengths"].tolist()
             x = front_end(walk, self.config, x, step, lengths=counts)
             chain = chain[chain.index("positional") :]
