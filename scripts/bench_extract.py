@@ -2,7 +2,8 @@
 """How much of the model's speed `extract` keeps, beside the loop that people write.
 
     scripts/bench_extract.py WEIGHTS [--clips N] [--shortest S] [--longest S] [--rate HZ]
-                             [--threads N] [--rounds N] [--loop FOLDER] [--json FILE]
+                             [--threads N] [--rounds N] [--json FILE]
+                             [--exported FOLDER] [--beside transformers,onnxruntime,openvino]
 
 Makes N wav files of 16 bits (speech-like, lengths evenly from shortest to longest), and
 times, each in a process of its own, in turns:
@@ -11,8 +12,9 @@ times, each in a process of its own, in turns:
             the batches of `extract`; after a first pass over the same clips
   extract   `mlx-contentvec extract` of the files, from a new process to its end; the part
             without the start is what its own summary says
-  loop      transformers' HubertModel of FOLDER (`mlx-contentvec export`), one file after
-            the other: soundfile.read, soxr.resample, the model, numpy.save
+  loops     each engine on the model in FOLDER (`mlx-contentvec export`), as people write
+            it: one file after the other through soundfile.read, soxr.resample, the engine
+            and numpy.save
 
 Rates are seconds of audio a second; a ratio is the median of the ratios within a turn.
 Without --threads each takes what it takes by itself. On CUDA TF32 is off for all.
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +76,21 @@ def run_model(weights: str, clips: str) -> dict[str, float]:
     return {"seconds": taken[1], "first": taken[0], "held": mx.get_peak_memory() / 2**30}
 
 
-def run_loop(folder: str, clips: str, dtype: str) -> dict[str, float]:
+def run_loop(engine: str, path: str, clips: str, given: str) -> dict[str, float]:
     import soundfile
     import soxr
-    import torch
-    from transformers import HubertModel
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(threads))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = getattr(torch, dtype if device == "cuda" else "float32")
-    model = HubertModel.from_pretrained(folder).eval().to(device, kind)
+    from contentvec_parity.bench import worker
+    from mlx_contentvec.backend import device_kind
+
+    device = "cpu" if device_kind() == "cpu" else "gpu"
+    run = worker.ENGINES[engine](path, {"device": device, **json.loads(given)})
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as output, torch.no_grad():
-        for path in sorted(Path(clips).iterdir()):
-            samples, rate = soundfile.read(path, dtype="float32")
+    with tempfile.TemporaryDirectory() as output:
+        for clip in sorted(Path(clips).iterdir()):
+            samples, rate = soundfile.read(clip, dtype="float32")
             samples = soxr.resample(samples, rate, 16000)
-            given = torch.from_numpy(samples)[None].to(device, kind)
-            features = model(given).last_hidden_state[0].float().cpu().numpy()
-            np.save(Path(output) / f"{path.stem}.npy", features)
+            np.save(Path(output) / f"{clip.stem}.npy", run(samples[None])[0])
     return {"seconds": time.perf_counter() - start}
 
 
@@ -120,11 +118,13 @@ def main() -> int:
     parser.add_argument("--rate", type=int, default=44100, help="Hz")
     parser.add_argument("--threads", type=int, help="for all of them")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--loop", type=Path, help="exported for transformers")
-    parser.add_argument("--loop-dtype", default="float32", help="of the loop on a GPU")
+    parser.add_argument("--exported", type=Path, help="the model for the loops")
+    parser.add_argument("--beside", default="transformers", help="engines for the loops")
+    parser.add_argument("--dtype", default="float32", help="of transformers on a GPU")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
+    from contentvec_parity.bench.onnx_file import write_onnx
     from contentvec_parity.machine import describe, versions
 
     environment = {**os.environ, "MLX_ENABLE_TF32": "0"}
@@ -154,13 +154,26 @@ def main() -> int:
             found.setdefault("extract", []).append(audio / said["wall_seconds"])
             found.setdefault("extract, start included", []).append(audio / taken)
 
-        def loop() -> None:
-            given = (str(arguments.loop.resolve()), str(clips), arguments.loop_dtype)
+        def loop(engine: str, path: Path) -> None:
+            processor = json.loads((arguments.exported / "preprocessor_config.json").read_text())
+            settings = {
+                "threads": arguments.threads or os.cpu_count(),
+                "dtype": arguments.dtype,
+                "normalize": processor["do_normalize"],
+            }
+            given = (engine, str(path), str(clips), json.dumps(settings))
             said, taken = in_a_process(OURS.format("run_loop"), *given, environment=environment)
-            found.setdefault("loop", []).append(audio / said["seconds"])
-            found.setdefault("loop, start included", []).append(audio / taken)
+            found.setdefault(engine, []).append(audio / said["seconds"])
+            found.setdefault(f"{engine}, start included", []).append(audio / taken)
 
-        turns: list[Callable[[], None]] = [model, extract, *([loop] if arguments.loop else [])]
+        turns: list[Callable[[], None]] = [model, extract]
+        for engine in arguments.beside.split(",") if arguments.exported else ():
+            path = arguments.exported.resolve()
+            if engine in ("onnxruntime", "openvino"):
+                path = Path(scratch) / "model.onnx"
+                if not path.exists():
+                    write_onnx(arguments.exported, path)
+            turns.append(partial(loop, engine, path))
         for _ in range(arguments.rounds):
             for turn in turns:
                 turn()

@@ -73,9 +73,10 @@ def pointer(weight: mx.array) -> int | None:
 class Snapshot:
     """Which arrays a module's parameters are, and where they lie."""
 
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module, held: Sequence[tuple[Any, Any]] = ()) -> None:
+        """held: where else something must stay what it is, and under what name or index."""
         #: (where it is held, under what, the array or module itself)
-        self._slots: list[tuple[Any, Any, Any]] = []
+        self._slots: list[tuple[Any, Any, Any]] = [(place, key, place[key]) for place, key in held]
         self._roots = modules
         for module in modules:
             self._visit(module)
@@ -126,12 +127,14 @@ class Preparation:
 
     def keep_fused(self, model: nn.Module, qkv: FusedQKV) -> None:
         """Use ``qkv`` as long as the layers' own parameters are its parts."""
-        projections = [
-            getattr(layer.self_attn, name)
-            for layer in model.encoder.layers
-            for name in ("q_proj", "k_proj", "v_proj")
-        ]
-        self._fused = Snapshot(*projections), qkv
+        layers = model.encoder.layers
+        names = ("q_proj", "k_proj", "v_proj")
+        held: list[tuple[Any, Any]] = [(model, "encoder"), (model.encoder, "layers")]
+        held += [(layers, index) for index in range(len(layers))]
+        held += [(layer, "self_attn") for layer in layers]
+        held += [(layer.self_attn, name) for layer in layers for name in names]
+        projections = [layer.self_attn[name] for layer in layers for name in names]
+        self._fused = Snapshot(*projections, held=held), qkv
 
     def walk(self, model: nn.Module, *inputs: mx.array | None) -> MlxHubert | CpuHubert:
         """What computes this pass: ``inputs`` are those that may be traced."""

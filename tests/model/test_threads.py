@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_contentvec import ContentvecModel, first_release
+from mlx_contentvec import ContentvecModel, first_release, ops
 from mlx_contentvec.backend import device_kind, mx, nn
 from mlx_contentvec.errors import WeightsError
 from mlx_contentvec.ops.mlx import in_gemm_layout
@@ -266,6 +266,47 @@ def test_weights_given_by_rows_are_multiplied_as_those_of_a_file(tmp_path: Path)
     assert not all(in_gemm_layout(x) for _, x in by_rows) or device_kind() == "metal"
     model.update(tree_unflatten(by_rows))
     assert_all_same(answer(model, "extract"), answer(load(path), "extract"))
+
+
+def other_projection(model: ContentvecModel) -> None:
+    attention = model.encoder.layers[1].self_attn
+    attention.k_proj = nn.Linear(*reversed(attention.k_proj.weight.shape))
+
+
+def other_attention(model: ContentvecModel) -> None:
+    model.encoder.layers[1].self_attn = random_model(DEEP).encoder.layers[1].self_attn
+
+
+def other_layer(model: ContentvecModel) -> None:
+    model.encoder.layers[1] = random_model(DEEP).encoder.layers[1]
+
+
+def other_layers(model: ContentvecModel) -> None:
+    model.encoder.layers = random_model(DEEP).encoder.layers
+
+
+OTHER_QKV: dict[str, Callable[[ContentvecModel], Any]] = {
+    "quantised": lambda model: nn.quantize(model, group_size=32, bits=8),
+    "another projection": other_projection,
+    "another attention": other_attention,
+    "another layer": other_layer,
+    "other layers": other_layers,
+    "another weight": lambda model: model.update(
+        {"encoder": {"layers": [{"self_attn": {"q_proj": {"bias": mx.ones(96)}}}]}}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_QKV)
+def test_a_gpu_multiplies_by_the_projections_that_a_model_has_now(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading keeps queries, keys and values as one matrix, for a GPU."""
+    model = random_model(DEEP)
+    monkeypatch.setattr(ops, "device_kind", lambda: "cuda")
+    assert model.walk()._qkv is not None
+    OTHER_QKV[change](model)
+    assert model.walk()._qkv is None
 
 
 def test_weights_of_a_deep_copy_are_its_own() -> None:

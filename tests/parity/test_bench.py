@@ -344,6 +344,22 @@ def test_the_command_measures_and_reports(
     assert 1e-7 < row["rms"] < row["max"] < 1e-4
 
 
+def test_pytorch_on_a_gpu_is_measured_in_true_float32(
+    torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for setting in settings:
+        monkeypatch.setattr(setting, "allow_tf32", True)
+    enabled, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    try:
+        device = bench_worker._torch_device({"threads": threads, "device": "gpu"})
+    finally:
+        torch.set_grad_enabled(enabled)
+    assert device.type == "cuda"
+    assert [setting.allow_tf32 for setting in settings] == [False, False]
+
+
 def test_live_measures_one_block_beside_a_window_of_the_same_length(
     run_cli: Callable[..., Any], tiny_checkpoint: Path, converted_tiny: Path, need: Any
 ) -> None:

@@ -164,6 +164,8 @@ def _torch_device(settings: dict[str, Any]) -> Any:
     torch.set_grad_enabled(False)
     if settings["device"] == "cpu":
         return torch.device("cpu")
+    # convolutions would use it unasked
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda" if torch.cuda.is_available() else "mps")
 
 
