@@ -349,15 +349,18 @@ def test_pytorch_on_a_gpu_is_measured_in_true_float32(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    for setting in settings:
-        monkeypatch.setattr(setting, "allow_tf32", True)
+    before = [setting.allow_tf32 for setting in settings]
     enabled, threads = torch.is_grad_enabled(), torch.get_num_threads()
     try:
+        for setting in settings:
+            setting.allow_tf32 = True
         device = bench_worker._torch_device({"threads": threads, "device": "gpu"})
+        assert device.type == "cuda"
+        assert [setting.allow_tf32 for setting in settings] == [False, False]
     finally:
         torch.set_grad_enabled(enabled)
-    assert device.type == "cuda"
-    assert [setting.allow_tf32 for setting in settings] == [False, False]
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
 
 
 def test_live_measures_one_block_beside_a_window_of_the_same_length(
