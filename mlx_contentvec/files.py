@@ -428,6 +428,11 @@ def is_leftover_name(name: str, final: Path) -> bool:
     return name.startswith(temporary_prefix(final)) and name.endswith(TEMPORARY_SUFFIX)
 
 
+def is_temporary_name(name: str) -> bool:
+    """Whether ``name`` is a temporary name of any file or folder."""
+    return name.startswith(_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
+
+
 def _remove_leftovers(final: Path) -> None:
     """Remove temporary files of ``final`` that no process works on any more."""
     for path in final.parent.iterdir():

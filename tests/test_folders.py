@@ -12,6 +12,7 @@ import pytest
 
 from mlx_contentvec import folders
 from mlx_contentvec.errors import OutputError
+from mlx_contentvec.files import Draft
 from mlx_contentvec.folders import Room, exchange
 
 
@@ -301,6 +302,20 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 1
     put(tmp_path / "f", b="2")
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_file_that_a_killed_process_was_writing_goes_with_its_room(tmp_path: Path) -> None:
+    def half_a_file(room: Room) -> None:
+        made = make(room, a="1")
+        with Draft(made / "b") as draft:
+            draft.write(0, b"half")
+            os._exit(0)
+
+    killed_in(tmp_path, half_a_file)
+    assert len(list(tmp_path.rglob("*.partial"))) == 2
+    with Room(tmp_path / "f", is_own=lambda name: name in ("a", "b")):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_another_process_makes_is_left_alone(tmp_path: Path) -> None:

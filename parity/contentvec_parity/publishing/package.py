@@ -35,6 +35,7 @@ from mlx_contentvec.files import (
     explained,
     is_file,
     is_folder,
+    is_temporary_name,
     left_by_the_system,
     similar_name,
     write_text,
@@ -189,7 +190,8 @@ def addressed(found: Package, repo_id: str) -> Package:
 def _is_own(name: str) -> bool:
     """Whether a package has a file of this name."""
     variant = (name for dtype in PRECISIONS for name in _variant_names(dtype))
-    return name in _FIXED or name in (hub.CHECKSUMS, *variant) or left_by_the_system(name)
+    own = name in _FIXED or name in (hub.CHECKSUMS, *variant)
+    return own or left_by_the_system(name) or is_temporary_name(name)
 
 
 def _check_target(folder: Path, force: bool) -> None:
@@ -498,11 +500,16 @@ def _license(main: Evidence) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What a folder holds beside the list of checksums; a system's own files do not count."""
+    """What a folder holds beside the list of checksums; a system's own files do not count.
+
+    Nor does what a process that was killed while it replaced the card left of it.
+    """
     return sorted(
         path
         for path in folder.iterdir()
-        if path.name != hub.CHECKSUMS and not left_by_the_system(path.name)
+        if path.name != hub.CHECKSUMS
+        and not left_by_the_system(path.name)
+        and not is_temporary_name(path.name)
     )
 
 
