@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import OutputError, printable
 from ..files import Draft, cannot_write, lock_now, open_own, open_regular, remove_leftovers
@@ -203,18 +203,52 @@ def locked(folder: Path, shard: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(folder: Path, name: str, *, share: bool = False) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(open_own(folder / name), "wb")
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    path = folder / name
+    made = [p for p in (path, folder, *folder.parents) if not os.path.lexists(p)]
+    file = _open_lock(path)
     with file:
-        if not lock_now(file.fileno(), share=share):
+        # a run that failed may just have taken the file away
+        while (found := lock_now(file.fileno(), share=share)) and not _is_at(path, file.fileno()):
+            file.close()
+            file = _open_lock(path)
+        if not found:
             raise OutputError(
                 f"another extraction is writing to {folder}",
                 hint="wait for it, or give this one another folder",
             )
-        yield
+        try:
+            yield
+        except BaseException:
+            # what refuses to begin leaves nothing; a lock may be shared
+            if path in made and lock_now(file.fileno()):
+                _remove_unused(folder, made)
+            raise
+
+
+def _open_lock(path: Path) -> IO[bytes]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.fdopen(open_own(path), "wb")
+    except OSError as error:
+        raise cannot_write(path.parent, error) from error
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _remove_unused(folder: Path, made: Iterable[Path]) -> None:
+    """Remove a lock, and the folders that were made for it, if nothing but locks is there."""
+    with contextlib.suppress(OSError):
+        if all(n.startswith(f".{NAME}.") and n.endswith(".lock") for n in os.listdir(folder)):
+            for path in made:
+                if path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink()
 
 
 def ignores_case(folder: Path) -> bool:
