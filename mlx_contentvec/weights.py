@@ -109,16 +109,25 @@ class Placeholders:
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
         flat = dict(flat_parameters(model))
-        self._ids = {id(flat[name]) for name in (flat if names is None else names)}
+        # held, so that no array made later can be taken for one of them
+        self._arrays = {name: flat[name] for name in (flat if names is None else names)}
+
+    def given(self, names: Iterable[str]) -> None:
+        """Weights have been given for these."""
+        for name in names:
+            self._arrays.pop(name, None)
 
     def left(self, model: nn.Module) -> list[str]:
         """Their names."""
-        if not self._ids:
+        if not self._arrays:
             return []
-        flat = flat_parameters(model)
-        # a placeholder that is gone may leave its id to an array made later
-        self._ids &= {id(array) for _, array in flat}
-        return [name for name, array in flat if id(array) in self._ids]
+        flat = dict(flat_parameters(model))
+        self._arrays = {
+            name: flat[name]
+            for name, array in self._arrays.items()
+            if name in flat and (flat[name] is array or _is_cast_of(array, flat[name]))
+        }
+        return list(self._arrays)
 
     def require_none(self, model: nn.Module) -> None:
         """Raise WeightsError while one is left."""
@@ -128,6 +137,13 @@ class Placeholders:
                 found=f"{len(left)} parameters never loaded: {name_list(left, limit=3)}",
                 hint='model.load_weights("contentvec_base.safetensors")',
             )
+
+
+def _is_cast_of(placeholder: mx.array, array: mx.array) -> bool:
+    """Whether ``array`` is what ``set_dtype`` or ``apply`` of a layer made of a placeholder."""
+    if array.shape != placeholder.shape or (array.ndim == 1 and array.dtype == placeholder.dtype):
+        return False
+    return bool(mx.array_equal(array, placeholder.astype(array.dtype)).item())
 
 
 def match(

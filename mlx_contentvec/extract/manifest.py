@@ -243,7 +243,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _remove_unused(folder: Path, made: Iterable[Path]) -> None:
     """Remove a lock, and the folders that were made for it, if nothing but locks is there."""
     with contextlib.suppress(OSError):
-        if all(n.startswith(f".{NAME}.") and n.endswith(".lock") for n in os.listdir(folder)):
+        names = [path.name for path in folder.iterdir()]
+        if all(name.startswith(f".{NAME}.") and name.endswith(".lock") for name in names):
             for path in made:
                 if path.is_dir():
                     path.rmdir()
