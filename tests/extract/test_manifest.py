@@ -391,7 +391,8 @@ def test_a_run_that_fails_leaves_what_it_made_and_what_others_hold(folder: Path)
 def test_a_lock_that_was_taken_away_meanwhile_is_made_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, given = manifests.lock_now, []
+    real = manifests.lock_now
+    given: list[int] = []
 
     def lost_once(descriptor: int, *, share: bool = False) -> bool:
         if not given:
