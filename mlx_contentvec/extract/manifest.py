@@ -205,32 +205,34 @@ def locked(folder: Path, shard: str | None = None) -> Iterator[None]:
 def _held(folder: Path, name: str, *, share: bool = False) -> Iterator[None]:
     path = folder / name
     made = [p for p in (path, folder, *folder.parents) if not os.path.lexists(p)]
-    file = _open_lock(path)
-    with file:
-        # a run that failed may just have taken the file away
-        while (found := lock_now(file.fileno(), share=share)) and not _is_at(path, file.fileno()):
-            file.close()
-            file = _open_lock(path)
-        if not found:
-            raise OutputError(
-                f"another extraction is writing to {folder}",
-                hint="wait for it, or give this one another folder",
-            )
+    with _lock_file(path, share) as file:
         try:
             yield
         except BaseException:
-            # what refuses to begin leaves nothing; a lock may be shared
-            if path in made and lock_now(file.fileno()):
+            # what refuses to begin leaves nothing, unless others share the lock
+            if lock_now(file.fileno()):
                 _remove_unused(folder, made)
             raise
 
 
-def _open_lock(path: Path) -> IO[bytes]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.fdopen(open_own(path), "wb")
-    except OSError as error:
-        raise cannot_write(path.parent, error) from error
+def _lock_file(path: Path, share: bool) -> IO[bytes]:
+    """The file at ``path``, locked. Raises OutputError if another process holds it."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.fdopen(open_own(path), "wb")
+        except OSError as error:
+            raise cannot_write(path.parent, error) from error
+        free = lock_now(file.fileno(), share=share)
+        # a run that was refused may just have taken it away
+        if free and _is_at(path, file.fileno()):
+            return file
+        file.close()
+        if not free:
+            raise OutputError(
+                f"another extraction is writing to {path.parent}",
+                hint="wait for it, or give this one another folder",
+            )
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

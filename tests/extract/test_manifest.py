@@ -382,10 +382,22 @@ def test_a_run_that_fails_leaves_what_it_made_and_what_others_hold(folder: Path)
     ):
         raise ZeroDivisionError
     assert (folder / LOCK).exists()
-    with pytest.raises(ZeroDivisionError), locked(folder / "new"):
-        (folder / "new" / "a.npy").touch()
-        raise ZeroDivisionError
-    assert (folder / "new" / "a.npy").exists()
+    for name in ("a.npy", ".mlx-contentvec.jsonl", "a.lock"):
+        new = folder / f"for {name}"
+        with pytest.raises(ZeroDivisionError), locked(new):
+            (new / name).touch()
+            raise ZeroDivisionError
+        assert {path.name for path in new.iterdir()} == {LOCK, name}
+
+
+def test_a_shard_that_is_refused_leaves_the_lock_that_another_shares(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    first = locked(folder, "1-of-2")
+    first.__enter__()
+    with locked(folder, "2-of-2"):
+        assert first.__exit__(ZeroDivisionError, ZeroDivisionError(), None) is False
+        with pytest.raises(OutputError, match="another extraction"), locked(folder):
+            pass
 
 
 def test_a_lock_that_was_taken_away_meanwhile_is_made_again(
@@ -400,8 +412,11 @@ def test_a_lock_that_was_taken_away_meanwhile_is_made_again(
         given.append(descriptor)
         return real(descriptor, share=share)
 
+    listed = Path("/proc/self/fd")
+    before = len(list(listed.iterdir())) if listed.exists() else 0
     monkeypatch.setattr(manifests, "lock_now", lost_once)
     with locked(folder):
+        assert not listed.exists() or len(list(listed.iterdir())) == before + 1
         assert (folder / LOCK).exists()
         with pytest.raises(OutputError, match="another extraction"), locked(folder):
             pass
