@@ -52,6 +52,21 @@ def test_a_folder_appears_and_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
+def test_what_can_be_exchanged_is_never_out_of_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_if_in_one_step(one: Path, other: Path) -> bool:
+        other.rename(one.with_name("old"))
+        one.rename(other)
+        return True
+
+    put(tmp_path / "f", a="1")
+    monkeypatch.setattr(folders, "exchange", as_if_in_one_step)
+    monkeypatch.setattr(Room, "_replace", lambda *_: pytest.fail("in two steps"))
+    put(tmp_path / "f", force=True, b="2")
+    assert contents(tmp_path / "f") == {"b": "2"}
+
+
 def test_two_folders_change_names(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -226,16 +241,20 @@ def test_a_room_taken_for_a_leftover_is_made_again(
     assert contents(tmp_path / "f") == {"a": "1"}
 
 
-def test_what_was_replaced_stays_gone_where_the_new_one_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("new", [{"a": "new"}, {}])
+def test_what_was_replaced_stays_gone_where_the_new_one_is_there(
+    tmp_path: Path, new: dict[str, str]
+) -> None:
     def nearly_done(room: Room) -> None:
         (room.path / folders._REPLACED).mkdir()
         (room.path / folders._REPLACED / "a").write_text("old")
         (tmp_path / "f").mkdir()
-        (tmp_path / "f" / "a").write_text("new")
+        for name, text in new.items():
+            (tmp_path / "f" / name).write_text(text)
 
     killed_in(tmp_path, nearly_done)
     with Room(tmp_path / "f"):
-        assert contents(tmp_path / "f") == {"a": "new"}
+        assert contents(tmp_path / "f") == new
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
@@ -257,11 +276,12 @@ def test_a_system_that_cannot_exchange_says_so_and_others_why(
     class Library:
         failed = -1
 
-        def renameat2(self, *_: object) -> int:
+        def called(self, *_: object) -> int:
             return self.failed
 
-        renamex_np = renameat2
-
+    # that of the other system would not be there
+    own = "renamex_np" if sys.platform == "darwin" else "renameat2"
+    setattr(Library, own, Library.called)
     monkeypatch.setattr(folders.ctypes, "CDLL", lambda *_, **__: Library())
     monkeypatch.setattr(folders.ctypes, "get_errno", lambda: code)
     assert not exchange(tmp_path / "a", tmp_path / "b")
