@@ -85,6 +85,11 @@ def is_file(path: Path) -> bool:
     return _kind(path, stat.S_ISREG)
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything that can be seen is at ``path``; never an exception."""
+    return _kind(path, lambda _: True)
+
+
 def is_folder(path: Path) -> bool:
     """Whether ``path`` is a folder that can be seen; never an exception."""
     return _kind(path, stat.S_ISDIR)

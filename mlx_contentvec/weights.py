@@ -14,7 +14,7 @@ from . import first_release, ops, rvc_mlx
 from .backend import mx, nn
 from .config import ModelConfig, parameter_shapes
 from .errors import OutputError, WeightsError, name_list
-from .files import Draft, check_target, similar_name
+from .files import Draft, check_target, is_file, is_folder, is_there, similar_name
 from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
@@ -33,15 +33,15 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
     Raises WeightsError.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         raise WeightsError(
             f"{path} is a folder",
             expected="a file that mlx-contentvec convert wrote",
             hint="weights in a folder: ContentvecModel.from_pretrained(folder)\n"
             + how_to_convert(path),
         )
-    if not path.is_file():
-        if path.exists():
+    if not is_file(path):
+        if is_there(path):
             raise WeightsError(
                 f"{path} is not a regular file",
                 expected="a file that mlx-contentvec convert wrote",

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import OutputError, printable
-from ..files import Draft, cannot_write, lock_now, open_own, open_regular, remove_leftovers
+from ..files import (
+    Draft,
+    cannot_write,
+    is_folder,
+    is_there,
+    lock_now,
+    open_own,
+    open_regular,
+    remove_leftovers,
+)
 from ..json_text import count_values, require
 
 NAME = "mlx-contentvec"
@@ -84,7 +93,7 @@ class Manifest:
     def status(self, output: str, source: Path, settings: Record) -> OutputStatus:
         """Whether ``output`` has to be made from ``source`` with ``settings``."""
         path = self.folder / output
-        if not path.exists():
+        if not is_there(path):
             record = self.packed(self._pack_of.get(output, "")).get(output)
             made = record is not None and _is_of(record, source, settings)
             return OutputStatus(State.FINISHED if made else State.PENDING)
@@ -248,7 +257,7 @@ def _remove_unused(folder: Path, made: Iterable[Path]) -> None:
         names = [path.name for path in folder.iterdir()]
         if all(name.startswith(f".{NAME}.") and name.endswith(".lock") for name in names):
             for path in made:
-                if path.is_dir():
+                if is_folder(path):
                     path.rmdir()
                 else:
                     path.unlink()
@@ -256,7 +265,7 @@ def _remove_unused(folder: Path, made: Iterable[Path]) -> None:
 
 def ignores_case(folder: Path) -> bool:
     """Whether ``a`` and ``A`` are one file in a folder that is :func:`locked`."""
-    return (folder / LOCK.upper()).exists()
+    return is_there(folder / LOCK.upper())
 
 
 #: what every record has, and what those of single clips and of packed files have besides

@@ -215,7 +215,7 @@ def spoil(evidence: Path, how: str) -> None:
             parity, lambda document: document["weights"].update(precision="q4")
         ),
         "another model": lambda: edited(
-            parity, lambda document: document["config"].update(sample_rate=8000)
+            parity, lambda document: document["config"].update(normalize=True)
         ),
         "another size of the checkpoint": lambda: edited(
             parity, lambda document: document["source"].update(size=1)
@@ -224,8 +224,9 @@ def spoil(evidence: Path, how: str) -> None:
             parity, lambda document: document["source"].update(known_as="contentvec")
         ),
         "a clip less": lambda: edited(parity, without_a_clip),
-        "a shorter clip": lambda: edited(
-            parity, lambda document: document["clips"][0].update(samples=400)
+        "a longer clip": lambda: edited(
+            parity,
+            lambda document: document["clips"][0].update(samples=48_010, seconds=48_010 / 16_000),
         ),
         "a row of the ledger less": lambda: edited(
             ledger, lambda document: document["tensors"].pop()
@@ -284,7 +285,7 @@ def spoil(evidence: Path, how: str) -> None:
         ("another size of the checkpoint", "compared with another checkpoint"),
         ("known as another", "compared with another checkpoint"),
         ("a clip less", "the clip 3s among them"),
-        ("a shorter clip", "the clip 3s among them"),
+        ("a longer clip", "the clip 3s among them"),
         ("a row of the ledger less", "does not account for"),
         ("a row of the ledger twice", "does not account for"),
         ("a row of the ledger of other bytes", "is not as it says"),

@@ -140,7 +140,7 @@ def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = F
     Raises HubError that names what does not fit.
     """
     sums_path = folder / hub.CHECKSUMS
-    if not sums_path.is_file():
+    if not is_file(sums_path):
         raise HubError(
             f"{folder} is not a package",
             expected=f"a folder with {hub.CHECKSUMS}",
@@ -208,12 +208,12 @@ def _check_target(folder: Path, force: bool) -> None:
 def _require_replaceable(folder: Path) -> None:
     """OutputError unless ``folder`` is a package, or empty: nothing else is ever deleted."""
     try:
-        if folder.is_symlink() or not folder.is_dir():
+        if folder.is_symlink() or not is_folder(folder):
             raise OutputError(f"{folder} is not a folder, and is not replaced", hint=_ELSEWHERE)
         there = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise cannot_write(folder, error) from error
-    foreign = [name for name in there if not _is_own(name) or (folder / name).is_dir()]
+    foreign = [name for name in there if not _is_own(name) or is_folder(folder / name)]
     if foreign:
         raise OutputError(
             f"{folder} holds what no package has, and is not replaced",
