@@ -57,6 +57,8 @@ BLOCK = 1 << 16
 READ_SIZE = 1 << 17
 #: compressed bytes per second taken for a file whose container states no duration
 GUESSED_BYTES_PER_SECOND = 16000
+#: bytes per second that no format exceeds: eight channels of float32 at 192 kHz have 6 MB
+MOST_BYTES_PER_SECOND = 10_000_000
 #: the part of the machine's memory that one waveform may take when no bound is given
 MEMORY_FRACTION = 0.25
 #: a playlist or a script of FFmpeg's would have it open other files and addresses
@@ -231,22 +233,27 @@ def as_waveform(
 def guess_seconds(path: str | Path) -> float:
     """About how long a file is, to share out work; never raises.
 
-    A file whose container states no duration is taken for 128 kbit/s of audio.
+    A file whose container states no duration is taken for 128 kbit/s of audio, and one
+    that states hardly any for as much as uncompressed audio of its size has at least.
     """
     path = Path(path)
     with contextlib.suppress(AudioError, OSError), open_regular(path, str(path)) as (file, size):
-        head = file.read(44)
-        if head[:4] == b"RIFF" and head[12:16] == b"fmt " and any(head[28:32]):
-            # thousands of short clips are a usual plan, and opening each takes longer
-            return (size - len(head)) / int.from_bytes(head[28:32], "little")
-        with (
-            contextlib.suppress(AudioError, OSError),
-            _open_container(file, str(path)) as container,
-        ):
-            if container.duration:
-                return float(container.duration) / 1e6
-        return size / GUESSED_BYTES_PER_SECOND
+        return max(_stated_seconds(file, size, str(path)), size / MOST_BYTES_PER_SECOND)
     return 0.0
+
+
+def _stated_seconds(file: BinaryIO, size: int, where: str) -> float:
+    head = file.read(44)
+    if head[:4] == b"RIFF" and head[12:16] == b"fmt " and any(head[28:32]):
+        # thousands of short clips are a usual plan, and opening each takes longer
+        return (size - len(head)) / int.from_bytes(head[28:32], "little")
+    with (
+        contextlib.suppress(AudioError, OSError),
+        _open_container(file, where) as container,
+    ):
+        if container.duration:
+            return float(container.duration) / 1e6
+    return size / GUESSED_BYTES_PER_SECOND
 
 
 def require_decoders() -> None:

@@ -84,8 +84,10 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
+            from .files import is_there
+
             hint = did_you_mean(name, COMMANDS)
-            if hint is None and Path(name).exists():
+            if hint is None and is_there(Path(name)):
                 hint = f"to convert it: mlx-contentvec convert {name}"
             ctx.fail(f"no such command: {printable(name)}" + (f"; {hint}" if hint else ""))
         return super().resolve_command(ctx, args)

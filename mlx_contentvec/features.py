@@ -248,9 +248,9 @@ def batches(lengths: Sequence[int], limit: int, *, stacked: bool = False) -> lis
 
 def _neighbours(lengths: Sequence[int], limit: int) -> list[list[int]]:
     grouped: list[list[int]] = []
-    samples = limit
+    samples = 0
     for i, length in enumerate(lengths):
-        if samples + length > limit:
+        if not grouped or samples + length > limit:
             grouped.append([])
             samples = 0
         grouped[-1].append(i)

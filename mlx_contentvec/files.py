@@ -85,6 +85,11 @@ def is_file(path: Path) -> bool:
     return _kind(path, stat.S_ISREG)
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything that can be seen is at ``path``; never an exception."""
+    return _kind(path, lambda _: True)
+
+
 def is_folder(path: Path) -> bool:
     """Whether ``path`` is a folder that can be seen; never an exception."""
     return _kind(path, stat.S_ISDIR)
@@ -426,6 +431,11 @@ def temporary_prefix(final: Path) -> str:
 def is_leftover_name(name: str, final: Path) -> bool:
     """Whether ``name`` is a temporary name of ``final``."""
     return name.startswith(temporary_prefix(final)) and name.endswith(TEMPORARY_SUFFIX)
+
+
+def is_temporary_name(name: str) -> bool:
+    """Whether ``name`` is a temporary name of any file or folder."""
+    return name.startswith(_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
 
 
 def _remove_leftovers(final: Path) -> None:

@@ -23,6 +23,7 @@ from .files import (
     explained,
     folder_lock,
     is_leftover_name,
+    is_temporary_name,
     lock_now,
     place,
     sync,
@@ -156,7 +157,8 @@ class Room:
             for path in room.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     for inner in path.iterdir():
-                        if self._is_own(inner.name):
+                        # a process may have been killed while it wrote a file of the folder
+                        if self._is_own(inner.name) or is_temporary_name(inner.name):
                             with contextlib.suppress(OSError):
                                 inner.unlink()
                     path.rmdir()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HubError, name_list
-from .files import read_regular, similar_name
+from .files import is_file, is_folder, is_there, read_regular, similar_name
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
 from .json_text import JsonError, read_object
 
@@ -74,7 +74,7 @@ def resolve(name: str | Path, revision: str | None = None, dtype: str | None = N
     it, or when the file is not the one whose hash is stated.
     """
     path = Path(name).expanduser()
-    if not path.is_file():
+    if not is_file(path):
         return open_package(name, revision).weights(dtype)
     if dtype is not None and dtype not in FLOATS:
         raise HubError(
@@ -141,15 +141,15 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
     Raises HubError when there is nothing of that name.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if is_folder(path):
         return FolderFiles(path)
-    if path.is_file():
+    if is_file(path):
         raise HubError(
             f"{path} is one file, without the evidence that a package has beside its weights",
             expected="a folder made by `mlx-contentvec package`, or a repository like owner/name",
             hint=f"mlx-contentvec inspect {path}\nsays what the file is",
         )
-    if path.exists():
+    if is_there(path):
         raise HubError(f"{path} is not a regular file", expected="a .safetensors file or a folder")
     if isinstance(name, Path) or not is_repo_id(name):
         raise HubError(
@@ -230,7 +230,7 @@ def how_to_convert(source: str | os.PathLike[str]) -> str:
     *_, cached, snapshots, _, _ = ("", "", "", "", *path.parts)
     if snapshots == "snapshots" and (repo := _CACHED.fullmatch(cached)) is not None:
         return _how_to_convert_repository(repo[1] + "/" + repo[2])
-    if path.suffix in (".bin", ".safetensors") and (path.parent / CONFIG).is_file():
+    if path.suffix in (".bin", ".safetensors") and is_file(path.parent / CONFIG):
         path = path.parent  # what transformers keeps beside its weights is needed as well
     source = os.fspath(path)
     output = f"{path.absolute().stem}-mlx.safetensors"
@@ -331,11 +331,11 @@ class FolderFiles(PackageFiles):
     def find(self, name: str) -> Path | None:
         """See :meth:`PackageFiles.find`."""
         path = self.folder / name
-        return path if path.is_file() else None
+        return path if is_file(path) else None
 
     def conversion(self) -> str:
         """See :meth:`PackageFiles.conversion`."""
-        if any((self.folder / name).is_file() for name in TORCH_WEIGHTS):
+        if any(is_file(self.folder / name) for name in TORCH_WEIGHTS):
             return how_to_convert(self.folder)
         checkpoints = sorted(self.folder.glob("*.pt"))
         return how_to_convert(checkpoints[0] if len(checkpoints) == 1 else "hubert_base.pt")
@@ -414,7 +414,7 @@ class RepositoryFiles(PackageFiles):
 def _verified_file(path: Path) -> Path:
     """``path``, held to the SHA256SUMS beside it if that lists it."""
     sums = path.parent / CHECKSUMS
-    if sums.is_file():
+    if is_file(sums):
         stated = read_checksums(sums)
         if path.name in stated:
             return _verified(path, path.name, stated)
@@ -566,7 +566,7 @@ def _note_for(path: Path, digest: str) -> Path:
 
 def _is_known_good(path: Path, digest: str) -> bool:
     try:
-        return _note_for(path, digest).is_file()
+        return is_file(_note_for(path, digest))
     except OSError:
         return False
 

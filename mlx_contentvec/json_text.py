@@ -93,8 +93,8 @@ def require(value: Any, form: Any, name: str = "it") -> None:
     """Raise JsonError, which names the part, unless a parsed text has a form.
 
     form: a type or a tuple of types (None: null is among what fits); ``[form]`` for a list
-          of such; ``{name: form}`` for an object with at least these names; ``{...: form}``
-          for one whose every value fits
+          of such; ``{name: form}`` for an object with at least these names, of which
+          ``{"name?": form}`` may be missing; ``{...: form}`` for one whose every value fits
     """
     if isinstance(form, dict):
         _require_type(value, (dict,), name)
@@ -102,10 +102,13 @@ def require(value: Any, form: Any, name: str = "it") -> None:
             if key is ...:
                 for own, inner in value.items():
                     require(inner, part, f"{name}, {own[:40]}")
-            elif key not in value:
-                raise JsonError(f"{name} has no {key}")
-            else:
+                continue
+            optional = key.endswith("?")
+            key = key.removesuffix("?")
+            if key in value:
                 require(value[key], part, f"{name}, {key}")
+            elif not optional:
+                raise JsonError(f"{name} has no {key}")
     elif isinstance(form, list):
         _require_type(value, (list,), name)
         for index, inner in enumerate(value):

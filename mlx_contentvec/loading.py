@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import HubError, did_you_mean, printable
+from .files import is_there
 from .hub import resolve
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _known(name: str) -> Path | None:
 
     Raises HubError for a bare word that is none of these.
     """
-    if Path(name).expanduser().exists():
+    if is_there(Path(name).expanduser()):
         return None
     keys = known_keys()
     if name in keys:
@@ -86,7 +87,7 @@ def _converted(key: str) -> Path:
     folder = cached_assets_path("mlx-contentvec", namespace="converted", subfolder=release)
     path = folder / f"{key}.safetensors"
     with WeakFileLock(folder / f"{key}.lock"):
-        if not path.exists():
+        if not is_there(path):
             # an interrupted download is left there, and goes on the next time
             download = folder / f"{key}.download"
             download.mkdir(exist_ok=True)

@@ -202,6 +202,7 @@ class ContentvecModel(Hubert):
         for array in () if lazy else matched.values():
             mx.eval(array)
         super().update(tree_unflatten(list(matched.items())), strict=False)
+        self._placeholders.given(matched)
         self._origin = weights.Origin.of(metadata)
         if not lazy:
             self._fuse_qkv()
@@ -225,8 +226,10 @@ class ContentvecModel(Hubert):
         """``nn.Module.update``, computed at once unless a gradient or compile traces it."""
         from mlx.utils import tree_flatten
 
-        ops.is_traced(*(array for _, array in tree_flatten(parameters)))
+        given = dict(tree_flatten(parameters))
+        ops.is_traced(*given.values())
         super().update(parameters, strict)
+        self._placeholders.given(given)
         return self
 
     def update_modules(self, modules: dict[str, Any], strict: bool = True) -> ContentvecModel:

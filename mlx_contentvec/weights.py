@@ -14,7 +14,7 @@ from . import first_release, ops, rvc_mlx
 from .backend import mx, nn, require_no_fork
 from .config import ModelConfig, parameter_shapes
 from .errors import OutputError, WeightsError, name_list
-from .files import Draft, check_target, similar_name
+from .files import Draft, check_target, is_file, is_folder, is_there, similar_name
 from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
@@ -33,15 +33,15 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
     Raises WeightsError.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         raise WeightsError(
             f"{path} is a folder",
             expected="a file that mlx-contentvec convert wrote",
             hint="weights in a folder: ContentvecModel.from_pretrained(folder)\n"
             + how_to_convert(path),
         )
-    if not path.is_file():
-        if path.exists():
+    if not is_file(path):
+        if is_there(path):
             raise WeightsError(
                 f"{path} is not a regular file",
                 expected="a file that mlx-contentvec convert wrote",
@@ -110,16 +110,25 @@ class Placeholders:
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None) -> None:
         flat = dict(flat_parameters(model))
-        self._ids = {id(flat[name]) for name in (flat if names is None else names)}
+        # held, so that no array made later can be taken for one of them
+        self._arrays = {name: flat[name] for name in (flat if names is None else names)}
+
+    def given(self, names: Iterable[str]) -> None:
+        """Weights have been given for these."""
+        for name in names:
+            self._arrays.pop(name, None)
 
     def left(self, model: nn.Module) -> list[str]:
         """Their names."""
-        if not self._ids:
+        if not self._arrays:
             return []
-        flat = flat_parameters(model)
-        # a placeholder that is gone may leave its id to an array made later
-        self._ids &= {id(array) for _, array in flat}
-        return [name for name, array in flat if id(array) in self._ids]
+        flat = dict(flat_parameters(model))
+        self._arrays = {
+            name: flat[name]
+            for name, array in self._arrays.items()
+            if name in flat and (flat[name] is array or _is_cast_of(array, flat[name]))
+        }
+        return list(self._arrays)
 
     def require_none(self, model: nn.Module) -> None:
         """Raise WeightsError while one is left."""
@@ -129,6 +138,13 @@ class Placeholders:
                 found=f"{len(left)} parameters never loaded: {name_list(left, limit=3)}",
                 hint='model.load_weights("contentvec_base.safetensors")',
             )
+
+
+def _is_cast_of(placeholder: mx.array, array: mx.array) -> bool:
+    """Whether ``array`` is what ``set_dtype`` or ``apply`` of a layer made of a placeholder."""
+    if array.shape != placeholder.shape or (array.ndim == 1 and array.dtype == placeholder.dtype):
+        return False
+    return bool(mx.array_equal(array, placeholder.astype(array.dtype)).item())
 
 
 def match(

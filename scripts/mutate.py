@@ -85,6 +85,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "limit -> 2 x + 1",
     ): "patience with another process; whether it ends is tested with a shorter one",
     (
+        "mlx_contentvec/folders.py",
+        'if sys.platform == "darwin":',
+        "if -> if False",
+    ): "the other branch is that of macOS",
+    (
+        "mlx_contentvec/folders.py",
+        "if path.is_file():",
+        "if -> if True",
+    ): "a folder that is made has files alone, and is flushed itself afterwards",
+    (
         "mlx_contentvec/json_text.py",
         "if len(made) != len(pairs):",
         "if -> if True",

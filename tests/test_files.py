@@ -10,8 +10,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from mlx_contentvec import files
+from mlx_contentvec.cli import main
 from mlx_contentvec.errors import OutputError
 from mlx_contentvec.files import (
     Draft,
@@ -293,3 +295,37 @@ def test_signals_wait_for_steps_that_belong_together() -> None:
         done.append("outside")
     assert done in (["inside"], ["inside", "outside"])
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+#: a path that the system does not even look for
+LONG = "x" * 5_000
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", LONG],
+        ["convert", LONG],
+        ["export", LONG, "--to", "fairseq"],
+        ["extract", LONG, "-w", "nothing.safetensors", "-o", "out"],
+        ["extract", "a.wav", "-w", LONG, "-o", "out"],
+        ["fetch", "contentvec", "-o", LONG],
+        ["parity", LONG, LONG],
+        ["parity", "nothing.safetensors", "--reference", LONG],
+        ["parity", "judge", LONG],
+        ["package", LONG, "out"],
+        ["publish", LONG, "--repo-id", "a/b"],
+        ["verify", LONG],
+        [LONG],
+    ],
+    ids=lambda command: " ".join(command)[:40],
+)
+def test_a_name_too_long_for_the_system_is_an_error_like_others(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code in (1, 2)
+    assert "rror: " in done.output
+    assert "a fault in" not in done.output
+    assert list(tmp_path.iterdir()) == []

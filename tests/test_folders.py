@@ -12,6 +12,7 @@ import pytest
 
 from mlx_contentvec import folders
 from mlx_contentvec.errors import OutputError
+from mlx_contentvec.files import Draft
 from mlx_contentvec.folders import Room, exchange
 
 
@@ -49,6 +50,21 @@ def test_a_folder_appears_and_is_replaced_whole(tmp_path: Path) -> None:
     put(tmp_path / "f", force=True, c="3")
     assert contents(tmp_path / "f") == {"c": "3"}
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_can_be_exchanged_is_never_out_of_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_if_in_one_step(one: Path, other: Path) -> bool:
+        other.rename(one.with_name("old"))
+        one.rename(other)
+        return True
+
+    put(tmp_path / "f", a="1")
+    monkeypatch.setattr(folders, "exchange", as_if_in_one_step)
+    monkeypatch.setattr(Room, "_replace", lambda *_: pytest.fail("in two steps"))
+    put(tmp_path / "f", force=True, b="2")
+    assert contents(tmp_path / "f") == {"b": "2"}
 
 
 def test_two_folders_change_names(tmp_path: Path) -> None:
@@ -225,16 +241,20 @@ def test_a_room_taken_for_a_leftover_is_made_again(
     assert contents(tmp_path / "f") == {"a": "1"}
 
 
-def test_what_was_replaced_stays_gone_where_the_new_one_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("new", [{"a": "new"}, {}])
+def test_what_was_replaced_stays_gone_where_the_new_one_is_there(
+    tmp_path: Path, new: dict[str, str]
+) -> None:
     def nearly_done(room: Room) -> None:
         (room.path / folders._REPLACED).mkdir()
         (room.path / folders._REPLACED / "a").write_text("old")
         (tmp_path / "f").mkdir()
-        (tmp_path / "f" / "a").write_text("new")
+        for name, text in new.items():
+            (tmp_path / "f" / name).write_text(text)
 
     killed_in(tmp_path, nearly_done)
     with Room(tmp_path / "f"):
-        assert contents(tmp_path / "f") == {"a": "new"}
+        assert contents(tmp_path / "f") == new
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
@@ -256,11 +276,12 @@ def test_a_system_that_cannot_exchange_says_so_and_others_why(
     class Library:
         failed = -1
 
-        def renameat2(self, *_: object) -> int:
+        def called(self, *_: object) -> int:
             return self.failed
 
-        renamex_np = renameat2
-
+    # that of the other system would not be there
+    own = "renamex_np" if sys.platform == "darwin" else "renameat2"
+    setattr(Library, own, Library.called)
     monkeypatch.setattr(folders.ctypes, "CDLL", lambda *_, **__: Library())
     monkeypatch.setattr(folders.ctypes, "get_errno", lambda: code)
     assert not exchange(tmp_path / "a", tmp_path / "b")
@@ -301,6 +322,20 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 1
     put(tmp_path / "f", b="2")
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_file_that_a_killed_process_was_writing_goes_with_its_room(tmp_path: Path) -> None:
+    def half_a_file(room: Room) -> None:
+        made = make(room, a="1")
+        with Draft(made / "b") as draft:
+            draft.write(0, b"half")
+            os._exit(0)
+
+    killed_in(tmp_path, half_a_file)
+    assert len(list(tmp_path.rglob("*.partial"))) == 2
+    with Room(tmp_path / "f", is_own=lambda name: name in ("a", "b")):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_another_process_makes_is_left_alone(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mlx_contentvec.errors import (
     MappingError,
     OutputError,
 )
-from mlx_contentvec.files import Draft, check_target
+from mlx_contentvec.files import Draft, check_target, is_folder
 from mlx_contentvec.json_text import JSON_BYTES
 
 from .checkpoint import Checkpoint, open_checkpoint
@@ -203,7 +203,7 @@ def opened(
     before it has been identified: most likely it is the wrong one.
     """
     with contextlib.ExitStack() as stack:
-        if source.is_dir():
+        if is_folder(source):
             before = folder_states(source)
             checkpoint = stack.enter_context(open_checkpoint(source))
             beside = [source / name for name in BESIDE if source / name in before]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_contentvec.errors import ContentvecError, ForeignCheckpoint, IdentityError
+from mlx_contentvec.files import is_file
 
 from .identity import Identity
 from .known_files import CONTENTVEC, KnownFile, named
@@ -104,7 +105,7 @@ def _judge(
             f"this is {identity.known.what}\n"
             "rename it to what it is, or convert it knowingly with --allow-unknown"
         )
-    if not path.is_file():
+    if not is_file(path):
         return "", unknown
     foreign = None
     if isinstance(problem, ForeignCheckpoint):
@@ -134,7 +135,7 @@ def _recognised(path: Path) -> bool:
     from .checkpoint import open_checkpoint
     from .recognition import is_shown_by_content
 
-    if not path.is_file():
+    if not is_file(path):
         return False
     try:
         with open_checkpoint(path) as checkpoint:

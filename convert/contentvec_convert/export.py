@@ -20,7 +20,7 @@ import numpy as np
 from mlx_contentvec import __version__, rvc_mlx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint, name_list
-from mlx_contentvec.files import check_target, explained, left_by_the_system, sync
+from mlx_contentvec.files import check_target, explained, is_folder, left_by_the_system, sync
 from mlx_contentvec.folders import Room
 
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
@@ -330,7 +330,7 @@ def _array(stored: StoredTensor) -> Array:
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:
-    if not output.absolute().parent.is_dir():
+    if not is_folder(output.absolute().parent):
         raise OutputError(
             f"cannot write {output}: there is no folder {output.absolute().parent}",
             hint="make the folder first, or name another one with -o",
@@ -354,7 +354,7 @@ def _require_replaceable(source: Path, output: Path) -> None:
         raise OutputError(
             f"{output} is the source itself, or holds it", hint="name another place with -o"
         )
-    if not output.is_dir():
+    if not is_folder(output):
         check_target(output, force=True)
     else:
         foreign = sorted(entry.name for entry in output.iterdir() if not _is_own(entry.name))

@@ -37,6 +37,8 @@ from mlx_contentvec.files import (
     cannot_write,
     check_target,
     explained,
+    is_folder,
+    is_there,
     lock_now,
     open_own,
     place,
@@ -139,7 +141,7 @@ def fetch(
 
 def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | None) -> Identity:
     """Download the file of a row with checksums to ``path``; its proven identity."""
-    if path.exists():
+    if is_there(path):
         there = _identity(path, progress)
         right = row.is_file(there.size, there.md5, there.sha256)
         if not right and not force:
@@ -207,10 +209,10 @@ def _size(file: BinaryIO) -> int:
 def _target(row: KnownFile, output: str | Path | None) -> Path:
     """Where the weights of ``row`` go; a row of several files goes into a folder of its own."""
     path = Path(output if output is not None else row.names[0])
-    if row.beside or path.is_dir():
+    if row.beside or is_folder(path):
         path = path / row.names[0]
     folder = path.parent.parent if row.beside else path.parent
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise OutputError(
             f"there is no folder {folder}",
             hint="make the folder first, or write to another one with -o",
@@ -231,7 +233,7 @@ def _read_beside(row: KnownFile, folder: Path, *, force: bool) -> dict[Path, byt
     for name in row.beside:
         found = small_file(repository_of(row), str(inside / name), row.revision).read_bytes()
         path = folder / name
-        if path.exists():
+        if is_there(path):
             if path.read_bytes() == found:
                 continue
             if not force:

@@ -76,6 +76,16 @@ class Identity:
         return row
 
 
+def require_plausible_size(name: str, size: int) -> None:
+    """Raise IdentityError for what is too large to be weights, before it is hashed or mapped."""
+    if size > FILE_BYTES:
+        raise IdentityError(
+            f"{name} is larger than any checkpoint that is read here",
+            found=f"{size:,} bytes",
+            expected=f"at most {FILE_BYTES:,}",
+        )
+
+
 class Identification:
     """Hashes a source in the background; :meth:`result` waits for the answer.
 
@@ -106,12 +116,7 @@ class Identification:
         paths = (*self._weights, *self._beside)
         self._states = {path: (since or {}).get(path) or file_state(path) for path in paths}
         self.size = sum(self._states[path][0] for path in self._weights)
-        if self.size > FILE_BYTES:
-            raise IdentityError(
-                f"{source} is larger than any checkpoint that is read here",
-                found=f"{self.size:,} bytes",
-                expected=f"at most {FILE_BYTES:,}",
-            )
+        require_plausible_size(str(source), self.size)
         self._outcome: Identity | BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="identity", daemon=True)
         self._thread.start()

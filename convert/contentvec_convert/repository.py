@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from mlx_contentvec import hub
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import HubError, IdentityError, name_list, printable
+from mlx_contentvec.files import is_there
 
 from .checkpoint.folder import CONFIG_FILE, INDEX_FILES, WEIGHT_FILES, shard_names
 from .identity import Identity
@@ -105,7 +106,7 @@ def is_address(name: str) -> bool:
     if len(rest) == 1 and Path(name).suffix in _SUFFIXES:
         return False
     plain = all(part not in ("", ".", "..") and part.isprintable() for part in rest)
-    return plain and hub.is_repo_id("/".join([owner, *rest[:1]])) and not Path(owner).exists()
+    return plain and hub.is_repo_id("/".join([owner, *rest[:1]])) and not is_there(Path(owner))
 
 
 def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..audio import open_regular
 from ..errors import AudioError, OutputError, printable
+from ..files import is_there
 from .manifest import prepared
 
 FILE = "model_info.json"
@@ -45,7 +46,7 @@ def write_model_info(folder: Path, embedder: str) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / FILE
-    if not path.exists():
+    if not is_there(path):
         return {}
     try:
         with open_regular(path, str(path)) as (file, size):

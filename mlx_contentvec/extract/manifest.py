@@ -15,10 +15,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import OutputError, printable
-from ..files import Draft, cannot_write, lock_now, open_own, open_regular, remove_leftovers
+from ..files import (
+    Draft,
+    cannot_write,
+    is_folder,
+    is_there,
+    lock_now,
+    open_own,
+    open_regular,
+    remove_leftovers,
+)
 from ..json_text import count_values, require
 
 NAME = "mlx-contentvec"
@@ -84,7 +93,7 @@ class Manifest:
     def status(self, output: str, source: Path, settings: Record) -> OutputStatus:
         """Whether ``output`` has to be made from ``source`` with ``settings``."""
         path = self.folder / output
-        if not path.exists():
+        if not is_there(path):
             record = self.packed(self._pack_of.get(output, "")).get(output)
             made = record is not None and _is_of(record, source, settings)
             return OutputStatus(State.FINISHED if made else State.PENDING)
@@ -203,23 +212,60 @@ def locked(folder: Path, shard: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(folder: Path, name: str, *, share: bool = False) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(open_own(folder / name), "wb")
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    with file:
-        if not lock_now(file.fileno(), share=share):
+    path = folder / name
+    made = [p for p in (path, folder, *folder.parents) if not os.path.lexists(p)]
+    with _lock_file(path, share) as file:
+        try:
+            yield
+        except BaseException:
+            # what refuses to begin leaves nothing, unless others share the lock
+            if lock_now(file.fileno()):
+                _remove_unused(folder, made)
+            raise
+
+
+def _lock_file(path: Path, share: bool) -> IO[bytes]:
+    """The file at ``path``, locked. Raises OutputError if another process holds it."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.fdopen(open_own(path), "wb")
+        except OSError as error:
+            raise cannot_write(path.parent, error) from error
+        free = lock_now(file.fileno(), share=share)
+        # a run that was refused may just have taken it away
+        if free and _is_at(path, file.fileno()):
+            return file
+        file.close()
+        if not free:
             raise OutputError(
-                f"another extraction is writing to {folder}",
+                f"another extraction is writing to {path.parent}",
                 hint="wait for it, or give this one another folder",
             )
-        yield
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _remove_unused(folder: Path, made: Iterable[Path]) -> None:
+    """Remove a lock, and the folders that were made for it, if nothing but locks is there."""
+    with contextlib.suppress(OSError):
+        names = [path.name for path in folder.iterdir()]
+        if all(name.startswith(f".{NAME}.") and name.endswith(".lock") for name in names):
+            for path in made:
+                if is_folder(path):
+                    path.rmdir()
+                else:
+                    path.unlink()
 
 
 def ignores_case(folder: Path) -> bool:
     """Whether ``a`` and ``A`` are one file in a folder that is :func:`locked`."""
-    return (folder / LOCK.upper()).exists()
+    return is_there(folder / LOCK.upper())
 
 
 #: what every record has, and what those of single clips and of packed files have besides

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputError, counted, name_list, printable
-from ..files import open_regular
+from ..files import is_folder, is_there, open_regular
 from ..json_text import JSON_BYTES, parse_object, require
 from .manifest import Manifest, Record, holds, prepared
 
@@ -61,7 +61,7 @@ def check_packs(parts: list[str], manifest: Manifest, settings: Record, force: b
     taken = []
     for pack in sorted({pack_of(part) for part in parts}):
         records = manifest.records(pack)
-        if (manifest.folder / pack).exists() and not force:
+        if is_there(manifest.folder / pack) and not force:
             if not records:
                 taken.append(f"{pack}: it was there before and is not in the manifest")
             elif records[-1]["settings"] != settings:
@@ -152,7 +152,7 @@ def _file(tensors: dict[str, _Tensor], settings: Record) -> Iterator[bytes]:
 
 
 def _remove_empty(folder: Path) -> None:
-    folders = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    folders = sorted((path for path in folder.rglob("*") if is_folder(path)), reverse=True)
     for path in [*folders, folder]:
         with contextlib.suppress(OSError):
             path.rmdir()

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
 from ..errors import AudioError, ContentvecError, OutputError, counted, name_list, printable
-from ..files import Draft
+from ..files import Draft, is_file
 from .manifest import Manifest, Record, State, identity, prepared
 from .sharding import Ranks, shares
 from .sources import Source
@@ -409,7 +409,7 @@ class Extraction:
         """Count as failed what was written and is not there any more."""
         for job, size, seconds in self._named:
             path = self.manifest.folder / job.output
-            if not path.is_file() or path.stat().st_size != size:
+            if not is_file(path) or path.stat().st_size != size:
                 self.summary.extracted -= 1
                 self.summary.audio_seconds -= seconds
                 self._fail(job, OutputError(f"its output {printable(str(path))} has disappeared"))

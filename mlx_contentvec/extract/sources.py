@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from ..audio import AUDIO_SUFFIXES
 from ..errors import AudioError, OutputError, name_list, printable
-from ..files import similar_name
+from ..files import is_folder, is_there, similar_name
 
 #: the folder of RVC's training experiment that holds features of this width.
 #: Source: RVC, infer/modules/train/extract_feature_print.py
@@ -58,7 +58,7 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
 
 
 def _expanded(path: Path) -> list[Source]:
-    if path.is_dir():
+    if is_folder(path):
         sources = [Source(file, _place(file, path)) for file in _audio_files(path)]
         if not sources:
             raise AudioError(
@@ -66,8 +66,8 @@ def _expanded(path: Path) -> list[Source]:
                 expected=f"files called {name_list(sorted(AUDIO_SUFFIXES), limit=6)}",
             )
         return sources
-    if path.exists() or not _is_pattern(path):
-        if not path.exists() and not path.is_symlink():
+    if is_there(path) or not _is_pattern(path):
+        if not is_there(path) and not path.is_symlink():
             raise AudioError(
                 f"there is no file or folder {printable(str(path))}", hint=similar_name(path)
             )
@@ -79,7 +79,7 @@ def _expanded(path: Path) -> list[Source]:
         matches = [match for match in matches if not _is_hidden(match.relative_to(anchor))]
     sources = []
     for match in matches:
-        if match.is_dir():
+        if is_folder(match):
             sources += [Source(file, _place(file, anchor)) for file in _audio_files(match)]
         elif match.suffix.lower() in AUDIO_SUFFIXES:
             sources.append(Source(match.absolute(), _place(match, anchor)))

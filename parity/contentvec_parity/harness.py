@@ -12,7 +12,7 @@ from typing import Any
 from contentvec_convert.identity import Identification
 from mlx_contentvec.config import stage_input, stage_names
 from mlx_contentvec.errors import ParityError
-from mlx_contentvec.files import similar_name
+from mlx_contentvec.files import is_file, is_there, similar_name
 
 from . import machine, with_tf32
 from .compare import tensors
@@ -252,7 +252,7 @@ def _reference(original: Reference) -> dict[str, Any]:
 
 def _require_files(*paths: Path) -> None:
     for path in paths:
-        if not path.exists():
+        if not is_there(path):
             raise ParityError(f"no such file: {path}", hint=similar_name(path))
 
 
@@ -264,7 +264,7 @@ def reference_named(given: str | None) -> tuple[str | None, Path | None]:
     if given is None or given in REFERENCES:
         return given, None
     path = Path(given)
-    if path.suffix == ".safetensors" or path.is_file():
+    if path.suffix == ".safetensors" or is_file(path):
         return None, path
     raise ParityError(
         f"there is no reference {given!r}",

@@ -145,6 +145,26 @@ def test_what_makes_no_sense_is_refused(
     assert outputs(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("wrong", ["weights", "audio", "layer"])
+def test_what_is_refused_leaves_no_folder(
+    run_cli: RunCli, weights: Path, tmp_path: Path, wrong: str
+) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(bytes(100))
+    (tmp_path / "empty").mkdir()
+    done = run_cli(
+        "extract",
+        tmp_path / "empty" if wrong == "audio" else write_clips(tmp_path / "in", 1),
+        "-w",
+        tmp_path / "bad.safetensors" if wrong == "weights" else weights,
+        "-o",
+        tmp_path / "new" / "out",
+        *(["--layer", "99"] if wrong == "layer" else []),
+    )
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_clip_that_does_not_fit_its_memory_is_named(
     run_cli: RunCli, weights: Path, tmp_path: Path
 ) -> None:

@@ -363,6 +363,65 @@ def test_a_folder_that_cannot_be_locked_is_said(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("shard", [None, "1-of-2"])
+def test_a_run_that_is_refused_leaves_nothing(tmp_path: Path, shard: str | None) -> None:
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "new" / "deep", shard):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "there", shard):
+        raise ZeroDivisionError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
+def test_a_run_that_fails_leaves_what_it_made_and_what_others_hold(folder: Path) -> None:
+    with (
+        locked(folder, "1-of-2"),
+        pytest.raises(ZeroDivisionError),
+        locked(folder, "2-of-2"),
+    ):
+        raise ZeroDivisionError
+    assert (folder / LOCK).exists()
+    for name in ("a.npy", ".mlx-contentvec.jsonl", "a.lock"):
+        new = folder / f"for {name}"
+        with pytest.raises(ZeroDivisionError), locked(new):
+            (new / name).touch()
+            raise ZeroDivisionError
+        assert {path.name for path in new.iterdir()} == {LOCK, name}
+
+
+def test_a_shard_that_is_refused_leaves_the_lock_that_another_shares(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    first = locked(folder, "1-of-2")
+    first.__enter__()
+    with locked(folder, "2-of-2"):
+        assert first.__exit__(ZeroDivisionError, ZeroDivisionError(), None) is False
+        with pytest.raises(OutputError, match="another extraction"), locked(folder):
+            pass
+
+
+def test_a_lock_that_was_taken_away_meanwhile_is_made_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = manifests.lock_now
+    given: list[int] = []
+
+    def lost_once(descriptor: int, *, share: bool = False) -> bool:
+        if not given:
+            (folder / LOCK).unlink()
+        given.append(descriptor)
+        return real(descriptor, share=share)
+
+    listed = Path("/proc/self/fd")
+    before = len(list(listed.iterdir())) if listed.exists() else 0
+    monkeypatch.setattr(manifests, "lock_now", lost_once)
+    with locked(folder):
+        assert not listed.exists() or len(list(listed.iterdir())) == before + 1
+        assert (folder / LOCK).exists()
+        with pytest.raises(OutputError, match="another extraction"), locked(folder):
+            pass
+
+
 def test_a_folder_is_asked_whether_it_ignores_case(folder: Path) -> None:
     with locked(folder):
         assert ignores_case(folder) == (folder / LOCK.swapcase()).exists()

@@ -265,6 +265,11 @@ def test_a_name_with_escapes_is_printed_harmlessly(tmp_path: Path) -> None:
 
 def test_lengths_are_guessed_from_headers_and_sizes(tmp_path: Path) -> None:
     assert guess_seconds(written(tmp_path / "a.wav", tone(1.5, rate=8000), 8000)) == 1.5
+    lying = bytearray((tmp_path / "a.wav").read_bytes())
+    lying[28:32] = b"\xff\xff\xff\xff"
+    (tmp_path / "lying.wav").write_bytes(lying)
+    # a folder of such files must not become one batch
+    assert guess_seconds(tmp_path / "lying.wav") == len(lying) / 10_000_000
     (tmp_path / "b.m4a").write_bytes(bytes(32000))
     assert guess_seconds(tmp_path / "b.m4a") == 2.0
     assert guess_seconds(tmp_path / "missing.wav") == 0.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from contentvec_parity.references.truth import true_double
@@ -258,9 +258,10 @@ def test_clips_of_one_length_share_a_batch() -> None:
 
 
 @given(
-    st.lists(st.integers(400, 100_000), max_size=40),
+    st.lists(st.sampled_from([0, 1]) | st.integers(400, 100_000), max_size=40),
     st.sampled_from([0, 1000, 50_000, 1_000_000]),
 )
+@example(lengths=[0], limit=1000)
 def test_stacks_are_neighbours_and_as_large_as_they_may_be(lengths: list[int], limit: int) -> None:
     grouped = batches(lengths, limit, stacked=True)
     assert [i for batch in grouped for i in batch] == list(range(len(lengths)))

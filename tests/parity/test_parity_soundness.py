@@ -70,6 +70,17 @@ def tensors(**facts: Any) -> Callable[[Report], None]:
     return lambda document: document["tensors"].update(facts)
 
 
+YARDSTICK = {"device": "cpu", "name": None, "dtype": "float16", "tf32": None}
+
+
+def tf32(**facts: Any) -> Callable[[Report], None]:
+    """What a run with TF32 products adds, with some of it exchanged."""
+    entry = {"name": "layer 3", "ratio": {"max_abs": 9.0, "rms": 8.0}, "candidate": {"max_abs": 1}}
+    return lambda document: document.update(
+        with_tf32={"flags": {}, "summary": [entry], "snr_db": 60.0, **facts}
+    )
+
+
 ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
     "no figure": (side("candidate", rms=None), "rms is no finite number"),
     "not a number": (side("candidate", rms=math.nan), "rms is no finite number"),
@@ -87,6 +98,8 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
     "no floor": (lambda d: row_of(d).pop("floor"), "has no floor"),
     "no cosine": (lambda d: row_of(d)["apart"].pop("cosine"), "cosine is no finite number"),
     "a cosine beyond 1": (side("candidate", worst_frame_cosine=1.1), "beyond 1"),
+    "a cosine that is not the error's": (side("candidate", cosine=0.5), "beside a small error"),
+    "a cosine that the difference has not": (side("apart", cosine=-1), "beside a small error"),
     "nearer to each other": (side("apart", max_abs=1e3, rms=1e3), "apart"),
     "no variant": (lambda d: row_of(d).pop("variant"), "a variant or not"),
     "no value compared": (lambda d: row_of(d).update(values=0), "compared 0 of"),
@@ -119,7 +132,7 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
     "a mask nobody looked at": (lambda d: clip_of(d).update(padded=True), "whether it agrees"),
     "a mask of nothing": (lambda d: clip_of(d).update(mask_agrees=True), "whether it agrees"),
     "an unknown format": (lambda d: d["weights"].update(precision="q1"), "no number format"),
-    "no format": (lambda d: d["weights"].pop("precision"), "no number format"),
+    "no format": (lambda d: d["weights"].pop("precision"), "weights has no precision"),
     "stages left out of the order": (
         lambda d: d["reference"]["stages"].pop(),
         "its reference has other stages",
@@ -134,15 +147,15 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
     ),
     "no original": (lambda d: d["reference"].update(name="mlx"), "what the original was"),
     "a recording of nothing": (lambda d: d["reference"].update(name="recording"), "what the"),
-    "no versions": (lambda d: d["reference"].pop("versions"), "which versions"),
+    "no versions": (lambda d: d["reference"].pop("versions"), "reference has no versions"),
     "an environment that is a number": (
         lambda d: d["flags"].update(environment=0.5),
-        "its flags has no environment",
+        "flags, environment: float instead of dict",
     ),
-    "no chip": (lambda d: d["machine"].pop("chip"), "its machine has no chip"),
+    "no chip": (lambda d: d["machine"].pop("chip"), "machine has no chip"),
     "a device that is a text": (
         lambda d: d["machine"].update(device="cpu"),
-        "its machine has no device",
+        "machine, device: str instead of dict",
     ),
     "no parameter compared": (tensors(exact=0), "parameters were compared"),
     "parameters compared twice": (tensors(quantized=10), "parameters were compared"),
@@ -153,14 +166,45 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
         lambda d: d["tensors"]["unread"].append("layer_norm.weight"),
         "tensors of the original",
     ),
-    "failures that are none": (tensors(failures=[{}]), "a tensor's failure has no name"),
+    "failures that are none": (tensors(failures=[{}]), "failures, 0 has no name"),
     "failures without a stage": (
         tensors(failures=[{"name": "a", "what": "b"}]),
-        "names no stage",
+        "failures, 0 has no stage",
     ),
-    "tensors of another kind": (tensors(failures="none"), "the tensors has no failures"),
-    "rows of another kind": (lambda d: d["stages"].append(7), "a row is no object"),
-    "clips of another kind": (lambda d: d["clips"].append(None), "a clip is no object"),
+    "tensors of another kind": (tensors(failures="none"), "tensors, failures: str instead of list"),
+    "versions of everything": (
+        lambda d: d["reference"].update(versions={str(i): "1" for i in range(100)}),
+        "versions of 100 packages",
+    ),
+    "a chip of many words": (lambda d: d["machine"].update(chip="x" * 2000), "machine, chip"),
+    "a clip that is longer than its samples": (
+        lambda d: clip_of(d).update(seconds=3600.0),
+        "not as long as its samples",
+    ),
+    "a clip of other frames": (lambda d: clip_of(d).update(frames=10**9), "has other frames"),
+    "a worst frame beyond the end": (
+        side("candidate", worst_frame_at=[0, 10**9]),
+        "its worst frame nowhere",
+    ),
+    "a worst frame of no row": (side("candidate", worst_frame_at=[3]), "its worst frame nowhere"),
+    "nearest to nothing": (lambda d: row_of(d).update(nearest="layer.99"), "is nearest to"),
+    "a yardstick that is not listed": (
+        lambda d: row_of(d).update(half=row_of(d)["reference"]),
+        "that is not listed: half",
+    ),
+    "a yardstick of another format": (
+        lambda d: d["yardsticks"].update(half=YARDSTICK),
+        "a yardstick for float32 weights that there is not: half",
+    ),
+    "TF32 of nothing": (tf32(summary=[]), "TF32 are of nothing"),
+    "TF32 without figures": (tf32(summary=[{"name": "layer 3"}]), "summary, 0 has no ratio"),
+    "TF32 with a negative ratio": (
+        tf32(summary=[{"name": "layer 3", "ratio": {"max_abs": -1.0, "rms": 1.0}}]),
+        "a ratio of -1",
+    ),
+    "TF32 beyond what can be": (tf32(snr_db=1e308), "snr_db is no finite number"),
+    "rows of another kind": (lambda d: d["stages"].append(7), "int instead of dict"),
+    "clips of another kind": (lambda d: d["clips"].append(None), "NoneType instead of dict"),
 }
 ATTACKS |= {
     f"no {key}": (lambda d, key=key: d.pop(key), f"the report has no {key}")  # type: ignore[misc]
@@ -186,6 +230,15 @@ def test_a_report_that_cannot_be_is_not_judged(
         report.read(path)
     assert said in str(refused.value)
     assert len(str(refused.value).splitlines()) < 8
+
+
+def test_what_a_run_with_tf32_adds_is_sound(document: Report) -> None:
+    tf32()(document)
+    require_sound(document)
+    # figures that were not finite leave no error to name
+    tf32(summary=[{"name": "layer 3", "ratio": {"max_abs": math.inf, "rms": math.inf}}])(document)
+    require_sound(document)
+    assert "layer 3" in str(report.tf32_line(document))
 
 
 def test_an_impossible_configuration_is_refused(document: Report) -> None:

@@ -22,6 +22,7 @@ from contentvec_parity.publishing import package as packaging
 from contentvec_parity.publishing.evidence import Package
 from contentvec_parity.publishing.package import open_package, package
 from mlx_contentvec.errors import ContentvecError, HubError, OutputError
+from mlx_contentvec.files import Draft
 
 PROJECT = Path(__file__).resolve().parents[2]
 REPO = "someone/contentvec-mlx"
@@ -214,7 +215,7 @@ def spoil(evidence: Path, how: str) -> None:
             parity, lambda document: document["weights"].update(precision="q4")
         ),
         "another model": lambda: edited(
-            parity, lambda document: document["config"].update(sample_rate=8000)
+            parity, lambda document: document["config"].update(normalize=True)
         ),
         "another size of the checkpoint": lambda: edited(
             parity, lambda document: document["source"].update(size=1)
@@ -223,8 +224,9 @@ def spoil(evidence: Path, how: str) -> None:
             parity, lambda document: document["source"].update(known_as="contentvec")
         ),
         "a clip less": lambda: edited(parity, without_a_clip),
-        "a shorter clip": lambda: edited(
-            parity, lambda document: document["clips"][0].update(samples=400)
+        "a longer clip": lambda: edited(
+            parity,
+            lambda document: document["clips"][0].update(samples=48_010, seconds=48_010 / 16_000),
         ),
         "a row of the ledger less": lambda: edited(
             ledger, lambda document: document["tensors"].pop()
@@ -283,7 +285,7 @@ def spoil(evidence: Path, how: str) -> None:
         ("another size of the checkpoint", "compared with another checkpoint"),
         ("known as another", "compared with another checkpoint"),
         ("a clip less", "the clip 3s among them"),
-        ("a shorter clip", "the clip 3s among them"),
+        ("a longer clip", "the clip 3s among them"),
         ("a row of the ledger less", "does not account for"),
         ("a row of the ledger twice", "does not account for"),
         ("a row of the ledger of other bytes", "is not as it says"),
@@ -545,6 +547,25 @@ def test_what_finder_leaves_in_a_package_is_not_of_it(copied: Path) -> None:
         (copied / name).write_bytes(b"Bud1")
     package = open_package(copied, allow_stand_in=True)
     assert not {".DS_Store", "._model.safetensors"} & set(package.names)
+
+
+def test_what_a_killed_process_left_in_a_package_is_not_of_it(
+    copied: Path, evidence_folder: Path
+) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            with Draft(copied / "README.md") as card:
+                card.write(0, b"half")
+                os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    (left,) = copied.glob(".*.partial")
+    assert left.name not in open_package(copied, allow_stand_in=True).names
+    made = make(copied, evidence_folder, force=True)
+    assert {path.name for path in copied.iterdir()} == set(made.names)
+    assert [path.name for path in copied.parent.iterdir()] == ["package"]
 
 
 def test_a_packaged_stand_in_stays_one(copied: Path) -> None:

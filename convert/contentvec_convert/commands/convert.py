@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_contentvec.errors import IdentityError, name_list
-from mlx_contentvec.files import explained, similar_name
+from mlx_contentvec.files import explained, is_folder, is_there, similar_name
 from mlx_contentvec.hub import WEIGHTS
 from mlx_contentvec.terminal import labelled, late_bar, say
 
@@ -149,7 +149,7 @@ def convert(
     source, fetched = _fetched(source, revision)
     with contextlib.ExitStack() as stack:
         options["identification"] = (
-            stack.enter_context(Identification(source)) if not source.is_dir() else None
+            stack.enter_context(Identification(source)) if not is_folder(source) else None
         )
         from .. import conversion
         from ..precision import PRECISIONS
@@ -198,7 +198,7 @@ def _file_at(path: Path) -> Path:
 
 def _fetched(source: Path, revision: str | None) -> tuple[Path, Fetched | None]:
     """``source``; or, where there is no such path, what was downloaded by that name."""
-    if source.exists():
+    if is_there(source):
         if revision is not None:
             raise click.BadParameter(f"{source} is no repository", param_hint="--revision")
         return source, None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from contentvec_convert.identity import FILE_BYTES
+from contentvec_convert.identity import require_plausible_size
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
 from mlx_contentvec.files import open_regular
@@ -158,18 +158,13 @@ def _array(array: Any) -> NDArray[np.float32]:
 def read_metadata(path: Path) -> dict[str, str]:
     """The ``__metadata__`` of a safetensors file.
 
-    Raises ParityError if the file is not one.
+    Raises ParityError if the file is not one, IdentityError if it is too large to be one.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         os.close(open_regular(path))  # what is no regular file may block, or never end
-        if (size := path.stat().st_size) > FILE_BYTES:
-            raise ParityError(
-                f"{path.name} is larger than any file of weights",
-                found=f"{size:,} bytes",
-                expected=f"at most {FILE_BYTES:,}",
-            )
+        require_plausible_size(path.name, path.stat().st_size)
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
     except (OSError, ValueError) as error:

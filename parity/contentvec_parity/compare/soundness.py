@@ -10,13 +10,15 @@ behind all signal-to-noise ratios, and an original that erred as float32 errs.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from contentvec_convert.precision import PRECISIONS
 from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 from mlx_contentvec.errors import ParityError, name_list
+from mlx_contentvec.json_text import NUMBER, JsonError, require
 
+from ..references.yardsticks import DEVICE, DEVICE_DEFAULTS, HALF, HALF_PRECISION
 from .naming import UNREAD, outputs, rows, stage_parameters
 from .stages import VARIANT_SECONDS
 
@@ -29,52 +31,93 @@ _SLACK = 1e-6
 #: half a unit in the last place of float32, and of its smallest numbers
 _HALF_UNIT, _SMALLEST = 2.0**-24, 2.0**-150
 
-_TEXT = (str,)
-_FLOATING = (int, float)
-_DOCUMENT: dict[str, tuple[type, ...]] = {
-    "created": _TEXT,
-    "seconds": _FLOATING,
-    "weights": (dict,),
-    "source": (dict,),
-    "machine": (dict,),
-    "versions": (dict,),
-    "flags": (dict,),
-    "config": (dict,),
-    "reference": (dict,),
-    "yardsticks": (dict,),
-    "clips": (list,),
-    "stages": (list,),
-    "tensors": (dict, type(None)),
-    "with_tf32": (dict, type(None)),
+#: characters of any text of a report, but for where a clip comes from, which can be a path
+TEXT_CHARACTERS = 1_000
+#: packages whose versions are named
+_VERSIONS = 30
+
+#: what a report holds, as :func:`~mlx_contentvec.json_text.require` has forms
+_DOCUMENT = {
+    "created": str,
+    "seconds": NUMBER,
+    "weights": {
+        "precision": str,
+        "name?": str,
+        "size?": int,
+        "sha256?": str,
+        "source?": (dict, None),
+    },
+    "source": {
+        "name?": str,
+        "size?": int,
+        "md5?": (str, None),
+        "sha256?": str,
+        "known_as?": (str, None),
+        "stand_in?": (str, None),
+    },
+    "machine": {
+        "chip": str,
+        "system": str,
+        "cores": (int, None),
+        "device": {"kind": str, "device_name?": (str, None), "blas?": (str, None)},
+    },
+    "versions": {...: str},
+    "flags": {"tf32": bool, "environment": {...: str}, "torch_blas?": (str, None)},
+    "config": dict,
+    "reference": {"name": str, "versions": {...: str}, "recorded_from?": (str, None)},
+    "yardsticks": {
+        ...: {"device": str, "name": (str, None), "dtype": str, "tf32": (str, None)},
+    },
+    "clips": [
+        {
+            "name": str,
+            "about": str,
+            "origin": dict,
+            "batch": int,
+            "samples": int,
+            "seconds": NUMBER,
+            "frames": int,
+            "padded": bool,
+            "mask_agrees": (bool, None),
+            "failed": {...: str},
+        }
+    ],
+    "stages": [
+        {
+            "kind": str,
+            "name": str,
+            "stage": str,
+            "clip": str,
+            "comparable": bool,
+            "shape": [int],
+            "expected_shape": [int],
+            "values": int,
+            "nearest?": (str, None),
+        }
+    ],
+    "tensors": (dict, None),
+    "with_tf32": (dict, None),
 }
-#: what a report shows of what lies inside these
-_INSIDE: dict[str, dict[str, tuple[type, ...]]] = {
-    "machine": {"chip": _TEXT, "system": _TEXT, "cores": (int, type(None)), "device": (dict,)},
-    "flags": {"environment": (dict,)},
+_TENSORS = {
+    "sources": (int, None),
+    "parameters": int,
+    "exact": int,
+    "rounded": int,
+    "quantized": int,
+    "unread": [str],
+    "failures": [{"name": str, "what": str, "stage": (str, None)}],
 }
-_CLIP: dict[str, tuple[type, ...]] = {
-    "name": _TEXT,
-    "about": _TEXT,
-    "origin": (dict,),
-    "batch": (int,),
-    "samples": (int,),
-    "seconds": _FLOATING,
-    "frames": (int,),
-    "padded": (bool,),
-    "mask_agrees": (bool, type(None)),
-    "failed": (dict,),
+_TF32 = {
+    "snr_db": (*NUMBER, None),
+    "summary": [
+        {
+            "name": str,
+            "ratio": {"max_abs": NUMBER, "rms": NUMBER},
+            "candidate?": {"max_abs": NUMBER},
+        }
+    ],
 }
-_ROW: dict[str, tuple[type, ...]] = {
-    "kind": _TEXT,
-    "name": _TEXT,
-    "stage": _TEXT,
-    "clip": _TEXT,
-    "comparable": (bool,),
-    "shape": (list,),
-    "expected_shape": (list,),
-    "values": (int,),
-}
-_COUNTS = ("parameters", "exact", "rounded", "quantized")
+_COUNTS = ("exact", "rounded", "quantized")
 #: sides that were measured against the truth, by what a row calls them
 _MEASURED = ("candidate", "reference", "device", "device_defaults", "half")
 
@@ -86,19 +129,25 @@ def require_sound(document: Fields) -> None:
 
     ConfigError if its configuration is impossible. The verdict in it is not looked at.
     """
-    _require_types("the report", document, _DOCUMENT)
-    for key, types in _INSIDE.items():
-        _require_types(f"its {key}", document[key], types)
+    try:
+        require(document, _DOCUMENT, "the report")
+        if document["tensors"] is not None:
+            require(document["tensors"], _TENSORS, "the report, tensors")
+        if document["with_tf32"] is not None:
+            require(document["with_tf32"], _TF32, "the report, with_tf32")
+    except JsonError as error:
+        _refuse(str(error))
+    _require_short(document)
     config = ModelConfig.from_dict(document["config"])
-    precision = document["weights"].get("precision")
+    precision = document["weights"]["precision"]
     if precision not in PRECISIONS:
-        _refuse(f"weights in {str(precision)[:40]!r}, which is no number format")
+        _refuse(f"weights in {precision[:40]!r}, which is no number format")
     _require_reference(document["reference"], config)
-    clips = _require_clips(document["clips"])
-    for row in document["stages"]:
-        _require_types("a row", row, _ROW)
+    _require_yardsticks(document, precision)
+    clips = _require_clips(document["clips"], config)
     _require_rows(document, config, clips)
     _require_tensors(document["tensors"], document["reference"]["name"], config)
+    _require_tf32(document["with_tf32"])
 
 
 def _refuse(problem: str) -> NoReturn:
@@ -109,16 +158,18 @@ def _refuse(problem: str) -> NoReturn:
     )
 
 
-def _require_types(what: str, found: Any, types: Mapping[str, tuple[type, ...]]) -> None:
-    if not isinstance(found, dict):
-        _refuse(f"{what} is no object")
-    for key, kinds in types.items():
-        if key not in found:
-            _refuse(f"{what} has no {key}")
-        value = found[key]
-        # a bool is an int to isinstance
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            _refuse(f"{what} has no {key}, or not as a {kinds[0].__name__}")
+def _require_short(value: Any, name: str = "the report") -> None:
+    """No text that would fill the screen that it is shown on."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _require_short(key, f"a name in {name}")
+            if key != "origin":
+                _require_short(part, f"{name}, {key}")
+    elif isinstance(value, list):
+        for part in value:
+            _require_short(part, name)
+    elif isinstance(value, str) and len(value) > TEXT_CHARACTERS:
+        _refuse(f"{name}: a text of {len(value):,} characters")
 
 
 def _require_reference(reference: Fields, config: ModelConfig) -> None:
@@ -131,24 +182,39 @@ def _require_reference(reference: Fields, config: ModelConfig) -> None:
     for key, value in expected.items():
         if reference.get(key) != value:
             _refuse(f"its reference has other {key} than the model of its configuration")
-    if not isinstance(reference.get("versions"), dict):
-        _refuse("it does not say which versions the original ran on")
+    if len(reference["versions"]) > _VERSIONS:
+        _refuse(f"its original has versions of {len(reference['versions']):,} packages")
     recorded = reference.get("recorded_from")
-    if reference.get("name") not in ("fairseq", "transformers", "recording") or (
+    if reference["name"] not in ("fairseq", "transformers", "recording") or (
         reference["name"] == "recording"
     ) != (recorded in ("fairseq", "transformers")):
         _refuse("it does not say what the original was")
 
 
-def _require_clips(clips: Collection[Any]) -> dict[str, Fields]:
+def _require_yardsticks(document: Fields, precision: str) -> None:
+    """Those that a precision has, and no row measured by another."""
+    known = {HALF_PRECISION: precision in HALF, DEVICE: True, DEVICE_DEFAULTS: True}
+    there = document["yardsticks"]
+    if other := [name for name in there if not known.get(name)]:
+        _refuse(f"a yardstick for {precision} weights that there is not: {name_list(other)[:80]}")
+    for row in document["stages"]:
+        if other := [name for name in known if name in row and name not in there]:
+            _refuse(f"a row was measured by a yardstick that is not listed: {other[0]}")
+
+
+def _require_clips(clips: Collection[Any], config: ModelConfig) -> dict[str, Fields]:
     found: dict[str, Fields] = {}
     for clip in clips:
-        _require_types("a clip", clip, _CLIP)
         name = clip["name"]
         if name in found:
             _refuse(f"two clips are called {name[:80]!r}")
         if min(clip["batch"], clip["samples"], clip["frames"]) < 1:
             _refuse(f"the clip {name[:80]!r} is empty")
+        length = clip["samples"] / config.sample_rate
+        if not abs(clip["seconds"] - length) <= _SLACK * length:
+            _refuse(f"the clip {name[:80]!r} is not as long as its samples")
+        if clip["frames"] != config.frames(clip["samples"]):
+            _refuse(f"the clip {name[:80]!r} has other frames than the model makes of it")
         if clip["padded"] != (clip["mask_agrees"] is not None):
             _refuse(f"of the padding mask of {name[:80]!r} it is not said whether it agrees")
         found[name] = clip
@@ -176,7 +242,7 @@ def _require_rows(document: Fields, config: ModelConfig, clips: Mapping[str, Fie
             _refuse(f"{about} is no stage of this model")
         _require_shapes(about, row, clips[row["clip"]])
         if row["comparable"]:
-            _require_figures(about, row)
+            _require_figures(about, row, stages)
         found.add(key)
     failures = (document["tensors"] or {}).get("failures")
     for clip in clips.values():
@@ -195,7 +261,7 @@ def _require_rows(document: Fields, config: ModelConfig, clips: Mapping[str, Fie
 
 def _require_shapes(about: str, row: Fields, clip: Fields) -> None:
     for shape in (row["shape"], row["expected_shape"]):
-        if not all(type(length) is int and length >= 0 for length in shape):
+        if any(length < 0 for length in shape):
             _refuse(f"{about} has an impossible shape")
     if not row["comparable"]:
         return
@@ -207,7 +273,7 @@ def _require_shapes(about: str, row: Fields, clip: Fields) -> None:
         _refuse(f"{about} compared {row['values']:,} of {size:,} values")
 
 
-def _require_figures(about: str, row: Fields) -> None:
+def _require_figures(about: str, row: Fields, stages: Collection[str]) -> None:
     for side in ("candidate", "reference", "floor"):
         if not isinstance(row.get(side), dict):
             _refuse(f"{about} has no {side}")
@@ -225,7 +291,7 @@ def _require_figures(about: str, row: Fields) -> None:
     if noise is not None and not noise >= REFERENCE_SNR:
         _refuse(f"{about}: PyTorch at {noise:.1f} dB, which is not float32")
     if row["kind"] == "features":
-        _require_features(about, row)
+        _require_features(about, row, stages, known[0] if known else None)
 
 
 def _require_errors(about: str, figures: Any) -> tuple[float, float]:
@@ -252,14 +318,44 @@ def _require_side(about: str, figures: Any) -> float | None:
     return float(rms * 10.0 ** (decibels / 20))
 
 
-def _require_features(about: str, row: Fields) -> None:
-    """What is published of the features besides."""
+def _least_cosine(error: float, signal: float) -> float:
+    """Of two vectors whose difference and whose second have these rms."""
+    return math.sqrt(1 - (error / signal) ** 2) if error < signal else -1.0
+
+
+def _is_place(at: Any, shape: Sequence[int]) -> bool:
+    """Whether ``at`` is an index into an array of a shape."""
+    return (
+        isinstance(at, list)
+        and len(at) == len(shape)
+        and all(
+            type(index) is int and 0 <= index < length
+            for index, length in zip(at, shape, strict=True)
+        )
+    )
+
+
+def _require_features(
+    about: str, row: Fields, stages: Collection[str], signal: float | None
+) -> None:
+    """What is published of the features besides.
+
+    signal: rms of the truth, None where nothing errs
+    """
     for side in ("candidate", "reference", "apart"):
-        figures = row.get(side)
+        figures: Any = row.get(side)
         _require_errors(f"{about}, {side}:", figures)
         for name in ("cosine", "worst_frame_cosine"):
             if not abs(_number(f"{about}, {side}:", figures or {}, name)) <= 1 + _SLACK:
                 _refuse(f"{about}, {side}: a {name} beyond 1")
+        # of MLX and the original: beside the latter, which is the truth and its own error
+        length = (signal or 0.0) - (row["reference"]["rms"] if side == "apart" else 0.0)
+        if not figures["cosine"] >= _least_cosine(figures["rms"], length) - _SLACK:
+            _refuse(f"{about}, {side}: a cosine of {figures['cosine']:.3g} beside a small error")
+    if row.get("nearest") not in (None, *stages):
+        _refuse(f"{about} is nearest to what is no stage of this model")
+    if not _is_place(row["candidate"].get("worst_frame_at"), row["shape"][:2]):
+        _refuse(f"{about} has its worst frame nowhere")
     if type(row.get("variant")) is not bool:
         _refuse(f"{about} is not said to be a variant or not")
     for name in ("max_abs", "rms"):
@@ -280,17 +376,11 @@ def _require_tensors(tensors: Fields | None, naming: str, config: ModelConfig) -
     """Every parameter counted once; every tensor of the original read, or known to be unread."""
     if tensors is None:
         return
-    _require_types("the tensors", tensors, dict.fromkeys(_COUNTS, (int,)))
-    _require_types("the tensors", tensors, {"failures": (list,), "unread": (list,)})
     _number("the tensors:", tensors, "largest_ulps")
-    for failure in tensors["failures"]:
-        _require_types("a tensor's failure", failure, {"name": _TEXT, "what": _TEXT})
-        if "stage" not in failure:
-            _refuse("a tensor's failure names no stage")
     if tensors["failures"]:
         return
     table = rows(config)
-    exact, rounded, quantized = (tensors[name] for name in _COUNTS[1:])
+    exact, rounded, quantized = (tensors[name] for name in _COUNTS)
     if min(exact, rounded, quantized) < 0 or exact + rounded + quantized != len(table):
         _refuse(f"{exact + rounded + quantized} of {len(table)} parameters were compared")
     if tensors["parameters"] != len(table) + 2 * quantized:
@@ -303,3 +393,19 @@ def _require_tensors(tensors: Fields | None, naming: str, config: ModelConfig) -
         unread
     ):
         _refuse(f"{tensors.get('sources')} tensors of the original, {len(used)} are read")
+
+
+def _require_tf32(found: Fields | None) -> None:
+    """Figures that can be; they decide nothing. A ratio is infinite where there are none."""
+    if found is None:
+        return
+    if not found["summary"]:
+        _refuse("the features with TF32 are of nothing")
+    for entry in found["summary"]:
+        for name, value in entry["ratio"].items():
+            if value != math.inf and not _number("with TF32:", entry["ratio"], name) >= 0:
+                _refuse(f"with TF32: a ratio of {value:.3g}")
+        if "candidate" in entry:
+            _number("with TF32:", entry["candidate"], "max_abs")
+    if found["snr_db"] not in (None, -math.inf):
+        _number("with TF32:", found, "snr_db", largest=1000.0)

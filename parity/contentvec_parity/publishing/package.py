@@ -35,6 +35,7 @@ from mlx_contentvec.files import (
     explained,
     is_file,
     is_folder,
+    is_temporary_name,
     left_by_the_system,
     similar_name,
     write_text,
@@ -139,7 +140,7 @@ def open_package(folder: Path, *, allow_stand_in: bool = False, hashed: bool = F
     Raises HubError that names what does not fit.
     """
     sums_path = folder / hub.CHECKSUMS
-    if not sums_path.is_file():
+    if not is_file(sums_path):
         raise HubError(
             f"{folder} is not a package",
             expected=f"a folder with {hub.CHECKSUMS}",
@@ -189,7 +190,8 @@ def addressed(found: Package, repo_id: str) -> Package:
 def _is_own(name: str) -> bool:
     """Whether a package has a file of this name."""
     variant = (name for dtype in PRECISIONS for name in _variant_names(dtype))
-    return name in _FIXED or name in (hub.CHECKSUMS, *variant) or left_by_the_system(name)
+    own = name in _FIXED or name in (hub.CHECKSUMS, *variant)
+    return own or left_by_the_system(name) or is_temporary_name(name)
 
 
 def _check_target(folder: Path, force: bool) -> None:
@@ -206,12 +208,12 @@ def _check_target(folder: Path, force: bool) -> None:
 def _require_replaceable(folder: Path) -> None:
     """OutputError unless ``folder`` is a package, or empty: nothing else is ever deleted."""
     try:
-        if folder.is_symlink() or not folder.is_dir():
+        if folder.is_symlink() or not is_folder(folder):
             raise OutputError(f"{folder} is not a folder, and is not replaced", hint=_ELSEWHERE)
         there = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise cannot_write(folder, error) from error
-    foreign = [name for name in there if not _is_own(name) or (folder / name).is_dir()]
+    foreign = [name for name in there if not _is_own(name) or is_folder(folder / name)]
     if foreign:
         raise OutputError(
             f"{folder} holds what no package has, and is not replaced",
@@ -498,11 +500,16 @@ def _license(main: Evidence) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What a folder holds beside the list of checksums; a system's own files do not count."""
+    """What a folder holds beside the list of checksums; a system's own files do not count.
+
+    Nor does what a process that was killed while it replaced the card left of it.
+    """
     return sorted(
         path
         for path in folder.iterdir()
-        if path.name != hub.CHECKSUMS and not left_by_the_system(path.name)
+        if path.name != hub.CHECKSUMS
+        and not left_by_the_system(path.name)
+        and not is_temporary_name(path.name)
     )
 
 

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from mlx_contentvec import hub
 from mlx_contentvec.errors import HubError, name_list
+from mlx_contentvec.files import is_file
 from mlx_contentvec.json_text import JsonError, read_object
 
 from .evidence import LIBRARY, Package
@@ -229,7 +230,7 @@ def _prove(repo_id: str, commit: str, package: Package) -> None:
         wrong = []
         for name in package.names:
             path = folder / name
-            found = hub.sha256_of(path) if path.is_file() else None
+            found = hub.sha256_of(path) if is_file(path) else None
             if found != package.hash_of(name):
                 wrong.append(f"{name} (sha256 {found})" if found else f"{name} (missing)")
         if wrong:

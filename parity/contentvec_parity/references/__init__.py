@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import MissingDependency, ParityError, install_hint
+from mlx_contentvec.files import is_folder, is_there
 
 from ..inputs import Clip
 
@@ -79,7 +80,7 @@ def choose(path: Path) -> str:
     transformers in fairseq's place where fairseq is not installed.
     Raises MissingDependency when neither is.
     """
-    wanted = ("transformers",) if path.is_dir() else ("fairseq", "transformers")
+    wanted = ("transformers",) if is_folder(path) else ("fairseq", "transformers")
     for name in wanted:
         if available(name):
             return name
@@ -102,7 +103,7 @@ def open_reference(name: str, path: Path) -> Reference:
     if not available(name):
         hint = FAIRSEQ_RECIPE if name == "fairseq" else install_hint("parity")
         raise MissingDependency(f"the reference {name} is not installed", hint=hint)
-    if not path.exists():
+    if not is_there(path):
         raise ParityError(f"no such checkpoint: {path}")
     reference: Reference = importlib.import_module(REFERENCES[name], __name__).open(path)
     return reference

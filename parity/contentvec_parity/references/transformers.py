@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError, name_list
+from mlx_contentvec.files import is_file, is_folder
 from mlx_contentvec.json_text import read_object
 
 from ..compare.naming import UNREAD, rows
@@ -28,7 +29,7 @@ def open(path: Path) -> TransformersOriginal:
         import transformers
 
         try:
-            model, normalize = _from_folder(path) if path.is_dir() else _from_fairseq(path)
+            model, normalize = _from_folder(path) if is_folder(path) else _from_fairseq(path)
         except ParityError:
             raise
         except Exception as error:
@@ -73,7 +74,7 @@ def _from_folder(path: Path) -> tuple[Any, bool]:
             found=f"no tensor for {name_list(sorted(lacking))}",
         )
     preprocessor = path / "preprocessor_config.json"
-    settings = read_object(preprocessor) if preprocessor.is_file() else {}
+    settings = read_object(preprocessor) if is_file(preprocessor) else {}
     # the folder's own statement; without one, what the large models' norms imply
     normalize = settings.get("do_normalize", config.feat_extract_norm == "layer")
     return model, bool(normalize)

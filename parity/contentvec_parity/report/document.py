@@ -436,10 +436,11 @@ def tf32_line(document: Mapping[str, Any]) -> str | None:
         return None
     entry = max(found["summary"], key=lambda e: max(e["ratio"].values()))
     snr = "no error at all" if found["snr_db"] is None else f"{found['snr_db']:.0f} dB"
+    largest = figure(entry["candidate"]["max_abs"] if "candidate" in entry else None)
     return (
         "With TF32 (MLX_ENABLE_TF32=1) the error of the features is up to "
         f"{times(max(entry['ratio'].values()))} x PyTorch's ({entry['name']}, largest "
-        f"{figure(entry['candidate']['max_abs'])}; signal to noise {snr} or better)."
+        f"{largest}; signal to noise {snr} or better)."
     )
 
 
