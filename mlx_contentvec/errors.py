@@ -159,6 +159,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str | None:
 
 def printable(text: str) -> str:
     r"""``text`` for a terminal: control characters and bytes that are no UTF-8 as ``\x1b``."""
+    if text.isprintable():
+        return text
     return "".join(
         character
         if character.isprintable()

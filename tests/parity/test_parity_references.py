@@ -15,7 +15,15 @@ import pytest
 from contentvec_convert.conversion import convert
 from contentvec_parity import harness, references
 from contentvec_parity.compare.naming import outputs, rows, stage_parameters
-from contentvec_parity.inputs import Clip, built_in, from_files, speech_like, standard, thorough
+from contentvec_parity.inputs import (
+    BUILT_IN,
+    Clip,
+    built_in,
+    from_files,
+    speech_like,
+    standard,
+    thorough,
+)
 from contentvec_parity.references import open_reference
 from contentvec_parity.references.fairseq import _is_list_of_numbers
 from contentvec_parity.references.recording import record
@@ -289,6 +297,7 @@ def test_the_clips_can_be_told_apart_and_say_how_they_were_made() -> None:
 
 
 def test_the_built_in_clips_never_change() -> None:
+    assert tuple(clip.name for clip in built_in()) == BUILT_IN
     sums = {c.name: float(np.abs(c.waveform, dtype=np.float64).sum()) for c in built_in()}
     assert sums == pytest.approx(
         {
