@@ -283,6 +283,20 @@ assert scipy.stats.pearsonr([1, 2, 4], [1, 2, 4]).statistic > 0.99
     assert done.returncode == 0, done.stderr
 
 
+def test_fairseqs_weights_are_not_drawn_before_they_are_loaded(
+    fairseq: Any, torch: Any, tiny_checkpoint: Path
+) -> None:
+    (plain,), _, _ = fairseq.checkpoint_utils.load_model_ensemble_and_task([str(tiny_checkpoint)])
+    before = torch.get_rng_state()
+    original = open_reference("fairseq", tiny_checkpoint)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.empty(1).uniform_()
+    assert not torch.equal(torch.get_rng_state(), before)  # it draws as ever
+    assert {name: tensor.tolist() for name, tensor in plain.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in original._model.state_dict().items()
+    }
+
+
 # ---- inputs --------------------------------------------------------------------------------
 
 
