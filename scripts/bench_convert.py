@@ -77,6 +77,8 @@ def hashing_tools() -> dict[str, list[str]]:
 def measure(command: list[str], log: Path) -> dict[str, float | None]:
     """Run a command to its end: seconds of wall and CPU time, megabytes at their peak."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(ROOTS)}
+    # compiled in the first round, as torch is and as this project is where it is installed
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     peak = 0.0
     with log.open("wb") as stream:
         begun = time.perf_counter()

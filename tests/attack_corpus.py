@@ -1,7 +1,7 @@
 """Files made to break a command: each is one good file of ``hostile_seeds`` made wrong in one way.
 
 ``cases(seeds)`` gives a name and a function for each; ``python -m tests.attack_corpus SEEDS
-[FIRST]`` runs them with limits, see :mod:`tests.limited`.
+[SHARE SHARES [FIRST]]`` runs them, or every SHARES-th, with limits, see :mod:`tests.limited`.
 """
 
 from __future__ import annotations
@@ -360,6 +360,6 @@ def cases(seeds: Path) -> Iterator[tuple[str, Make]]:
 
 
 if __name__ == "__main__":
-    _seeds, *_rest = sys.argv[1:]
-    _first = int(_rest[0]) if _rest else 0
-    serve([*cases(Path(_seeds))][_first:], LIMITS)
+    _seeds, *_numbers = sys.argv[1:]
+    _share, _shares, _first = [*map(int, _numbers), *(0, 1, 0)[len(_numbers) :]]
+    serve([*cases(Path(_seeds))][_share::_shares][_first:], LIMITS)

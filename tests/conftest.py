@@ -18,12 +18,18 @@ from filelock import FileLock
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE_ROOTS = (PROJECT, PROJECT / "convert", PROJECT / "parity")
 
-# Before any BLAS is loaded: parallel test processes share the cores instead of
-# each claiming all of them, which on two cores costs several times the work.
+# Parallel test processes share the cores: each claiming all of them, which on a busy machine
+# wait for each other by spinning, costs six times the work. Before any BLAS is loaded, and not
+# in the process that starts the others, whose number of threads they would inherit.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_THREADS = str(max(1, (os.cpu_count() or 1) // _WORKERS))
-for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_variable, _THREADS)
+if _WORKERS > 1:
+    for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(_variable, str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+    # Hundreds of commands run in processes of their own, and an installed package comes
+    # compiled: compiling it in each takes a third of a short command's time. Not where
+    # scripts/mutate.py, which exchanges sources faster than their times tell, runs the tests.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 # Before OpenBLAS is loaded for MLX: whichever is first computes PyTorch's matrix
 # products as well, and the original would no longer be the original.
@@ -34,6 +40,7 @@ with contextlib.suppress(ImportError):
 REQUIRE_ALL = os.environ.get("MLX_CONTENTVEC_REQUIRE_ALL") == "1"
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+Shared = Callable[[str, Callable[[Path], object]], Path]
 
 
 def optional(module: str, how_to_get_it: str) -> ModuleType:
@@ -106,9 +113,32 @@ def make_standin(torch: Any, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(make_standin: Callable[..., Path]) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """``shared(name, make)``: the temporary file or folder that ``make(path)`` writes.
+
+    The first test process to ask makes it, the others wait for it; nobody changes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder.mkdir(exist_ok=True)
+        path, finished = folder / name, folder / f"{name}.finished"
+        with FileLock(folder / f"{name}.lock"):
+            if not finished.exists():
+                make(path)
+                finished.touch()
+        return path
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(torch: Any, shared: Shared) -> Path:
     """A stand-in of 3 layers, 96 wide, with hubert_base.pt's conventions (0.8 MB)."""
-    return make_standin("tiny")
+    from contentvec_parity.standin.write import write_standin
+
+    return shared("tiny.pt", lambda path: write_standin(path, "tiny"))
 
 
 @pytest.fixture(scope="session")
@@ -176,23 +206,24 @@ def converted_standin(standin: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def evidence_folder(
-    fairseq: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def evidence_folder(fairseq: Any, tiny_checkpoint: Path, shared: Shared) -> Path:
     """``tiny_checkpoint`` converted to float32 and float16, with all that packaging asks for."""
+    return shared("evidence", lambda folder: _write_evidence(tiny_checkpoint, folder))
+
+
+def _write_evidence(checkpoint: Path, folder: Path) -> None:
     from contentvec_convert.conversion import convert
     from contentvec_parity.harness import compare_files
     from contentvec_parity.references import recording
     from contentvec_parity.report import document as report
 
-    folder = tmp_path_factory.mktemp("evidence")
+    folder.mkdir()
     for dtype in ("float32", "float16"):
         output = folder / f"{dtype}.safetensors"
-        convert(tiny_checkpoint, output, dtype=dtype, allow_unknown=True)
-        document = compare_files(tiny_checkpoint, output, inputs="built-in")
+        convert(checkpoint, output, dtype=dtype, allow_unknown=True)
+        document = compare_files(checkpoint, output, inputs="built-in")
         (folder / f"{dtype}.parity.json").write_text(report.to_json(document))
-    recording.record(tiny_checkpoint, folder / "float32.recording.safetensors")
-    return folder
+    recording.record(checkpoint, folder / "float32.recording.safetensors")
 
 
 @pytest.fixture(scope="session")

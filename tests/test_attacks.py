@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,19 +19,32 @@ pytest.importorskip("torch", reason="scripts/test installs it")
 pytest.importorskip("transformers", reason="scripts/test installs it")
 
 
-def test_no_file_breaks_a_command(tmp_path: Path) -> None:
-    """CPU seconds, memory, lines, escapes, exit status and what is left behind, case by case."""
+#: the cases are run in so many processes, which the test processes share
+SHARES = 4
+
+
+@pytest.fixture(scope="session")
+def seeds(shared: Callable[..., Path]) -> Path:
+    """The good files of ``hostile_seeds``, which no case changes."""
     from tests.hostile_seeds import make_seeds
 
-    seeds = make_seeds(tmp_path / "seeds")
+    return shared("seeds", make_seeds)
+
+
+def test_the_cases_have_names_of_their_own(seeds: Path) -> None:
     names = [name for name, _ in cases(seeds)]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_no_file_breaks_a_command(share: int, seeds: Path, tmp_path: Path) -> None:
+    """CPU seconds, memory, lines, escapes, exit status and what is left behind, case by case."""
+    # cases link to their seeds, which changes the status of what another share reads
+    own = shutil.copytree(seeds, tmp_path / "seeds")
+    names = [name for name, _ in cases(own)][share::SHARES]
+    command = [sys.executable, "-m", "tests.attack_corpus", f"{own}", f"{share}", f"{SHARES}"]
     problems = {}
-    for result in watch(
-        lambda first: [sys.executable, "-m", "tests.attack_corpus", seeds, str(first)],
-        names,
-        LIMITS,
-    ):
+    for result in watch(lambda first: [*command, f"{first}"], names, LIMITS):
         if result.problems:
             problems[result.name] = result.problems
     assert not problems

@@ -65,8 +65,7 @@ class Precision:
 def _half_values() -> npt.NDArray[np.float32]:
     """All 65,536 float16 values as float32, by their bits.
 
-    Looking them up is twice as fast as numpy's conversion. That the table is
-    exact shows in that narrowing it gives back every index.
+    That the table is exact shows in that narrowing it gives back every index.
     """
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = bits.view(np.float16).astype(np.float32)
@@ -76,6 +75,33 @@ def _half_values() -> npt.NDArray[np.float32]:
     return values
 
 
+#: what is left of a float16, sign extended and moved to the place it has in a float32
+_HALF_BITS = np.int32(-0x70002000)
+#: exponents have a bias of 15 in the one and of 127 in the other
+_REBIASED = np.float32(2.0**112)
+_SMALLEST_HALF = np.array([1 << 13], np.int32).view(np.float32)
+
+
+def _widen_half(elements: Array) -> npt.NDArray[np.float32]:
+    """float16 as float32 by moving the bits: twice as fast as looking the values up.
+
+    The product is exact: a power of two, and no result is below the normal numbers of
+    float32. Only the smallest come to it as subnormal ones, which a thread may be set to
+    take for zero. There, and for what is not finite, the values are looked up.
+    """
+    bits = elements.view(np.int16)
+    exact = (_SMALLEST_HALF * _REBIASED)[0] == 2.0**-24
+    if not exact or (bits.size and (bits << 1).view(np.uint16).max() >= 0xF800):
+        values: npt.NDArray[np.float32] = _half_values().take(bits.view(np.uint16), mode="clip")
+        return values
+    moved = bits.astype(np.int32)
+    moved <<= 13
+    moved &= _HALF_BITS
+    widened = moved.view(np.float32)
+    widened *= _REBIASED
+    return widened
+
+
 def widen(elements: Array, dtype: str) -> Array:
     """A checkpoint's ``elements`` of ``dtype`` as float32.
 
@@ -83,8 +109,7 @@ def widen(elements: Array, dtype: str) -> Array:
     rounded to nearest. MappingError if ``dtype`` is not a floating-point format.
     """
     if dtype == "float16":
-        widened: Array = _half_values().take(elements.view(np.uint16), mode="clip")
-        return widened
+        return _widen_half(elements)
     if dtype == "bfloat16":
         # a bfloat16 is the upper half of a float32
         bits: Array = elements.astype(np.uint32) << np.uint32(16)

@@ -7,6 +7,7 @@ levels, offsets and padded batches; ``THOROUGH`` adds the slow ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,13 @@ def speech_like(samples: int, seed: int) -> Waveform:
     2.3 per second, breath noise in bursts, and one near-silent pause; so every
     norm of the model sees loud and quiet frames within one clip.
     """
+    made: Waveform = _speech_like(samples, seed).copy()
+    return made
+
+
+# each weight file of a package is held against the same clips
+@functools.lru_cache(maxsize=32)
+def _speech_like(samples: int, seed: int) -> Waveform:
     rng = np.random.RandomState(seed)
     seconds = np.arange(samples) / SAMPLE_RATE
     pitch = 120 + 40 * np.sin(2 * np.pi * 0.7 * seconds) + 25 * seconds
@@ -71,6 +79,10 @@ def speech_like(samples: int, seed: int) -> Waveform:
 def spoken(name: str, samples: int, seed: int, about: str) -> Clip:
     """One speech-like clip."""
     return Clip(name, speech_like(samples, seed)[None], about, {"seed": seed, "samples": samples})
+
+
+#: the names of the six built-in clips, for those who need no more of them
+BUILT_IN = ("3s", "even", "short", "min", "quiet", "silence")
 
 
 def built_in() -> list[Clip]:

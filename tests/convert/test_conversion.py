@@ -290,6 +290,23 @@ def test_widening_is_exact_for_every_half_number(torch: Any) -> None:
         assert np.isnan(found[~numbers]).all()
 
 
+@pytest.mark.parametrize("subnormal_is_zero", [False, True])
+def test_widening_is_exact_however_a_thread_takes_subnormal_numbers(
+    torch: Any, subnormal_is_zero: bool
+) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    halves = bits.view(np.float16)[(bits & 0x7C00) != 0x7C00]
+    expected = torch.from_numpy(halves).float().numpy().view(np.uint32)
+    if not torch.set_flush_denormal(subnormal_is_zero) and subnormal_is_zero:
+        pytest.skip("needs a processor that can take subnormal numbers for zero")
+    try:
+        found = [widen(array, "float16") for array in (halves, halves[::2], halves[:0])]
+    finally:
+        torch.set_flush_denormal(False)
+    for widened, wanted in zip(found, (expected, expected[::2], expected[:0]), strict=True):
+        assert np.array_equal(widened.view(np.uint32), wanted)
+
+
 @pytest.mark.parametrize(
     ("stored", "dtype"), [("F32", np.float32), ("F16", np.float16), ("BF16", np.uint16)]
 )

@@ -170,6 +170,18 @@ def test_nothing_heavy_is_imported_to_convert(here: Path) -> None:
     assert run.stdout.splitlines()[-1] == "[]"
 
 
+def test_hashing_begins_before_numpy_is_imported() -> None:
+    program = "import sys, contentvec_convert.commands.convert; print('numpy' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "False\n"
+
+
 def test_a_pipe_that_closes_early_is_no_traceback(here: Path) -> None:
     command = f"{sys.executable} -m mlx_contentvec inspect standin.pt --tensors | head -1"
     run = subprocess.run(

@@ -15,7 +15,15 @@ import pytest
 from contentvec_convert.conversion import convert
 from contentvec_parity import harness, references
 from contentvec_parity.compare.naming import outputs, rows, stage_parameters
-from contentvec_parity.inputs import Clip, built_in, from_files, speech_like, standard, thorough
+from contentvec_parity.inputs import (
+    BUILT_IN,
+    Clip,
+    built_in,
+    from_files,
+    speech_like,
+    standard,
+    thorough,
+)
 from contentvec_parity.references import open_reference
 from contentvec_parity.references.fairseq import _is_list_of_numbers
 from contentvec_parity.references.recording import record
@@ -275,6 +283,20 @@ assert scipy.stats.pearsonr([1, 2, 4], [1, 2, 4]).statistic > 0.99
     assert done.returncode == 0, done.stderr
 
 
+def test_fairseqs_weights_are_not_drawn_before_they_are_loaded(
+    fairseq: Any, torch: Any, tiny_checkpoint: Path
+) -> None:
+    (plain,), _, _ = fairseq.checkpoint_utils.load_model_ensemble_and_task([str(tiny_checkpoint)])
+    before = torch.get_rng_state()
+    original = open_reference("fairseq", tiny_checkpoint)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.empty(1).uniform_()
+    assert not torch.equal(torch.get_rng_state(), before)  # it draws as ever
+    assert {name: tensor.tolist() for name, tensor in plain.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in original._model.state_dict().items()
+    }
+
+
 # ---- inputs --------------------------------------------------------------------------------
 
 
@@ -289,6 +311,7 @@ def test_the_clips_can_be_told_apart_and_say_how_they_were_made() -> None:
 
 
 def test_the_built_in_clips_never_change() -> None:
+    assert tuple(clip.name for clip in built_in()) == BUILT_IN
     sums = {c.name: float(np.abs(c.waveform, dtype=np.float64).sum()) for c in built_in()}
     assert sums == pytest.approx(
         {

@@ -13,7 +13,6 @@ import click
 
 from mlx_contentvec.errors import IdentityError, name_list
 from mlx_contentvec.files import explained, is_folder, is_there, similar_name
-from mlx_contentvec.hub import WEIGHTS
 from mlx_contentvec.terminal import labelled, late_bar, say
 
 # Nothing here imports numpy: hashing the source takes longest and begins first.
@@ -191,6 +190,8 @@ def _file_at(path: Path) -> Path:
     """The output for ``--mlx-path``: a file, or one in a folder for ``from_pretrained``."""
     if path.suffix == ".safetensors":
         return path
+    from mlx_contentvec.hub import WEIGHTS
+
     with explained(path):
         path.mkdir(exist_ok=True)
     return path / WEIGHTS[0]

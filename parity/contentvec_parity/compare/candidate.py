@@ -66,12 +66,14 @@ class MlxCandidate:
 
         Where formats are mixed the one that keeps least; found from the weights.
         """
+        from mlx.utils import tree_flatten
+
         from mlx_contentvec.backend import nn
 
         bits = [m.bits for m in self.model.modules() if isinstance(m, nn.QuantizedLinear)]
         if bits:
             return f"q{min(bits)}"
-        dtypes = {parameter.dtype for parameter in self.parameters().values()}
+        dtypes = {_dtype_name(array) for _, array in tree_flatten(self.model.parameters())}
         return next((name for name in ("bfloat16", "float16") if name in dtypes), "float32")
 
     @cached_property
@@ -137,10 +139,14 @@ class MlxCandidate:
         return {
             name: Parameter(
                 np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array),
-                str(array.dtype).removeprefix("mlx.core."),
+                _dtype_name(array),
             )
             for name, array in tree_flatten(self.model.parameters())
         }
+
+
+def _dtype_name(array: Any) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def _mask(mask: NDArray[np.bool_] | None) -> Any:

@@ -72,7 +72,7 @@ from mlx_contentvec.errors import ParityError, printable
 from mlx_contentvec.json_text import JsonError, read_object
 
 from ..compare.soundness import require_sound
-from ..inputs import built_in
+from ..inputs import BUILT_IN
 
 SCHEMA = "mlx-contentvec-parity/1"
 
@@ -80,9 +80,6 @@ Document = dict[str, Any]
 
 #: a report of --thorough has 25 MB and two million values and keys
 REPORT_BYTES, REPORT_VALUES = 96 * 1024 * 1024, 8_000_000
-
-#: the clips whose figures are shown one by one
-BUILT_IN = frozenset(clip.name for clip in built_in())
 
 
 def to_json(document: Mapping[str, Any]) -> str:
