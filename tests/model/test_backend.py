@@ -44,6 +44,22 @@ def test_the_kernels_follow_from_the_processors_flags(flags: str, kernels: str |
     assert backend.openblas_kernels("processor\t: 0\nFeatures\t: asimd\n") is None
 
 
+@pytest.mark.parametrize(
+    ("vendor", "family", "kernels"),
+    [
+        ("AuthenticAMD", "25", "HASWELL"),
+        ("AuthenticAMD", "26", "SKYLAKEX"),
+        ("GenuineIntel", "25", "SKYLAKEX"),
+    ],
+)
+def test_a_processor_that_halves_avx512_takes_the_kernels_of_avx2(
+    vendor: str, family: str, kernels: str
+) -> None:
+    flags = "fma avx2 avx512f avx512cd avx512bw avx512dq avx512vl"
+    cpuinfo = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: {flags}\n\n"
+    assert backend.openblas_kernels(cpuinfo) == kernels
+
+
 @linux
 def test_a_choice_already_made_is_left_alone() -> None:
     code = "import os, mlx_contentvec.backend; print(os.environ['OPENBLAS_CORETYPE'])"
