@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import multiprocessing
 import os
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -286,15 +288,44 @@ def test_what_the_system_refuses_to_flush_is_said_but_for_what_it_lacks(
         sync(0)
 
 
-def test_signals_wait_for_steps_that_belong_together() -> None:
-    done = []
-    with contextlib.suppress(KeyboardInterrupt):
-        with signals_held():
-            os.kill(os.getpid(), signal.SIGINT)
-            done.append("inside")
-        done.append("outside")
-    assert done in (["inside"], ["inside", "outside"])
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_steps_that_belong_together(number: signal.Signals) -> None:
+    """Also one that the system gives to another thread, as it may."""
+    done: list[str] = []
+
+    def terminated(*_: object) -> None:
+        done.append("terminated")
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, terminated)
+    ended = threading.Event()
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    try:
+        assert other.ident is not None
+        with pytest.raises(KeyboardInterrupt):
+            with signals_held():
+                signal.pthread_kill(other.ident, number)
+                for _ in range(100):
+                    time.sleep(0.001)
+                done.append("inside")
+            done.append("outside")
+        assert done == ["inside", "terminated"]
+        assert signal.getsignal(number) is terminated
+    finally:
+        ended.set()
+        other.join()
+        signal.signal(number, before)
+
+
+def test_in_another_thread_signals_are_left_alone() -> None:
+    with ThreadPoolExecutor(1) as pool, signals_held():
+        assert pool.submit(_held_elsewhere).result(timeout=10) == signal.getsignal(signal.SIGINT)
+
+
+def _held_elsewhere() -> object:
+    with signals_held():
+        return signal.getsignal(signal.SIGINT)
 
 
 #: a path that the system does not even look for

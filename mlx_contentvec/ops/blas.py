@@ -109,7 +109,7 @@ def _stated() -> int:
 
 @contextlib.contextmanager
 def own_threads() -> Iterator[int]:
-    """Have each product k_block on the thread that asks for it; gives how many threads to use."""
+    """Have each product stay on the thread that asks for it; gives how many threads to use."""
     global _borrowers, _lent, _kept
     blas = _openblas()
     with _borrowing:
