@@ -151,13 +151,11 @@ def conv1d(
     bias: Buffer | None,
     stride: int,
     norm: tuple[Buffer, Buffer] | None,
-    outer_sum: Buffer | None = None,
 ) -> Buffer:
     """A convolution, its layer norm where there is one, and GELU.
 
     x: (batch, time, in)    weight: (out, kernel, in)    bias: (out,) or None
     norm: weight and bias, (out,) each
-    outer_sum: ``outer_tap_sum(weight)``, with which the outer taps take fewer products
     returns: (batch, (time - kernel) // stride + 1, out)
     """
     taps = weight.transpose(1, 2, 0)
@@ -169,11 +167,9 @@ def conv1d(
         tile = out[rows]
         tile[:] = np.float32(0) if bias is None else bias
         first, last = rows.start * stride, (rows.stop - 1) * stride
-        for tap in range(kernel) if outer_sum is None else [1]:
+        for tap in range(kernel):
             window = clip[first + tap : last + tap + 1 : stride]
             blas.multiply(window, taps[tap], tile, add=True, k_block=CONV_K_BLOCK)
-        if outer_sum is not None:
-            _add_outer_taps(clip[first : last + kernel : stride], taps, outer_sum, tile)
         if norm is not None:
             _layer_norm(tile, tile, *norm)
         gelu_in_place(tile)
@@ -181,42 +177,6 @@ def conv1d(
     for clip, out in zip(x, result, strict=True):
         parallel_for(partial(work, clip, out), count, _tile(count, taps.size))
     return result
-
-
-def outer_tap_sum(weight: Buffer, stride: int) -> Buffer | None:
-    """What ``_add_outer_taps`` needs beside a weight; None where it does not apply.
-
-    weight: (out, kernel, in)    returns: (in, out), 1 MB for 512 channels
-    """
-    if (weight.shape[1], stride) != (3, 2):
-        return None
-    return np.ascontiguousarray((weight[:, 0] + weight[:, 2]).T)
-
-
-def _add_outer_taps(x: Buffer, taps: Buffer, outer_sum: Buffer, out: Buffer) -> None:
-    """Add what the first and the last of three taps give at a stride of two.
-
-    x: (rows + 1, in), every other frame    taps: (3, in, out)    out: (rows, out)
-
-    Over every other frame these are a convolution of kernel 2 and stride 1, of which two
-    outputs take three products instead of four:
-
-        x0 w0 + x1 w2 = (x0 - x1) w0 + x1 (w0 + w2)
-        x1 w0 + x2 w2 = (x2 - x1) w2 + x1 (w0 + w2)
-
-    The convolution takes 0.89 to 0.96 of the time (512 channels, 100 to 6400 rows; Zen 4,
-    one core) and has 1.25 times the rms error of PyTorch's, where four products have 1.02.
-    Source: Winograd's F(2, 2), as in Lavin and Gray, arXiv:1509.09308.
-    """
-    even, odd = out[0::2], out[1::2]
-    before, middle, after = x[0:-1:2], x[1::2], x[2::2]
-    shared = np.empty(even.shape, np.float32)
-    blas.multiply(middle, outer_sum, shared, k_block=CONV_K_BLOCK)
-    even += shared
-    odd += shared[: len(odd)]
-    blas.multiply(before - middle, taps[0], even, add=True, k_block=CONV_K_BLOCK)
-    if len(odd):
-        blas.multiply(after - middle[: len(odd)], taps[2], odd, add=True, k_block=CONV_K_BLOCK)
 
 
 def _tile(rows: int, multiplications: int) -> int:

@@ -108,11 +108,10 @@ class ConvBlock:
         if "norm" in module:
             self.norm = to_numpy(module.norm.weight), to_numpy(module.norm.bias)
         self.group_norm = module.group_norm
-        self.outer_sum = cpu.outer_tap_sum(self.weight, self.stride)
 
     def __call__(self, x: Buffer) -> Buffer:
         """(batch, time, channels in) to (batch, time / stride, channels)."""
-        return cpu.conv1d(x, self.weight, self.bias, self.stride, self.norm, self.outer_sum)
+        return cpu.conv1d(x, self.weight, self.bias, self.stride, self.norm)
 
     def from_waveform(
         self, waveform: Buffer, lengths: Sequence[int] | None, moments: Sequence[cpu.Moments] | None

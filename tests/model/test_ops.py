@@ -315,26 +315,6 @@ def test_short_runs_lose_less_than_one_long_sum(
     assert rms(96) < 0.95 * rms(3072)
 
 
-@pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 1100])
-def test_a_convolution_of_real_width_is_near_to_the_exact_one(
-    count: int, rng: np.random.Generator
-) -> None:
-    x = rng.standard_normal((1, 2 * count + 1, 512)).astype(np.float32)
-    weight = (rng.standard_normal((512, 3, 512)) / 40).astype(np.float32)
-    taps = weight.astype(np.float64)
-    exact = sum(x[0, tap : tap + 2 * count - 1 : 2] @ taps[:, tap].T for tap in range(3))
-    outer_sum = cpu.outer_tap_sum(weight, 2)
-    assert outer_sum is not None
-    for chosen, bound in ((None, 2.0e-7), (outer_sum, 2.6e-7)):
-        error = cpu.conv1d(x, weight, None, 2, None, chosen)[0] - exact_gelu(exact)
-        assert np.sqrt(np.mean(error**2)) < bound
-
-
-@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (10, 5), (3, 1)])
-def test_other_kernels_are_a_product_for_each_tap(kernel: int, stride: int) -> None:
-    assert cpu.outer_tap_sum(np.ones((4, kernel, 4), np.float32), stride) is None
-
-
 class TestOnACpu:
     """In whatever parts, on however many threads and by whichever BLAS."""
 
@@ -441,20 +421,6 @@ class TestOnACpu:
         normalised = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
         got = cpu.conv1d(x, weight, bias, 2, (scale, shift))
         assert closeness(got, exact_gelu(normalised * scale + shift)) < 2e-5
-
-    @pytest.mark.parametrize("time", [3, 5, 6, 7, 16, 29, 50])
-    @pytest.mark.parametrize("bias", [False, True])
-    def test_three_products_for_two_outputs_of_the_outer_taps(
-        self, time: int, bias: bool, rng: np.random.Generator
-    ) -> None:
-        x = rng.standard_normal((2, time, 6)).astype(np.float32)
-        weight = rng.standard_normal((5, 3, 6)).astype(np.float32)
-        shift = rng.standard_normal(5).astype(np.float32) if bias else None
-        windows = np.lib.stride_tricks.sliding_window_view(x, 3, axis=1)[:, ::2]
-        plain = np.einsum("btik,oki->bto", windows, weight) + (0 if shift is None else shift)
-        got = cpu.conv1d(x, weight, shift, 2, None, cpu.outer_tap_sum(weight, 2))
-        assert got.shape == plain.shape
-        assert closeness(got, exact_gelu(plain)) < 2e-5
 
     def test_a_grouped_convolution(self, rng: np.random.Generator) -> None:
         x, weight = rng.standard_normal((2, 37, 6)), rng.standard_normal((6, 4, 2))
