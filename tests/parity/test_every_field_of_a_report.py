@@ -34,8 +34,8 @@ def small(
     convert(least_checkpoint, weights, allow_unknown=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(INPUT_SETS, "least", lambda: built_in()[:1])
-        document = compare_files(least_checkpoint, weights, inputs="least", compare_tf32=False)
-    document = report._undone(json.loads(report.to_json(document)))
+        measured = compare_files(least_checkpoint, weights, inputs="least", compare_tf32=False)
+    document: Report = report._undone(json.loads(report.to_json(measured)))
     about = {"device": "cuda", "name": "a GPU", "dtype": "float32", "tf32": "off"}
     document["yardsticks"] = {"device": about}
     for row in document["stages"]:
