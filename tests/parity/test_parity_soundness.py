@@ -320,7 +320,13 @@ def without_projection(document: Report) -> None:
     document["tensors"]["failures"].append(failure)
 
 
-@pytest.mark.parametrize("change", [incomparable, silent, nearly_silent, without_projection])
+def without_tensors(document: Report) -> None:
+    document["tensors"] = None
+
+
+@pytest.mark.parametrize(
+    "change", [incomparable, silent, nearly_silent, without_projection, without_tensors]
+)
 def test_honest_reports_may_be_odd(document: Report, change: Callable[[Report], None]) -> None:
     change(document)
     require_sound(json.loads(json.dumps(document)))
