@@ -85,6 +85,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "limit -> 2 x + 1",
     ): "patience with another process; whether it ends is tested with a shorter one",
     (
+        "mlx_contentvec/files.py",
+        "if time.monotonic() > give_up:",
+        "> -> >=",
+    ): "no clock is read at the very nanosecond",
+    (
+        "mlx_contentvec/files.py",
+        "time.sleep(0.01)",
+        "call -> pass",
+    ): "it waits all the same, at the cost of a core",
+    (
+        "mlx_contentvec/files.py",
+        'if not hasattr(signal, "pthread_sigmask"):  # Windows',
+        "if -> if False",
+    ): "the other branch is that of Windows",
+    (
+        "mlx_contentvec/files.py",
+        "if fcntl is None:",
+        "if -> if False",
+    ): "the other branch is that of Windows",
+    (
         "mlx_contentvec/folders.py",
         'if sys.platform == "darwin":',
         "if -> if False",

@@ -148,6 +148,26 @@ def tiny_large_checkpoint(make_standin: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def least_checkpoint(make_standin: Callable[..., Path]) -> Path:
+    """As little as has every kind of tensor (60 kB), for what is read hundreds of times."""
+    from contentvec_parity.standin.weights import PRESETS, Preset
+
+    model = {
+        "encoder_layers": 1,
+        "encoder_embed_dim": 32,
+        "encoder_ffn_embed_dim": 32,
+        "encoder_attention_heads": 2,
+        "final_dim": 8,
+        "conv_feature_layers": "[(16,10,5)]",
+        "conv_pos": 16,
+        "conv_pos_groups": 4,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "least", Preset(model=model, classes=4))
+        return make_standin("least")
+
+
+@pytest.fixture(scope="session")
 def made_once() -> Callable[[Path, Callable[[Path], object]], Path]:
     """``made_once(path, make)``: path, made by the first test process to ask; the others wait.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,12 +20,14 @@ from mlx_contentvec import files
 from mlx_contentvec.cli import main
 from mlx_contentvec.errors import OutputError
 from mlx_contentvec.files import (
+    TEMPORARY_SUFFIX,
     Draft,
     cannot_write,
     check_target,
     folder_lock,
     is_file,
     is_folder,
+    is_temporary_name,
     left_by_the_system,
     lock_now,
     open_own,
@@ -32,6 +36,8 @@ from mlx_contentvec.files import (
     remove_leftovers,
     signals_held,
     sync,
+    sync_folder,
+    temporary_prefix,
     write_text,
 )
 
@@ -234,6 +240,21 @@ def test_a_text_is_written_whole_and_replaces_files_only(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "folder", "pipe"]
 
 
+def test_a_text_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named_before = []
+    monkeypatch.setattr(files, "sync", lambda _: named_before.append((tmp_path / "a").exists()))
+    write_text(tmp_path / "a", "1")
+    assert named_before == [False]
+
+
+def test_names_that_are_ours_for_a_while_begin_and_end_as_ours() -> None:
+    assert is_temporary_name(f".mlx-contentvec-00000000{TEMPORARY_SUFFIX}")
+    for name in (".mlx-contentvec.jsonl", ".mlx-contentvec-a", f"a{TEMPORARY_SUFFIX}"):
+        assert not is_temporary_name(name)
+
+
 def test_a_link_to_nothing_is_something_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "nothing")
     with pytest.raises(OutputError, match="already exists"):
@@ -247,10 +268,12 @@ def test_leftovers_below_a_folder_are_removed_and_drafts_are_not(tmp_path: Path)
     leftover.write_text("")
     mine = tmp_path / ".mlx-contentvec.partial"
     mine.write_text("")
+    before = open_descriptors()
     with Draft(tmp_path / "deep" / "a") as draft:
         draft.write(0, b"1")
         remove_leftovers(tmp_path)
         draft.rename(force=False)
+    assert open_descriptors() == before
     assert not leftover.exists()
     assert (tmp_path / "deep" / "a").read_bytes() == b"1"
     assert mine.exists()
@@ -326,6 +349,70 @@ def test_in_another_thread_signals_are_left_alone() -> None:
 def _held_elsewhere() -> object:
     with signals_held():
         return signal.getsignal(signal.SIGINT)
+
+
+def test_the_names_in_a_folder_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor)))
+    before = open_descriptors()
+    sync_folder(tmp_path)
+    assert [os.path.samestat(there, tmp_path.stat()) for there in flushed] == [True]
+    assert open_descriptors() == before
+
+
+@contextlib.contextmanager
+def no_standard_input() -> Iterator[None]:
+    kept = os.dup(0)
+    os.close(0)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+def test_a_process_without_standard_input_locks_and_writes_as_others(tmp_path: Path) -> None:
+    other = os.open(tmp_path, os.O_RDONLY)
+    with no_standard_input(), folder_lock(tmp_path):
+        locked = not lock_now(other)
+    os.close(other)
+    with no_standard_input(), Draft(tmp_path / "a") as draft:
+        drafts = list(tmp_path.iterdir())
+        draft.write(0, b"1")
+        draft.rename(force=False)
+    assert (locked, len(drafts)) == (files.fcntl is not None, 1)
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_a_draft_that_was_taken_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [False, True]
+    monkeypatch.setattr(Draft, "_lock", lambda _: answers.pop(0))
+    before = open_descriptors()
+    with Draft(tmp_path / "a") as draft:
+        draft.write(0, b"1")
+        draft.rename(force=False)
+    assert answers == []
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert open_descriptors() == before
+
+
+def test_a_draft_does_not_look_for_leftovers_where_it_is_told_not_to(tmp_path: Path) -> None:
+    leftover = tmp_path / f"{temporary_prefix(tmp_path / 'a')}00000000{TEMPORARY_SUFFIX}"
+    leftover.write_text("")
+    with Draft(tmp_path / "a", clean=False):
+        assert leftover.exists()
+    with Draft(tmp_path / "a"):
+        assert leftover.exists() == (files.fcntl is None)
+
+
+def test_a_draft_is_opened_from_its_begin_each_time(tmp_path: Path) -> None:
+    with Draft(tmp_path / "a") as draft:
+        with draft.open() as file:
+            file.write(b"12")
+        with draft.open() as file:
+            assert file.read() == b"12"
 
 
 #: a path that the system does not even look for

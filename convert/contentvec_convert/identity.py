@@ -182,7 +182,10 @@ class Identification:
         whole_sha256 = hashlib.sha256()
         total, files = sum(state[0] for state in self._states.values()), []
         single = len(self._weights) == 1
-        buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(2)]
+        # no larger than the files: new memory is cleared, which for a small file takes longer
+        # than to hash it
+        length = max(1, min(BLOCK_BYTES, max(state[0] for state in self._states.values())))
+        buffers = [memoryview(bytearray(length)) for _ in range(2)]
         with ThreadPoolExecutor(1, thread_name_prefix="sha256") as second:
             for path in (*self._weights, *self._beside):
                 md5, sha256, size, turn = whole_md5, whole_sha256, 0, 0

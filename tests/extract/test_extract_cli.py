@@ -363,12 +363,16 @@ def test_a_killed_process_loses_only_what_it_had_not_finished(
         stdin=subprocess.DEVNULL,
         text=True,
     )
-    second = out / ".mlx-contentvec.rank-1.jsonl"
-    end = time.monotonic() + 60
-    while time.monotonic() < end and not (second.exists() and len(outputs(out)) > 4):
-        time.sleep(0.005)
-    os.kill(_writer_of(folder), signal.SIGKILL)
+    # found before it has anything to lose, and stopped while the other goes on: on a busy
+    # machine one of them may have finished before the other begins
+    until(lambda: 1 in ranks_of(folder))
+    second = ranks_of(folder)[1]
+    until((out / ".mlx-contentvec.rank-1.jsonl").exists)
+    os.kill(second, signal.SIGSTOP)
+    until(lambda: len(outputs(out)) > 4)
+    os.kill(second, signal.SIGKILL)
     said, _ = launcher.communicate(timeout=60)
+    until(lambda: not ranks_of(folder))
     # whatever the launcher's exit status, nothing looks like the end of a run
     assert "extracted " not in said
     kept = outputs(out)
@@ -382,14 +386,23 @@ def test_a_killed_process_loses_only_what_it_had_not_finished(
     assert len(outputs(out)) == 40
 
 
-def _writer_of(folder: Path) -> int:
-    """The process of rank 1 that extracts ``folder``, found by its arguments."""
+def until(happens: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """The processes that extract ``folder``, by their ranks, found by their arguments."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (process / "cmdline").read_bytes().split(b"\0")
             variables = (process / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if str(folder).encode() in arguments and b"MLX_RANK=1" in variables:
-            return int(process.name)
-    raise AssertionError("rank 1 is not running")
+        for rank in range(2):
+            if str(folder).encode() in arguments and f"MLX_RANK={rank}".encode() in variables:
+                found[rank] = int(process.name)
+    return found

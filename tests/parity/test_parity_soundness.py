@@ -305,13 +305,28 @@ def silent(document: Report) -> None:
     row["reference"].update(max_abs=0.0, rms=0.0, snr_db=None)
 
 
+def nearly_silent(document: Report) -> None:
+    """A stage whose truth is the smallest number of float32, which rounds by half of itself."""
+    row = row_of(document, "stage", "silence")
+    half = 2.0**-150
+    row["candidate"].update(max_abs=half, rms=half, snr_db=20 * math.log10(2))
+    row["floor"].update(max_abs=half, rms=half)
+    row["reference"].update(max_abs=0.0, rms=0.0, snr_db=None)
+
+
 def without_projection(document: Report) -> None:
     document["stages"] = [row for row in document["stages"] if row["stage"] != "final_proj"]
     failure = {"name": "final_proj.weight", "stage": "final_proj", "what": "is missing"}
     document["tensors"]["failures"].append(failure)
 
 
-@pytest.mark.parametrize("change", [incomparable, silent, without_projection])
+def without_tensors(document: Report) -> None:
+    document["tensors"] = None
+
+
+@pytest.mark.parametrize(
+    "change", [incomparable, silent, nearly_silent, without_projection, without_tensors]
+)
 def test_honest_reports_may_be_odd(document: Report, change: Callable[[Report], None]) -> None:
     change(document)
     require_sound(json.loads(json.dumps(document)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import importlib
 import io
 import wave
@@ -38,8 +39,6 @@ def to_html(
     Raises MissingDependency if jinja2 or matplotlib is not installed.
     """
     require_packages()
-    import jinja2
-
     # the first two sets are played as well; the third is large, and drawn where it is the worst
     own = {name: waveform[None] for name, waveform in (waveforms or {}).items()}
     heard = {**_made_again(document, "built-in", "standard"), **own}
@@ -48,16 +47,7 @@ def to_html(
         "file" not in clip["origin"] and clip["name"] not in heard for clip in document["clips"]
     ):
         drawn = {**_made_again(document, "thorough"), **heard}
-    template = files(__package__).joinpath("templates/parity.html.jinja").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "figure": report.figure,
-        "times": report.times,
-        "similarity": report.similarity,
-    }
-    page: str = environment.from_string(template).render(
+    page: str = _template().render(
         document=document,
         verdict=document["verdict"],
         headline=report.headline(document),
@@ -77,6 +67,22 @@ def to_html(
         clips=[{**clip, "audio": _playable(heard, clip)} for clip in document["clips"]],
     )
     return page
+
+
+@functools.cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "figure": report.figure,
+        "times": report.times,
+        "similarity": report.similarity,
+    }
+    text = files(__package__).joinpath("templates/parity.html.jinja").read_text("utf-8")
+    return environment.from_string(text)
 
 
 def require_packages() -> None:
