@@ -96,11 +96,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "it waits all the same, at the cost of a core",
     (
         "mlx_contentvec/files.py",
-        'if not hasattr(signal, "pthread_sigmask"):  # Windows',
-        "if -> if False",
-    ): "the other branch is that of Windows",
-    (
-        "mlx_contentvec/files.py",
         "if fcntl is None:",
         "if -> if False",
     ): "the other branch is that of Windows",
