@@ -9,7 +9,7 @@ import platform
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -109,12 +109,14 @@ class LazyGroup(click.Group):
                 return super().main(*args, **kwargs)
             finally:
                 sys.stdout.flush()
+                # what cannot be said there changes no exit status
+                _close_output(sys.stderr)
         except BrokenPipeError:
             pass  # the reader has gone (`| head`): nothing left to say
         except Exception as error:
             with contextlib.suppress(OSError):  # nowhere to complain
                 say(f"error: {_unexpected(error)}", err=True)
-        _close_output()
+        _close_output(sys.stdout, sys.stderr)
         sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -128,9 +130,9 @@ class LazyGroup(click.Group):
             ctx.exit(130)
 
 
-def _close_output() -> None:
+def _close_output(*streams: TextIO) -> None:
     """Let what is left in buffers go nowhere: Python would complain of it when it ends."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
             try:
                 stream.flush()

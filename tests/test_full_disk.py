@@ -64,6 +64,25 @@ def test_a_file_too_large_is_one_error_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_said_on_stderr_changes_no_exit_status() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full (Linux)")
+    code = (
+        "import sys; from mlx_contentvec.cli import main; "
+        "sys.stderr = open('/dev/full', 'w'); sys.stderr.write('a step'); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "models"],
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=False,
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), f"{PROJECT}/convert"])},
+    )
+    assert done.returncode == 0
+    assert b"contentvec" in done.stdout
+
+
 def test_nobody_who_reads_the_steps_does_not_stop_a_package(
     run_cli: Any, evidence_folder: Path, tmp_path: Path
 ) -> None:
