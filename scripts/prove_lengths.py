@@ -15,6 +15,7 @@ together.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import math
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,22 +88,22 @@ def references(
         path = export(weights, Path(folder) / "hf", to="transformers").path
         model = HubertModel.from_pretrained(path).eval().to(device)
 
-    def features(source: np.ndarray, dtype: str) -> np.ndarray:
+    def features(model: Any, source: np.ndarray, dtype: str) -> np.ndarray:
         given = torch.from_numpy(source)[None].to(device, getattr(torch, dtype))
         states = model(given, output_hidden_states=True).hidden_states
         found: np.ndarray = states[layer][0].float().cpu().numpy()
         return found
 
     with torch.no_grad():
-        exact = [features(source, "float32") for source in sources]
+        exact = [features(model, source, "float32") for source in sources]
         least = {"float32": [LEAST] * len(sources)}
         for dtype in DTYPES[1:]:
-            model.to(getattr(torch, dtype))
+            # a copy: what was rounded once would be rounded again for the next format
+            rounded = copy.deepcopy(model).to(getattr(torch, dtype))
             own = [
-                decibels(features(source, dtype), known)
+                decibels(features(rounded, source, dtype), known)
                 for source, known in zip(sources, exact, strict=True)
             ]
-            model.float()
             least[dtype] = [value - BEHIND for value in own]
     return exact, least
 

@@ -360,6 +360,16 @@ FORKED = (
 )
 
 
+def said_by(script: str) -> str:
+    """What a new process prints that runs a script, and that ends well."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 def test_a_fork_of_a_process_that_computed_says_so_instead_of_hanging(tmp_path: Path) -> None:
     path = random_weights_file(tmp_path / "weights.safetensors", DEEP)
@@ -381,13 +391,9 @@ for call in {FORKED!r}:
         os._exit(0)
     assert os.wait()[1] == 0, call + " hangs"
 """
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root
-    )
-    assert done.returncode == 0, done.stderr
-    assert "returned" not in done.stdout
-    assert done.stdout.count("get_context('spawn')") == len(FORKED)
+    said = said_by(script)
+    assert "returned" not in said
+    assert said.count("get_context('spawn')") == len(FORKED)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
@@ -404,12 +410,8 @@ if os.fork() == 0:
 else:
     assert os.wait()[1] == 0
 """
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "(18, 96)\n"
+    said = said_by(script)
+    assert said == "(18, 96)\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
@@ -430,10 +432,6 @@ if os.fork() == 0:
 else:
     assert os.wait()[1] == 0
 """
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root
-    )
-    assert done.returncode == 0, done.stderr
-    assert "forked from one that had imported MLX for CUDA" in done.stdout
-    assert "or import mlx_contentvec after forking" in " ".join(done.stdout.split())
+    said = said_by(script)
+    assert "forked from one that had imported MLX for CUDA" in said
+    assert "or import mlx_contentvec after forking" in " ".join(said.split())
