@@ -70,6 +70,10 @@ _DEMUXER_OPTIONS = {
     "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,ogg,mov,matroska,asf,aac,ac3,eac3,amr,amrnb,"
     "amrwb,mpegts,mpeg,avi,flv,wv,tta,ape,voc,dts,loas",
 }
+#: of a wav, packets of 32 KiB instead of a tenth of a second: a frame's way through Python
+#: costs as much as its samples do, and keeps other threads from their work. One packet is
+#: then searched for DTS, which holds more of its frames than two of FFmpeg's own size
+_WAV_OPTIONS = {"max_size": "32768", "max_probe_packets": "1"}
 #: demuxers that read frames of a known size, and mark one that the file's end cut
 _FLAGS_CUT_PACKETS = frozenset({"amr", "amrnb", "amrwb"})
 #: codecs of which each packet is sound; what the begin or the end of a stream skips lies in
@@ -323,9 +327,14 @@ def _open_container(file: BinaryIO, where: str) -> Generator[Any]:
     """FFmpeg's view of an open file. It is given no name and no protocol to open others with."""
     av = _load("av")
     file.seek(0)
+    wave = _WAV_OPTIONS if file.read(12)[8:] == b"WAVE" else {}
+    file.seek(0)
     try:
         container = av.open(
-            file, metadata_errors="ignore", options=dict(_DEMUXER_OPTIONS), buffer_size=READ_SIZE
+            file,
+            metadata_errors="ignore",
+            options={**_DEMUXER_OPTIONS, **wave},
+            buffer_size=READ_SIZE,
         )
     except (av.error.FFmpegError, OSError, ValueError) as error:
         file.seek(0)
@@ -378,13 +387,16 @@ def _frames(
     """
     av = _load("av")
     stream = container.streams.audio[0]
+    codec = stream.codec_context.codec.name
+    size_of = _FRAME_SIZES.get(codec)
+    marks_cuts = container.format.name in _FLAGS_CUT_PACKETS
     samples = packets = silent = 0
     last = before = b""
     try:
         for packet in container.demux(stream):
-            if packet.is_corrupt and container.format.name in _FLAGS_CUT_PACKETS:
+            if marks_cuts and packet.is_corrupt:
                 raise _cut_at(where, samples, stream, "a packet that is not whole")
-            data = bytes(packet) if stream.codec_context.codec.name in _FRAME_SIZES else b""
+            data = bytes(packet) if size_of else b""
             packets += bool(packet.size)
             if data:
                 before, last = last, data
@@ -394,12 +406,12 @@ def _frames(
                 yield frame.sample_rate, _rows(frame)
             if packet.size and reached and samples == reached:
                 silent += 1
-                if stream.codec_context.codec.name in _ALWAYS_SOUND and silent > _MOST_SILENT:
+                if codec in _ALWAYS_SOUND and silent > _MOST_SILENT:
                     raise _cut_at(where, samples, stream, "its packets give no sound any more")
     # a header that sends the demuxer to an impossible place: the file's own seek refuses
     except (av.error.FFmpegError, OSError, OverflowError, ValueError) as error:
         raise _cut_at(where, samples, stream, _reason(error)) from error
-    if last and (whole := _FRAME_SIZES[stream.codec_context.codec.name](last, before)) > len(last):
+    if size_of and last and (whole := size_of(last, before)) > len(last):
         raise _cut_at(where, samples, stream, f"{len(last)} of the last frame's {whole} bytes")
     expected, unit = stated or (0, "samples")
     if container.format.name in _COUNTS_SAMPLES and stream.duration:
@@ -423,15 +435,16 @@ def _frames(
 
 def _decoded(stream: Any, packet: Any, data: bytes) -> Iterator[Any]:
     """Decode one packet. Tags between joined MP3 files come with the frame that follows them."""
-    av = _load("av")
     try:
         yield from packet.decode()
-    except av.error.InvalidDataError:
+    except ValueError as error:
+        if not isinstance(error, _load("av").error.InvalidDataError):
+            raise
         sync = next((m.start() for m in _MPEG_SYNC.finditer(data)), len(data))
         if not data or not sync:
             raise
         if sync < len(data):
-            yield from stream.codec_context.decode(av.Packet(data[sync:]))
+            yield from stream.codec_context.decode(_load("av").Packet(data[sync:]))
 
 
 def _rows(frame: Any) -> npt.NDArray[Any]:
