@@ -27,6 +27,7 @@ from .memory import (
     whole_clip_bytes,
 )
 from .ops import CpuHubert
+from .ops.mlx import plans_attention
 from .stacking import stacked
 from .streaming import Walk, streamed
 
@@ -56,11 +57,6 @@ LOOK_AHEAD = 64
 #: seconds of audio in one batch, which fit into ``memory.GPU_ROOM``. On a CPU clips are
 #: stacked (``stacking``): from 16 s, 800 rows, on products are as fast as they get
 BATCH_SECONDS = {"cpu": 16.0, "metal": 30.0, "cuda": 30.0}
-#: lengths between one and its double to which clips are padded in half precision on CUDA.
-#: The fused attention of each length needs a plan of its own, which takes longer to make
-#: than the clip to compute, and MLX keeps 256. A clip is padded by a sixteenth at most and
-#: keeps its features
-LENGTHS_PER_OCTAVE = 16
 
 
 @dataclass(frozen=True)
@@ -350,14 +346,13 @@ def _in_one_go(
         if isinstance(walk, CpuHubert):
             return stacked(walk, model.config, waveforms, kind.layer, kind.project)
     longest = max(len(waveform) for waveform in waveforms)
-    if padding == "exact" and _pays_for_each_length(model):
-        longest = padded_length(longest)
     source = np.zeros((len(waveforms), longest), np.float32)
     for row, waveform in zip(source, waveforms, strict=True):
         row[: len(waveform)] = waveform
     lengths = np.array([len(waveform) for waveform in waveforms])
     treatment: dict[str, Any] = {}
-    if (lengths < longest).any():
+    # a mask, also where nothing is padded: without one each length would have its plan
+    if (lengths < longest).any() or plans_attention(model.layer_norm.weight.dtype):
         if padding == "exact":
             treatment = {"lengths": mx.array(lengths)}
         else:
@@ -372,17 +367,6 @@ def _in_one_go(
     x, mask = result["x"], result["padding_mask"]
     counts = [x.shape[1]] * len(waveforms) if mask is None else (~mask).sum(axis=1).tolist()
     return [_rows(clip[:count]) for clip, count in zip(x, counts, strict=True)]
-
-
-def _pays_for_each_length(model: FeatureModel) -> bool:
-    """Whether this device makes a plan for every new length: CUDA, in half precision."""
-    return device_kind() == "cuda" and bool(model.layer_norm.weight.dtype != mx.float32)
-
-
-def padded_length(samples: int) -> int:
-    """The next of few lengths (``LENGTHS_PER_OCTAVE``) that ``samples`` are padded to."""
-    step = max(1, (1 << samples.bit_length() - 1) // LENGTHS_PER_OCTAVE)
-    return -(-samples // step) * step
 
 
 def _as_waveform(model: FeatureModel, source: Any, sample_rate: int | None) -> Waveform:

@@ -331,10 +331,12 @@ class ContentvecModel(Hubert):
             counts = None if conditions["lengths"] is None else conditions["lengths"].tolist()
             x = front_end(walk, self.config, x, step, lengths=counts)
             chain = chain[chain.index("positional") :]
-        for name in chain:
+        bounded = waveform.size > ops.PIPELINED_SAMPLES
+        for position, name in enumerate(chain):
             x = stages[name](x)
-            if waveform.size > ops.PIPELINED_SAMPLES and isinstance(walk, MlxHubert):
-                previous = ops.pipelined(x, previous)
+            if isinstance(walk, MlxHubert) and (bounded or position % 2):
+                started = ops.pipelined(x, previous)
+                previous = started if bounded else None
         return {"x": mx.array(x), "padding_mask": conditions["padding"]}
 
     def _prepare(

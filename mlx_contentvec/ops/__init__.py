@@ -30,7 +30,8 @@ __all__ = [
 
 #: weight and bias of each layer's queries, keys and values as one matrix
 FusedQKV = Sequence[tuple[mx.array, mx.array]]
-#: samples of a batch above which a GPU computes its stages two at a time
+#: samples of a batch above which a GPU computes its stages two at a time; of fewer it
+#: starts with every second one, and nothing waits
 PIPELINED_SAMPLES = 20 * 16000
 
 
@@ -161,8 +162,11 @@ def parameters(model: nn.Module) -> list[mx.array]:
 def pipelined(x: mx.array, previous: mx.array | None) -> mx.array | None:
     """Start computing ``x``, and wait for what was started before it.
 
-    A GPU holds every intermediate of a graph until the graph has run: 10 GB for
-    60 s of audio on CUDA. Two stages at a time hold 1.5 GB. What is traced is left alone.
+    A GPU that is given its work only when all of it is described waits 3 ms for that: 10 s
+    of audio take 8.1 instead of 9.4 ms if it begins with the first stages, and hold 1.8
+    instead of 2.4 GB (H200). Of longer batches it holds every intermediate of what has
+    been started, 10 GB for 60 s on CUDA; two stages at a time hold 1.5 GB. What is traced
+    is left alone.
     """
     if not start(x):
         return previous

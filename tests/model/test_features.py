@@ -19,18 +19,17 @@ from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, BackendError, ConfigError
 from mlx_contentvec.features import (
     BATCH_SECONDS,
-    LENGTHS_PER_OCTAVE,
     VERSIONS,
     FeatureKind,
     batches,
     extract,
     extract_many,
     feature_kind,
-    padded_length,
     stacks,
 )
 from mlx_contentvec.model import ContentvecModel
 from mlx_contentvec.ops import cpu
+from mlx_contentvec.ops import mlx as mlx_ops
 from mlx_contentvec.rvc import Hubert
 from tests.small_models import (
     CLOSE,
@@ -447,12 +446,15 @@ class Measured:
         self.model, self.gpu, self.fails = model, gpu, fails
         self.config, self.layer_norm = model.config, model.layer_norm
         self.shapes: list[tuple[int, ...]] = []
+        #: for each pass, what says which samples are padding
+        self.treated: list[set[str]] = []
 
     def walk(self) -> Any:
         return self.model.walk()
 
     def __call__(self, source: Any, **options: Any) -> dict[str, Any]:
         self.shapes.append(source.shape)
+        self.treated.append({"lengths", "padding_mask"} & options.keys())
         self.fails(source.shape)
         self.gpu.computes(400 * source.size)
         return self.model(source, **options)
@@ -609,30 +611,20 @@ def test_other_errors_of_a_device_are_raised_at_once(monkeypatch: pytest.MonkeyP
     assert len(measured.shapes) == 1
 
 
-@given(st.integers(1, 16000 * 7200))
-def test_clips_are_padded_to_few_lengths_and_by_little(samples: int) -> None:
-    padded = padded_length(samples)
-    assert samples <= padded <= samples * (1 + 1 / LENGTHS_PER_OCTAVE)
-    assert padded_length(padded) == padded
-
-
-def test_a_folder_of_600_lengths_has_few_shapes() -> None:
-    lengths = {padded_length(round(16000 * (2 + 28 * i / 600))) for i in range(600)}
-    assert len(lengths) <= 4 * LENGTHS_PER_OCTAVE
-
-
-@pytest.mark.parametrize(("dtype", "shapes"), [(mx.float32, 5), (mx.float16, 1)])
-def test_half_precision_on_cuda_has_few_lengths_and_the_same_features(
-    monkeypatch: pytest.MonkeyPatch, dtype: Any, shapes: int
+@pytest.mark.parametrize("padding", ["exact", "fairseq"])
+@pytest.mark.parametrize(("dtype", "planned"), [(mx.float32, False), (mx.float16, True)])
+def test_half_precision_on_cuda_takes_no_attention_that_plans_each_length(
+    monkeypatch: pytest.MonkeyPatch, dtype: Any, planned: bool, padding: Any
 ) -> None:
     model = random_model(TINY, dtype)
     clips = [noise(8200 + 7 * i, i) for i in range(5)]
-    expected = [extract(model, clip, sample_rate=16000, layer=3) for clip in clips]
+    options: dict[str, Any] = {"sample_rate": 16000, "layer": 3}
+    expected = [extract(model, clip, **options) for clip in clips]
     measured = Measured(model, FakeGpu(monkeypatch, kind="cuda"))
-    alone = [extract(measured, clip, sample_rate=16000, layer=3) for clip in clips]
-    assert len(set(measured.shapes)) == shapes
-    batched = list(extract_many(measured, clips, sample_rate=16000, layer=3))
-    # on a GPU both are padded
+    monkeypatch.setattr(mlx_ops, "device_kind", lambda: "cuda")
+    alone = list(extract_many(measured, clips, batch_seconds=0, padding=padding, **options))
+    assert [bool(given) for given in measured.treated] == [planned] * len(clips)
+    batched = list(extract_many(measured, clips, **options))
     close = 2e-5 if memory.device_kind() == "cpu" else CLOSE["float16"]
     for one, other, known in zip(alone, batched, expected, strict=True):
         np.testing.assert_allclose(one, known, atol=close)

@@ -166,6 +166,22 @@ class TestEveryForm:
         # scores reach 50: half a float32 ulp there is 2e-6, in each weight's exponent
         assert closeness(got, expected) < 1e-4
 
+    @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+    def test_attention_with_a_mask_in_half_precision_on_cuda_has_no_plan(
+        self, kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        q, k, v = (array(x).astype(getattr(mx, kind)) for x in rng.standard_normal((3, 2, 3, 9, 8)))
+        valid = np.arange(9) < np.array([9, 4])[:, None]
+        mask = mx.array(valid[:, None, None])
+        exact = (x.astype(mx.float32) for x in (q, k, v))
+        expected = mlx_ops.attention(*exact, mask)
+        monkeypatch.setattr(mlx_ops, "device_kind", lambda: "cuda")
+        monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", None)
+        got = mlx_ops.attention(q, k, v, mask)
+        assert got.dtype == q.dtype
+        half_ulp = {"float16": 2**-11, "bfloat16": 2**-8}[kind]
+        assert closeness(got.astype(mx.float32), np.array(expected)) < 8 * half_ulp
+
     def test_arranging_changes_neither_shape_nor_values(self, rng: np.random.Generator) -> None:
         for shape in ((7,), (6, 4), (6, 3, 4)):
             weight = array(rng.standard_normal(shape))
