@@ -354,9 +354,9 @@ def _in_one_go(
     # a mask, also where nothing is padded: without one each length would have its plan
     if (lengths < longest).any() or plans_attention(model.layer_norm.weight.dtype):
         if padding == "exact":
-            treatment = {"lengths": mx.array(lengths)}
+            treatment = {"lengths": lengths}
         else:
-            treatment = {"padding_mask": mx.array(np.arange(longest)[None] >= lengths[:, None])}
+            treatment = {"padding_mask": np.arange(longest)[None] >= lengths[:, None]}
     result: dict[str, Any] = model(
         source,
         output_layer=kind.layer,

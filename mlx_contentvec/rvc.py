@@ -139,8 +139,7 @@ class Hubert:
                 found=f"shape {features.shape}, {features.dtype}",
                 expected=f"(batch, frames, {width}), floating point",
             )
-        rows = mx.array(features.reshape(1, -1, width))
-        projected = self.model.run_stage("final_proj", rows)
+        projected = self.model.run_stage("final_proj", features.reshape(1, -1, width))
         return _like(x, projected.reshape(*features.shape[:-1], config.final_dim))
 
     # ---- transformers' calls ------------------------------------------------
@@ -194,9 +193,9 @@ class Hubert:
             last = "final_norm" if config.layer_norm_first else hidden[-1]
             with bounded(self.max_memory):
                 stages = self.model.stage_outputs(
-                    mx.array(waveforms),
+                    waveforms,
                     names={*hidden, last},
-                    padding_mask=None if padded is None else mx.array(padded),
+                    padding_mask=padded,
                     normalized=True,
                 )
                 mx.eval(stages)
@@ -343,15 +342,10 @@ class Hubert:
             )
             x: Array = features_of(self.model, clip, kind, self.max_memory, normalized=True)[None]
             if layer is None and config.layer_norm_first:
-                x = self.model.run_stage("final_norm", mx.array(x))
+                x = self.model.run_stage("final_norm", x)
             return x, None
         with bounded(self.max_memory):
-            result = self.model(
-                mx.array(waveforms),
-                padding_mask=None if padded is None else mx.array(padded),
-                output_layer=layer,
-                normalized=True,
-            )
+            result = self.model(waveforms, padding_mask=padded, output_layer=layer, normalized=True)
             mx.eval(result)
         return result["x"], result["padding_mask"]
 

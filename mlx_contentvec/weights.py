@@ -198,7 +198,11 @@ def match(
     if headless:
         model.config = dataclasses.replace(model.config, final_dim=None)
         model.pop("final_proj", None)
-    return {name: to_gemm_layout(arrays[name]) for name in expected if name in arrays}
+    return {
+        name: to_gemm_layout(arrays[name]) if is_matrix(name) else arrays[name]
+        for name in expected
+        if name in arrays
+    }
 
 
 def _require_same_config(ours: ModelConfig, stored: ModelConfig, origin: str) -> None:
@@ -357,11 +361,20 @@ def _dtype_name(arrays: Arrays, quantization: Mapping[str, int] | None) -> str:
     return next(name for name, dtype in formats.items() if dtype in dtypes)
 
 
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is multiplied with: a quantised layer's scales are read by rows."""
+    return name.rpartition(".")[2] == "weight"
+
+
 def arrange(model: Hubert) -> bool:
     """Store every parameter as :func:`match` does, and say whether one was stored otherwise."""
     from mlx.utils import tree_unflatten
 
-    stray = [(name, array) for name, array in flat_parameters(model) if not in_gemm_layout(array)]
+    stray = [
+        (name, array)
+        for name, array in flat_parameters(model)
+        if is_matrix(name) and not in_gemm_layout(array)
+    ]
     arranged = [(name, to_gemm_layout(array)) for name, array in stray]
     mx.eval([array for _, array in arranged])
     nn.Module.update(model, tree_unflatten(arranged), strict=False)

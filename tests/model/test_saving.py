@@ -54,6 +54,22 @@ def changed(change: str) -> ContentvecModel:
     return model
 
 
+def test_scales_are_stored_by_rows(tmp_path: Path) -> None:
+    """CUDA multiplies with no others; a quantised float32 model has scales in float32."""
+    path = tmp_path / "saved.safetensors"
+    changed("quantised").save(path)
+    again = ContentvecModel.from_file(path)
+    again.set_dtype(mx.float16)
+    again.set_dtype(mx.float32)
+    again.load_weights(weights.flat_parameters(ContentvecModel.from_file(path)))
+    scales = [
+        x for name, x in weights.flat_parameters(again) if name.endswith(("scales", "biases"))
+    ]
+    assert scales and all(x.dtype == mx.float32 for x in scales)
+    for x in scales:
+        assert np.asarray(x).flags.c_contiguous
+
+
 @pytest.mark.parametrize(
     ("change", "dtype"),
     [

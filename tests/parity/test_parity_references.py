@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from contentvec_convert.conversion import convert
-from contentvec_parity import harness, references
+from contentvec_parity import harness, references, with_tf32
 from contentvec_parity.compare.naming import outputs, rows, stage_parameters
 from contentvec_parity.inputs import (
     BUILT_IN,
@@ -26,7 +26,7 @@ from contentvec_parity.inputs import (
 )
 from contentvec_parity.references import open_reference
 from contentvec_parity.references.fairseq import _is_list_of_numbers
-from contentvec_parity.references.recording import record
+from contentvec_parity.references.recording import Recording, record
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import PRESETS, ModelConfig, parameter_shapes, stage_input, stage_names
 from mlx_contentvec.errors import AudioError, MissingDependency, ParityError
@@ -359,12 +359,21 @@ def test_audio_too_short_for_a_frame_is_refused(tmp_path: Path) -> None:
     ids=["norms first, no projection", "25 Hz"],
 )
 def test_a_model_of_another_form_is_recorded_and_compared(
-    tmp_path: Path, config: ModelConfig
+    tmp_path: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, weights = tmp_path / "hub", tmp_path / "m.safetensors"
     save_transformers(transformers_hubert(config), config, folder)
     convert(folder, weights, allow_unknown=True)
-    document = harness.compare_files(folder, weights, inputs="built-in")
+    recorded: list[int] = []
+
+    def with_tf32_too(recording: Path, _: Path) -> dict[str, Any]:
+        clips = Recording(recording).clips
+        recorded.extend(clip.waveform.shape[1] for clip in clips)
+        return {"flags": {}, "summary": [], "snr_db": None}
+
+    monkeypatch.setattr(with_tf32, "measure", with_tf32_too)
+    document = harness.compare_files(folder, weights, inputs="built-in", compare_tf32=True)
+    assert min(recorded) == config.receptive_field
     assert document["verdict"]["passed"], document["verdict"]["reason"]
     shortest = next(clip for clip in document["clips"] if clip["name"] == "min")
     assert shortest["samples"] == config.receptive_field

@@ -106,9 +106,7 @@ def record(
     progress(f"loading {checkpoint.name}")
     original = open_reference(reference or choose(checkpoint), checkpoint)
     source = identify_checkpoint(checkpoint)
-    shortest = original.config.receptive_field
-    given = [(lengthened(clip, shortest), selection) for clip, selection in clips or small()]
-    return write(original, source, output, given, force=force, progress=progress)
+    return write(original, source, output, clips or small(), force=force, progress=progress)
 
 
 def write(
@@ -123,6 +121,7 @@ def write(
     """Write a recording of an opened original; its header comes back.
 
     source: the facts of its checkpoint (``contentvec_parity.identity``)
+    clips:  those too short to give a frame are repeated until they do
 
     Raises OutputError if ``output`` cannot be written.
     """
@@ -135,6 +134,7 @@ def write(
     }
     for number, (clip, selection) in enumerate(clips, 1):
         progress(f"clip {clip.name}, {number} of {len(clips)}")
+        clip = lengthened(clip, original.config.receptive_field)
         kept = SELECTIONS[selection](original.config)
         found, exact = original.stages(clip), original.truth(clip)
         outputs = {stage: found[stage] for stage in kept}
