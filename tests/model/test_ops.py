@@ -477,6 +477,25 @@ class TestOnACpu:
         apart = [x.transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3) for x in (q, k, v)]
         assert closeness(cpu.attention(*apart, valid if masked else None), np.array(got)) < 1e-5
 
+    @pytest.mark.parametrize("keys", [50, 3 * cpu.KEYS_PER_BLOCK // 2])
+    def test_small_scores_need_no_largest_one(
+        self, keys: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        q, k, v = (x.astype(np.float32) for x in rng.standard_normal((3, 2, 1, keys, 8)))
+        valid = np.ones((2, 1, 1, keys), bool)
+        valid[1, ..., 5:] = False
+        q = q[:, :, :20]
+        for mask in (None, valid):
+            small = cpu.attention(q, k, v, mask)
+            with monkeypatch.context() as patched:
+                patched.setattr(cpu, "LARGEST_SCORE", 0.0)
+                assert closeness(small, cpu.attention(q, k, v, mask)) < 1e-6
+
+    def test_where_every_key_is_hidden_all_count_alike(self) -> None:
+        q, v = np.ones((1, 1, 2, 4), np.float32), np.arange(8, dtype=np.float32).reshape(1, 1, 2, 4)
+        got = cpu.attention(q, q, v, np.zeros((1, 1, 1, 2), bool))
+        assert closeness(got, np.broadcast_to(v.mean(axis=2), (1, 2, 4))) < 1e-6
+
     def test_scores_beyond_the_range_of_an_exponential(self) -> None:
         q = np.full((1, 1, 1, 4), 60.0, np.float32)
         k = np.array([[[[60.0] * 4, [-60.0] * 4, [59.0] * 4]]], np.float32)
