@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,24 +32,34 @@ class Pair:
     #: measured - expected
     difference: Array
 
+    @cached_property
+    def distance(self) -> Array:
+        """The size of each difference."""
+        return np.abs(self.difference)
+
+    @cached_property
+    def squared(self) -> float:
+        """The sum of the squared differences."""
+        flat = self.difference.ravel()
+        return float(flat @ flat)
+
 
 def max_abs(pair: Pair) -> float:
     """The largest difference of any one value."""
-    return float(np.abs(pair.difference).max(initial=0.0))
+    return float(pair.distance.max(initial=0.0))
 
 
 def max_abs_at(pair: Pair) -> list[int]:
     """Where that is: the index into the array."""
     if not pair.difference.size:
         return []
-    flat = int(np.abs(pair.difference).argmax())
+    flat = int(pair.distance.argmax())
     return [int(i) for i in np.unravel_index(flat, pair.difference.shape)]
 
 
 def rms(pair: Pair) -> float:
     """The root of the mean squared difference."""
-    flat = pair.difference.ravel()
-    return math.sqrt(float(flat @ flat) / max(flat.size, 1))
+    return math.sqrt(pair.squared / max(pair.difference.size, 1))
 
 
 def _cosine(product: Array, one: Array, other: Array) -> Array:
@@ -91,17 +102,16 @@ def worst_frame_at(pair: Pair) -> list[int]:
 
 def snr_db(pair: Pair) -> float | None:
     """Power of what was expected over power of the difference, in dB; None if equal."""
-    error = float(pair.difference.ravel() @ pair.difference.ravel())
     signal = float(pair.expected.ravel() @ pair.expected.ravel())
-    if error == 0:
+    if pair.squared == 0:
         return None
-    return 10 * math.log10(signal / error) if signal > 0 else -math.inf
+    return 10 * math.log10(signal / pair.squared) if signal > 0 else -math.inf
 
 
 def ulps(pair: Pair) -> list[float]:
     """Median, 99th percentile and largest difference in float32 units in the last place."""
     step = max(1, -(-pair.difference.size // ULP_SAMPLE))
-    difference = np.abs(pair.difference.ravel()[::step])
+    difference = pair.distance.ravel()[::step]
     if not difference.size:
         return [0.0, 0.0, 0.0]
     unit = np.spacing(np.abs(pair.expected.ravel()[::step]).astype(np.float32))
