@@ -65,6 +65,36 @@ TESTS: dict[str, list[str]] = {
 #: (file, line of code, change) -> why no test can notice it
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "convert/contentvec_convert/checkpoint/pickle_machine.py",
+        "_DISPATCH: list[Callable[[PickleMachine], None] | None] = [None] * 256",
+        "limit -> 2 x + 1",
+    ): "no byte is as large as the places beyond",
+    (
+        "convert/contentvec_convert/checkpoint/zip_archive.py",
+        "if locator_at >= 0 and file.read(locator_at, 4) == _LOCATOR64_SIGNATURE:",
+        ">= -> >",
+    ): "what begins with a locator is not taken for an archive",
+    (
+        "convert/contentvec_convert/checkpoint/zip_archive.py",
+        "while missing and position + 4 <= len(extra):",
+        "<= -> <",
+    ): "a field that begins in the last four bytes holds nothing",
+    (
+        "convert/contentvec_convert/checkpoint/safetensors_file.py",
+        'f"it lacks {missing:,} bytes at its end" if missing > 0 else "it goes on past its end",',
+        "> -> >=",
+    ): "the number is not zero there",
+    (
+        "convert/contentvec_convert/checkpoint/source_file.py",
+        "_CHUNK = 1024 * 1024",
+        "limit -> 2 x + 1",
+    ): "the same bytes are read, in other pieces",
+    (
+        "convert/contentvec_convert/checkpoint/tensors.py",
+        "_CHUNK = 1024 * 1024",
+        "limit -> 2 x + 1",
+    ): "the same bytes are read, in other pieces",
+    (
         "mlx_contentvec/files.py",
         "if fcntl is not None:",
         "if -> if True",

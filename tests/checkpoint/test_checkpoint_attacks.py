@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from contentvec_convert.checkpoint import InertRecord, foreign_file, limits, open_checkpoint
-from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint
+from contentvec_convert.checkpoint.tensors import brief
+from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 from tests.checkpoint_files import (
     SIX_FLOATS,
     Call,
@@ -289,6 +290,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     ),
     "a text as a storage": (instructions(Persistent("0")), "not a storage"),
     "a storage of text": (instructions(storage(count="6")), "impossible size"),
+    "a storage of impossibly many": (instructions(storage(count=2**60)), "impossible size"),
     "a storage of truth": (instructions(storage(count=True)), "impossible size"),
     "a storage of negative size": (instructions(storage(count=-1)), "impossible size"),
     "a storage with a number as its key": (instructions(storage(key=0)), "not a storage"),
@@ -437,6 +439,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         instructions(Persistent((*storage().identity, None, None))),
         "not a storage",
     ),
+    "a class of nothing": (instructions(Persistent(("module",))), "not a storage"),
     "a storage of another kind": (
         instructions(Persistent(("blob", *storage().identity[1:]))),
         "not a storage",
@@ -476,6 +479,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "a list as a key": (b"}]K\x01s", "a key that cannot be one"),
     "a dict as a key": (b"}}K\x01s", "a key that cannot be one"),
     "a list inside a key": (b"}]\x85K\x01s", "a key that cannot be one"),
+    "a list deep inside a key": (b"}]\x85\x85K\x01s", "a key that cannot be one"),
     "a tensor as a key": (b"}" + instructions(tensor()) + b"Ns", "a key that cannot be one"),
     "a key twice": (b"}(" + (text("again") + b"N") * 2 + b"u", "the name again occurs twice"),
     "a key without a value": (b"}(K\x01u", "a key without a value"),
@@ -507,6 +511,18 @@ def test_a_wrong_pickle_is_refused(name: str, write: Callable[..., bytes], tmp_p
     path.write_bytes(write(beside_a_tensor(code)))
     with pytest.raises(CheckpointError, match=fragment):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [(b"0", "at byte 3 of the pickle"), (b"\xff", "byte 0xff at byte 3 of the pickle")],
+)
+def test_a_refusal_says_where_in_the_pickle(tmp_path: Path, code: bytes, found: str) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(torch_zip(b"\x80\x02" + code + b"."))
+    with pytest.raises(CorruptCheckpoint) as refused:
+        open_checkpoint(path)
+    assert refused.value.found == found
 
 
 @every_container
@@ -559,6 +575,16 @@ TENSORS: dict[str, tuple[Call, str]] = {
         tensor((2**63 - 1, 2), (0, 0)),
         "more elements than can be counted",
     ),
+    "a size past 64 bits": (tensor((2**64, 1), (1, 1)), "more elements than can be counted"),
+    "no elements of a size past 64 bits": (
+        tensor((0, 2**62), (1, 1)),
+        "more elements than can be counted",
+    ),
+    "a stride past 64 bits of an axis that takes no step": (
+        tensor((1, 6), (2**62, 1)),
+        "impossible strides",
+    ),
+    "an offset past 64 bits": (tensor(offset=2**64), "past the end of its storage"),
     "a stride past 64 bits": (tensor((2, 3), (2**64, 1)), "impossible strides"),
     "a terabyte in one element": (tensor((2**38,), (0,)), "more elements than its storage"),
     "a thousand axes": (tensor((1,) * 1000, (1,) * 1000), "too many axes"),
@@ -573,7 +599,7 @@ TENSORS: dict[str, tuple[Call, str]] = {
         "does not have the size that is claimed",
     ),
     "a storage that claims exabytes": (
-        tensor(of=storage(count=2**59)),
+        tensor(of=storage(count=2**60 - 1)),
         "does not have the size that is claimed",
     ),
     "a storage of another width": (
@@ -612,6 +638,7 @@ def test_a_wrong_tensor_beside_the_model_is_refused_too(
 
 PICKLE = assemble({"w": tensor()})
 DATA, FLOATS = Entry("archive/data.pkl", PICKLE), Entry("archive/data/0", SIX_FLOATS)
+TABLE_AT = zip_archive([DATA, FLOATS]).index(b"PK\x01\x02")
 
 
 def deflated(name: str, content: bytes) -> Entry:
@@ -717,6 +744,14 @@ ZIPS: dict[str, tuple[bytes, str]] = {
     "an entry past the end": (
         zip_archive([DATA, Entry("archive/data/0", SIX_FLOATS, {}, {"offset": 2**31})]),
         "lies outside the archive",
+    ),
+    "an entry that begins in the table": (
+        zip_archive([DATA, Entry("archive/data/0", SIX_FLOATS, {}, {"offset": TABLE_AT - 29})]),
+        "lies outside the archive",
+    ),
+    "an entry whose header would end at the table": (
+        zip_archive([DATA, Entry("archive/data/0", SIX_FLOATS, {}, {"offset": TABLE_AT - 30})]),
+        "no entry where archive/data/0 should begin",
     ),
     "an entry that claims more": (
         zip_archive(
@@ -857,6 +892,8 @@ def test_the_archive_that_the_wrong_ones_are_made_from_is_read(tmp_path: Path) -
         {"comment": b"a comment"},
         {"end64": {}},
         {"locator": {}, "comment": b"x"},
+        {"end": {"here": 0xFFFF, "count": 0xFFFF}, "end64": {"here": 2, "count": 2}},
+        {"end": {"length": 0xFFFFFFFF, "start": 0xFFFFFFFF}, "locator": {}},
     )
     for options in variants:
         path.write_bytes(zip_archive([DATA, FLOATS], **options))
@@ -951,6 +988,16 @@ def test_a_wrong_file_of_the_older_container_is_refused(name: str, tmp_path: Pat
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("start", [b"\x81\x02", b"\x80\x01", b"\x80\x06", b"\x80", b""])
+def test_torch_s_number_alone_makes_no_file_of_the_older_container(
+    start: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(start + legacy()[2:])
+    with pytest.raises(UnsupportedCheckpoint, match=r"no kind of checkpoint|a plain pickle"):
+        open_checkpoint(path)
+
+
 def header(**changes: Any) -> bytes:
     entry = {"dtype": '"F32"', "shape": "[2,3]", "data_offsets": "[0,24]", **changes}
     fields = ",".join(f'"{key}":{value}' for key, value in entry.items() if value is not None)
@@ -1001,12 +1048,17 @@ SAFETENSORS: dict[str, tuple[bytes, str]] = {
         safetensors(header(shape="[2,4]"), SIX_FLOATS),
         "does not take 24 bytes",
     ),
+    "a shape past 64 bits of no elements": (
+        safetensors(header(shape="[0,4611686018427387904]", data_offsets="[0,0]")),
+        "more elements than can be counted",
+    ),
     "a shape past 64 bits": (
         safetensors(header(shape="[4294967296,4294967296,6]"), SIX_FLOATS),
         "does not take 24 bytes",
     ),
     "a negative shape": (safetensors(header(shape="[-2,-3]"), SIX_FLOATS), "impossible shape"),
     "a shape of truth": (safetensors(header(shape="[true,6]"), SIX_FLOATS), "impossible shape"),
+    "a shape of texts": (safetensors(header(shape='["2","3"]'), SIX_FLOATS), "impossible shape"),
     "a shape of text": (safetensors(header(shape='"6"'), SIX_FLOATS), "impossible shape"),
     "a thousand axes": (
         safetensors(header(shape=str([1] * 1000)), SIX_FLOATS),
@@ -1412,3 +1464,27 @@ def test_a_message_about_a_hostile_dict_stays_short(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     assert len(str(caught.value)) < 1_000
+
+
+#: values of a hostile file -> how a message shows them
+SHOWN: list[tuple[object, str]] = [
+    ((1,) * 8, "(1, 1, 1, 1, 1, 1, 1, 1)"),
+    ((1,) * 9, "(1, 1, 1, 1, 1, 1, 1, 1, ...)"),
+    ([1, (2,), [3], "x"], "(1, tuple, list, x)"),
+    (2**128 - 1, "340282366920938463463374607431768211455"),
+    (2**128, "an integer of 129 bits"),
+    # Python itself refuses to write it
+    (-(2**20_000), "an integer of 20001 bits"),
+    (True, "True"),
+    ("a" * 80, "a" * 80),
+    ("a" * 81, "a" * 77 + "..."),
+    ("n\u00e4me", "n\\xe4me"),
+    ("a\nb", "a\\nb"),
+    ("\u202eb", "\\u202eb"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(SHOWN)))
+def test_a_value_is_shown_on_one_short_line_of_ascii(index: int) -> None:
+    value, shown = SHOWN[index]
+    assert brief(value) == shown

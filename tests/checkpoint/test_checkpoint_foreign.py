@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from contentvec_convert.checkpoint import foreign_file, open_checkpoint
+from contentvec_convert.checkpoint import foreign_file, is_cut_short, open_checkpoint
 from mlx_contentvec.errors import UnsupportedCheckpoint
 from tests.checkpoint_files import assemble, safetensors, tensor, torch_legacy, torch_zip
 
@@ -144,6 +144,18 @@ def test_nothing_is_said_of_what_cannot_be_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "missing"):
         assert foreign_file(path) is None
+        assert not is_cut_short(path)
+
+
+def test_an_archive_without_its_end_is_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    whole = torch_zip(assemble({"w": tensor()}))
+    for content, short in (
+        (whole, False), (whole[:-23], True), (whole[:4], True), (whole[:3], False),
+        (torch_legacy(assemble({"w": tensor()})), False), (b"", False),
+    ):  # fmt: skip
+        path.write_bytes(content)
+        assert is_cut_short(path) == short
 
 
 def test_an_unknown_file_is_refused_with_its_first_bytes(tmp_path: Path) -> None:

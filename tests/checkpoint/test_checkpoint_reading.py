@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import enum
+import errno
 import json
 import os
 import pickle
 import struct
 import sys
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from contentvec_convert.checkpoint import InertRecord, StoredTensor, limits, open_checkpoint
+from contentvec_convert.checkpoint import (
+    InertRecord,
+    StoredTensor,
+    foreign_file,
+    is_cut_short,
+    limits,
+    open_checkpoint,
+    source_file,
+)
 from contentvec_convert.checkpoint.source_file import SourceFile
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
+from mlx_contentvec.files import open_regular
 from tests.checkpoint_files import (
     SIX_FLOATS,
     Call,
@@ -175,7 +186,13 @@ def test_a_real_state_dict_keeps_its_order_and_loses_its_metadata(
         assert checkpoint.extra == {}
 
 
-@pytest.mark.parametrize("path", [(), ("model",), ("state_dict",), ("model", "state_dict")])
+@pytest.mark.parametrize(
+    "path",
+    [
+        (), ("model",), ("state_dict",), ("model", "state_dict"),
+        ("model", "state_dict", "model_state_dict", "weight"),
+    ],
+)  # fmt: skip
 def test_the_state_dict_is_found_where_it_is_kept(
     torch: ModuleType, save: Save, path: tuple[str, ...]
 ) -> None:
@@ -186,6 +203,14 @@ def test_the_state_dict_is_found_where_it_is_kept(
         assert list(checkpoint.tensors) == ["a.weight"]
         assert checkpoint.extra.get("epoch") == (1 if path else None)
         assert checkpoint.config is None
+
+
+def test_what_stands_on_the_way_to_the_state_dict_is_kept(torch: ModuleType, save: Save) -> None:
+    inner = {"state_dict": {"w": torch.ones(2)}}
+    with open_checkpoint(save({"epoch": 1, "model": inner})) as checkpoint:
+        assert checkpoint.extra == {"epoch": 1}
+    with open_checkpoint(save({"epoch": 1, "model": {"step": 7, **inner}})) as checkpoint:
+        assert checkpoint.extra == {"epoch": 1, "model": {"step": 7}}
 
 
 class Shade(enum.Enum):
@@ -238,6 +263,7 @@ PLAIN: dict[str, tuple[bytes, object]] = {
     "truth": (b"(I00\nI01\n\x88\x89Nt", (False, True, True, False, None)),
     "numbers": (b"(F1.5\nF-inf\nG\x40\x09\x21\xfb\x54\x44\x2d\x18t", (1.5, -np.inf, np.pi)),
     "text": (b"(Vn\\u00e4me\n\x8c\1x\x8d\1\0\0\0\0\0\0\0yt", ("n\u00e4me", "x", "y")),
+    "no text": (b"(T\0\0\0\0U\0V\n\x8c\0C\0t", ("", "", "", "", b"")),
     "bytes": (b"(C\1aB\1\0\0\0b\x8e\1\0\0\0\0\0\0\0c\x96\1\0\0\0\0\0\0\0dt",
               (b"a", b"b", b"c", bytearray(b"d"))),
     "lists": (b"(](K\1K\2e(K\3l]K\4at", ([1, 2], [3], [4])),
@@ -383,11 +409,49 @@ def test_an_enum_in_an_omegaconf_configuration_is_its_value(tmp_path: Path) -> N
         assert checkpoint.config["model"]["other"].name == "Metadata"
 
 
+@pytest.mark.parametrize(
+    "node",
+    [
+        Call("omegaconf.nodes", "AnyNode"),
+        Call("omegaconf.nodes", "AnyNode", (), ["_val"]),
+        Call("omegaconf.nodes", "AnyNode", (), {"_content": {"a": 1}}),
+        Call("omegaconf.dictconfig", "DictConfig", (), {"_metadata": 1}),
+        Call("another.nodes", "AnyNode", (), {"_val": 1}),
+        Call("another.dictconfig", "DictConfig", (), {"_content": {"a": 1}}),
+    ],
+)
+def test_what_is_no_omegaconf_node_of_a_known_form_stays_a_record(
+    tmp_path: Path, node: Call
+) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "x": node})))
+    with open_checkpoint(path) as checkpoint:
+        record = checkpoint.extra["x"]
+    assert isinstance(record, InertRecord)
+    assert (record.module, record.name, record.state) == (node.module, node.name, node.state)
+
+
+def test_only_the_value_of_an_enum_is_taken_out_of_its_object(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    place = Call("pathlib", "PosixPath", ("a", "b"))
+    nodes = [
+        Call("omegaconf.nodes", "AnyNode", (), {"_val": place}),
+        Call("omegaconf.nodes", "EnumNode", (), {"_val": "plain"}),
+        Call("omegaconf.nodes", "EnumNode", (), {"_val": Call("a", "Mode")}),
+    ]
+    path.write_bytes(torch_zip(assemble({"w": tensor(), "x": nodes})))
+    with open_checkpoint(path) as checkpoint:
+        first, second, third = checkpoint.extra["x"]
+    assert (first.name, first.args) == ("PosixPath", ("a", "b"))
+    assert second == "plain"
+    assert third.name == "Mode"
+
+
 def test_an_object_as_a_key_stays_a_key(tmp_path: Path) -> None:
     """An omegaconf node is unwrapped as a value; a key that became a list would be no key."""
     path = tmp_path / "model.pt"
     node = instructions(Call("omegaconf.nodes", "AnyNode", (), {"_val": [1]}))
-    code = b"}(" + node + b"K\1" + node + b"\x85K\2ca\nB\nK\3u"
+    code = b"}(" + node + b"K\1" + node + b"\x85K\2ca\nB\nK\3ca\nC\n\x85K\4u"
     code = b"(" + code + b"\x8f(" + node + b"ca\nB\n\x90t"
     path.write_bytes(torch_zip(assemble({"w": tensor(), "x": Raw(code)})))
     with open_checkpoint(path) as checkpoint:
@@ -396,6 +460,7 @@ def test_an_object_as_a_key_stays_a_key(tmp_path: Path) -> None:
         "InertRecord(omegaconf.nodes.AnyNode)": 1,
         "(InertRecord(omegaconf.nodes.AnyNode),)": 2,
         "InertRecord(a.B)": 3,
+        "(InertRecord(a.C),)": 4,
     }
     assert len(members) == 2
 
@@ -415,7 +480,8 @@ def test_a_device_beside_bare_tensors_is_kept(torch: ModuleType, save: Save) -> 
 def test_an_entry_past_four_gigabytes_has_its_numbers_in_the_zip64_field(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     wide = {"length": 0xFFFFFFFF, "packed": 0xFFFFFFFF}
-    field = struct.pack("<2HI", 0x5455, 4, 0) + struct.pack("<2H2Q", 1, 16, 24, 24)
+    others = struct.pack("<2HI", 0x5455, 4, 0) + struct.pack("<2H2Q", 0x7875, 16, 7, 7)
+    field = others + struct.pack("<2H2Q", 1, 16, 24, 24)
     entries = [
         Entry("archive/data.pkl", assemble({"w": tensor()})),
         Entry("archive/data/0", SIX_FLOATS, wide, {**wide, "extra": field}),
@@ -424,6 +490,49 @@ def test_an_entry_past_four_gigabytes_has_its_numbers_in_the_zip64_field(tmp_pat
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.verify()
         assert checkpoint.tensors["w"].float32().tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_entries_may_be_listed_in_another_order_than_they_follow(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", assemble({"w": tensor()}))
+        archive.writestr("archive/data/0", SIX_FLOATS)
+        archive.filelist.reverse()
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.verify()
+        assert checkpoint.tensors["w"].float32().tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("flags", [0x2, 0x4, 0x8, 0x800])
+def test_flags_that_change_nothing_of_a_stored_entry_are_passed_over(
+    tmp_path: Path, flags: int
+) -> None:
+    path = tmp_path / "model.pt"
+    content = assemble({"w": tensor()})
+    local = {"flags": flags, **({"crc": 0, "packed": 0, "length": 0} if flags == 0x8 else {})}
+    entries = [
+        Entry("archive/data.pkl", content),
+        Entry("archive/data/0", SIX_FLOATS, local, {"flags": flags}),
+    ]
+    path.write_bytes(zip_archive(entries))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("archive/data/0") == SIX_FLOATS
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.verify()
+        assert checkpoint.tensors["w"].read().tobytes() == SIX_FLOATS
+
+
+def test_an_archive_may_end_with_the_longest_comment(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    longest = b"#" * 0xFFFF
+    path.write_bytes(torch_zip(assemble({"w": tensor()}), comment=longest))
+    assert not is_cut_short(path)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.verify()
+    path.write_bytes(path.read_bytes() + b"#")
+    assert is_cut_short(path)
+    with pytest.raises(CorruptCheckpoint, match="does not end as one"):
+        open_checkpoint(path)
 
 
 def test_a_namespace_of_old_fairseq_is_the_configuration(torch: ModuleType, save: Save) -> None:
@@ -459,6 +568,36 @@ def test_a_value_that_contains_itself_is_cut_where_it_does(torch: ModuleType, sa
         (inner,) = checkpoint.extra["loop"]["again"]
         assert checkpoint.extra["loop"]["depth"] == 1
         assert repr(inner) == "InertRecord(.enclosing value)"
+
+
+def test_a_value_that_is_referred_to_twice_is_copied_once(torch: ModuleType, save: Save) -> None:
+    row = [1, 2]
+    value = {"model": {"w": torch.zeros(1)}, "rows": [row, row], "again": row}
+    with open_checkpoint(save(value)) as checkpoint:
+        first, second = checkpoint.extra["rows"]
+        assert first == [1, 2]
+        assert first is second
+
+
+def test_a_file_that_is_refused_is_closed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+
+    def recorded(path: Path) -> int:
+        opened.append(open_regular(path))
+        return opened[-1]
+
+    monkeypatch.setattr(source_file, "open_regular", recorded)
+    (folder / "two.safetensors").write_bytes(b"\xff")
+    with pytest.raises(UnsupportedCheckpoint, match="no kind of checkpoint"):
+        open_checkpoint(folder)
+    assert foreign_file(folder / "two.safetensors") is None
+    assert not is_cut_short(folder / "two.safetensors")
+    assert len(opened) >= 4
+    for descriptor in opened:
+        with pytest.raises(OSError, match=r"[Bb]ad file descriptor"):
+            os.fstat(descriptor)
 
 
 def test_opening_a_zip_reads_nothing_of_the_tensors(
@@ -507,8 +646,29 @@ def test_views_are_read_only_and_outlive_the_checkpoint(torch: ModuleType, save:
         with pytest.raises(ValueError, match="read-only"):
             view[0] = 1
     assert view.tolist() == [0, 1, 2, 3]
-    with pytest.raises(CheckpointError, match="has been closed"):
-        checkpoint.tensors["w"].read()
+    checkpoint.close()
+    for read in (checkpoint.tensors["w"].read, checkpoint.tensors["w"].array):
+        with pytest.raises(CheckpointError, match="has been closed"):
+            read()
+
+
+def test_a_file_is_mapped_once(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"content")
+    file = SourceFile(path)
+    assert file.mapped() is file.mapped()
+    file.close()
+
+
+def test_what_lies_beyond_all_files_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"content")
+    file = SourceFile(path)
+    assert file.read(4, 3) == b"ent"
+    for place, length in ((5, 3), (2**64, 1), (0, 2**64)):
+        with pytest.raises(CorruptCheckpoint, match="ends in the middle"):
+            file.read(place, length)
+    file.close()
 
 
 def test_a_file_cut_short_after_opening_is_an_error_and_not_a_crash(
@@ -521,6 +681,18 @@ def test_a_file_cut_short_after_opening_is_an_error_and_not_a_crash(
             checkpoint.tensors["w"].float32()
 
 
+def test_a_disk_that_fails_is_an_error_that_says_so(
+    torch: ModuleType, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with open_checkpoint(save({"w": torch.zeros(3)})) as checkpoint:
+        monkeypatch.setattr(source_file, "read_at", failing)
+        with pytest.raises(CheckpointError, match=r"cannot read .*model\.pt: Input/output error"):
+            checkpoint.tensors["w"].read()
+
+
 def test_a_file_emptied_before_it_is_mapped_is_an_error(torch: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"w": torch.zeros(100)}, path)
@@ -528,6 +700,18 @@ def test_a_file_emptied_before_it_is_mapped_is_an_error(torch: ModuleType, tmp_p
         os.truncate(path, 0)
         with pytest.raises(CheckpointError, match="cannot map"):
             checkpoint.tensors["w"].array()
+
+
+def test_a_file_cut_short_before_it_is_mapped_is_an_error(
+    torch: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"w": torch.zeros(10_000)}, path)
+    with open_checkpoint(path) as checkpoint:
+        os.truncate(path, 2000)
+        for _ in range(2):
+            with pytest.raises(CorruptCheckpoint, match="ends in the middle"):
+                checkpoint.tensors["w"].array()
 
 
 def test_a_wrong_byte_in_a_tensor_is_found_by_its_checksum(
@@ -545,6 +729,27 @@ def test_a_wrong_byte_in_a_tensor_is_found_by_its_checksum(
         assert checkpoint.tensors["good"].verify()
         with pytest.raises(CorruptCheckpoint, match="the bytes of bad do not have the checksum"):
             checkpoint.verify()
+
+
+def test_a_storage_is_read_once_to_compare_its_checksum(
+    torch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pt"
+    base = torch.zeros(100)
+    torch.save({"whole": base, "half": base[:50]}, path)
+    read_into = SourceFile.read_into
+    read = 0
+
+    def counted(file: SourceFile, offset: int, target: memoryview) -> None:
+        nonlocal read
+        read += len(target)
+        read_into(file, offset, target)
+
+    with open_checkpoint(path) as checkpoint:
+        monkeypatch.setattr(SourceFile, "read_into", counted)
+        assert checkpoint.verify()
+        assert checkpoint.verify()
+    assert read == 400
 
 
 def test_a_file_saved_without_checksums_says_so(torch: ModuleType, tmp_path: Path) -> None:
@@ -776,6 +981,8 @@ def test_an_index_of_too_many_files_is_refused(folder: Path) -> None:
 def test_shards_of_too_many_tensors_in_all_are_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(limits, "TENSORS", 3)
+    open_checkpoint(folder).close()
     monkeypatch.setattr(limits, "TENSORS", 2)
     with pytest.raises(CorruptCheckpoint, match="its files have too many tensors"):
         open_checkpoint(folder)

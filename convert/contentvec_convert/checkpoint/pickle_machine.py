@@ -630,7 +630,6 @@ class PickleMachine:
             self._ended()
 
     def _op_persid(self) -> None:
-        self._line()
         self.corrupt("it refers to its storages in a way that torch does not")
 
     def _op_binpersid(self) -> None:

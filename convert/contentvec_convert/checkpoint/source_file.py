@@ -86,21 +86,13 @@ class SourceFile:
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
             if not count:
-                raise self.corrupt(
-                    "it ends in the middle of its data",
-                    found=f"{offset + done:,} bytes",
-                    expected=f"at least {offset + len(target):,} bytes",
-                )
+                raise self._ends_early(offset + done, offset + len(target))
             done += count
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on; CorruptCheckpoint if the file ends before that."""
         if offset + length > self.size:
-            raise self.corrupt(
-                "it ends in the middle of its data",
-                found=f"{self.size:,} bytes",
-                expected=f"at least {offset + length:,} bytes",
-            )
+            raise self._ends_early(self.size, offset + length)
         buffer = bytearray(length)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
@@ -110,13 +102,18 @@ class SourceFile:
         return self.read(0, min(length, self.size))
 
     def mapped(self) -> mmap.mmap:
-        """The whole file mapped read-only; made on first use. The file must not be empty."""
+        """The whole file mapped read-only; made on first use. The file must not be empty.
+
+        Raises CorruptCheckpoint if the file has become shorter since it was opened.
+        """
         self._require_open()
         if self._map is None:
             try:
                 self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"cannot map {self.path} into memory: {error}") from error
+        if len(self._map) < self.size:
+            raise self._ends_early(len(self._map), self.size)
         return self._map
 
     def close(self) -> None:
@@ -128,6 +125,13 @@ class SourceFile:
         # Dropped, not closed: numpy's views hold a reference to the mapping but
         # no lock on it, and closing it under them would crash the process.
         self._map = None
+
+    def _ends_early(self, size: int, needed: int) -> CorruptCheckpoint:
+        return self.corrupt(
+            "it ends in the middle of its data",
+            found=f"{size:,} bytes",
+            expected=f"at least {needed:,} bytes",
+        )
 
     def _require_open(self) -> None:
         if not self._open:

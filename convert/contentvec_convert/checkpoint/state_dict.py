@@ -215,7 +215,6 @@ class _Settler:
             copy, its_count, its_depth = self._copy(part, inside, depth + 1)
             count += its_count
             below = max(below, its_depth + 1)
-            self._check(count, 0)
             return copy
 
         made: Any

@@ -44,7 +44,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _NOT_REAL_NUMBERS = frozenset(name for name in DTYPES if name.startswith(("float8", "complex")))
 
 _CHUNK = 1024 * 1024
-_INT64 = 2**63
+#: elements whose bytes 63 bits can count, whatever the dtype: numpy makes no more, not even
+#: of a tensor that another axis of length 0 leaves empty
+_ELEMENTS = 2**59
 
 
 @dataclass(eq=False)
@@ -107,11 +109,8 @@ class StoredTensor:
         valid after the checkpoint is closed. If the file is cut short while
         it is mapped, touching the view ends the process: :meth:`read` does not
         have this weakness and does not keep the file's pages in memory.
+        Raises CorruptCheckpoint if the file was cut short before.
         """
-        if self.size == 0:
-            empty = np.zeros(self.shape, DTYPES[self.dtype])
-            empty.flags.writeable = False
-            return empty
         view: Array = np.ndarray(
             self.shape,
             DTYPES[self.dtype],
@@ -224,9 +223,11 @@ def checked_tensor(name: str, view: TensorView) -> StoredTensor:
         )
     itemsize = DTYPES[view.dtype].itemsize
     held = view.storage.length // itemsize
-    count = prod(shape)
-    if count >= _INT64:
+    if prod(n for n in shape if n) >= _ELEMENTS:
         raise refuse("has more elements than can be counted", found=f"shape {brief(shape)}")
+    if any(stride >= _ELEMENTS for stride in strides):
+        raise refuse("has impossible strides", found=brief(strides))
+    count = prod(shape)
     reach = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if count else 0
     if view.offset + reach > held:
         raise refuse(
@@ -252,7 +253,7 @@ def checked_tensor(name: str, view: TensorView) -> StoredTensor:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < _INT64
+    return type(value) is int and value >= 0
 
 
 def brief(value: object, length: int = 80) -> str:
@@ -263,7 +264,7 @@ def brief(value: object, length: int = 80) -> str:
             for part in value[:8]
         )
         return _cut(f"({shown}{', ...' if len(value) > 8 else ''})", length)
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+    if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)

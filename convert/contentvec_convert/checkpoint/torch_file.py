@@ -77,7 +77,7 @@ def read_torch_zip(file: SourceFile) -> Any:
 
 def looks_like_torch_legacy(head: bytes) -> bool:
     """Whether a file's first bytes (16 or more) are those of torch's older container."""
-    if len(head) < 2 or head[0] != 0x80 or not 2 <= head[1] <= 5:
+    if head[:1] != b"\x80" or head[1:2] not in (b"\2", b"\3", b"\4", b"\5"):
         return False
     # protocols 4 and 5 put a frame of 9 bytes around it
     return head[2:].startswith(_LEGACY_MAGIC) or head[11:].startswith(_LEGACY_MAGIC)
