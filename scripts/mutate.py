@@ -41,7 +41,10 @@ TESTS: dict[str, list[str]] = {
     "mlx_contentvec/json_text.py": ["tests/test_json_text.py"],
     "convert/contentvec_convert/fetch.py": ["tests/convert/test_fetch.py"],
     "parity/contentvec_parity/compare/soundness.py": ["tests/parity/test_parity_soundness.py"],
-    "parity/contentvec_parity/references/recording_checks.py": ["tests/publishing/test_verify.py"],
+    "parity/contentvec_parity/references/recording_checks.py": [
+        "tests/publishing/test_recording_checks.py",
+        "tests/publishing/test_verify.py",
+    ],
     "parity/contentvec_parity/publishing/checks.py": [
         "tests/publishing/test_package.py",
         "tests/publishing/test_verify.py",

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -371,6 +372,264 @@ def test_one_file_is_not_taken_for_a_package(tmp_path: Path) -> None:
     for name in (file, str(file)):
         with pytest.raises(HubError, match="is one file, without the evidence"):
             hub.open_package(name)
+
+
+# lists of checksums -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0" * 64, "0" * 64 + "  ", "0" * 64 + " name", "0" * 63 + "  name", "A" * 64 + "  name",
+        "  name", "", "0" * 64 + "  a\n" + "1" * 64 + "  a",
+    ],
+)  # fmt: skip
+def test_a_line_that_sha256sum_does_not_write_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "SHA256SUMS"
+    path.write_text(f"{'2' * 64}  first\n{line}\n{'3' * 64}  last\n")
+    with pytest.raises(HubError, match="not a list of checksums"):
+        hub.read_checksums(path)
+
+
+def test_a_list_of_checksums_may_have_a_megabyte(tmp_path: Path) -> None:
+    path = tmp_path / "SHA256SUMS"
+    start = "0" * 64 + "  "
+    path.write_text(start + "n" * (2**20 - len(start)))
+    assert len(hub.read_checksums(path)) == 1
+    path.write_text(start + "n" * (2**20 - len(start) + 1))
+    with pytest.raises(HubError, match="more than 1,048,576 bytes"):
+        hub.read_checksums(path)
+    path.unlink()
+    with pytest.raises(HubError, match="cannot be read: No such file"):
+        hub.read_checksums(path)
+
+
+def test_only_weights_may_be_large(tmp_path: Path) -> None:
+    for name, size, plausible in (
+        ("report.json", 2**26, True), ("report.json", 2**26 + 1, False),
+        ("model.safetensors", 2**26 + 1, True),
+    ):  # fmt: skip
+        path = tmp_path / name
+        with path.open("wb") as file:
+            file.truncate(size)
+        if plausible:
+            hub.require_plausible_size(path)
+            continue
+        with pytest.raises(HubError, match="too large for what it should be"):
+            hub.require_plausible_size(path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b", 7, None])
+def test_a_variant_is_a_file_of_the_package(tmp_path: Path, name: object) -> None:
+    config = {"dtype": "q8", "variants": {"q4": {"file": name}, "float16": name}}
+    write(tmp_path, {"config.json": json.dumps(config).encode(), "model.safetensors": WEIGHTS})
+    with pytest.raises(HubError, match="no q4 weights"):
+        hub.resolve(tmp_path, dtype="q4")
+    # what it is in itself, and what any weights can be turned into
+    for dtype in ("q8", "float16"):
+        assert hub.resolve(tmp_path, dtype=dtype).name == "model.safetensors"
+    write(tmp_path, {"config.json": b'{"variants": ["q4"]}'})
+    with pytest.raises(HubError, match="no q4 weights"):
+        hub.resolve(tmp_path, dtype="q4")
+
+
+def test_the_command_that_converts_names_what_is_needed(tmp_path: Path) -> None:
+    cached = tmp_path / "models--someone--hubert--small" / "snapshots" / ("0" * 40)
+    said = hub.how_to_convert(cached / "pytorch_model.bin")
+    assert said == "mlx-contentvec convert someone/hubert--small -o hubert--small-mlx.safetensors"
+    other = tmp_path / "models--someone--hubert" / "elsewhere" / "x" / "model.pt"
+    assert f"convert {other} -o" in hub.how_to_convert(other)
+    for name in ("pytorch_model.bin", "model.safetensors", "model.pt"):
+        path = tmp_path / "folder" / name
+        write(path.parent, {name: b""})
+        assert f"convert {path} -o" in hub.how_to_convert(path)
+        write(path.parent, {"config.json": b"{}"})
+        needed = path if name == "model.pt" else path.parent
+        assert f"convert {needed} -o" in hub.how_to_convert(path)
+        (path.parent / "config.json").unlink()
+
+
+# what the client raises, without a client ---------------------------------------
+
+
+def answer(kind: str, status: int, said: str = "") -> Exception:
+    """An error of the client that has what the Hub answered."""
+    from huggingface_hub import errors
+
+    made: Exception = getattr(errors, kind).__new__(getattr(errors, kind))
+    made.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    made.server_message = said  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "token", "said"),
+    [
+        ("HfHubHTTPError", 401, "hf_x", "the Hub does not accept the token"),
+        ("HfHubHTTPError", 401, None, "the Hub asks for a token"),
+        ("HfHubHTTPError", 403, "hf_x", "the token may not do that"),
+        ("HfHubHTTPError", 409, None, "somebody else changed it at the same time"),
+        ("HfHubHTTPError", 412, None, "somebody else changed it at the same time"),
+        ("HfHubHTTPError", 429, None, "too many requests"),
+        ("HfHubHTTPError", 404, None, "the Hub refuses"),
+        ("HfHubHTTPError", 499, None, "the Hub refuses"),
+        ("HfHubHTTPError", 500, None, "the Hub has a fault of its own"),
+        ("HfHubHTTPError", 503, None, "the Hub has a fault of its own"),
+        ("GatedRepoError", 403, None, "its owner gives access on request"),
+        ("RevisionNotFoundError", 404, None, "it has no such revision"),
+        ("EntryNotFoundError", 404, None, "it does not hold the file that was asked for"),
+        ("RepositoryNotFoundError", 401, "hf_x", "this token may not see it"),
+        ("RepositoryNotFoundError", 401, None, "no token was found"),
+    ],
+)
+def test_every_answer_of_the_hub_has_its_words(
+    monkeypatch: pytest.MonkeyPatch, kind: str, status: int, token: str | None, said: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    for error in (answer(kind, status), answer(kind, status, "why\nand more")):
+        explained = hub.explain(error, REPO, "download")
+        assert explained is not None
+        assert explained.problem.startswith(f"cannot download {REPO}: ")
+        assert said in explained.problem
+        why = ": why" if error.server_message else ""  # type: ignore[attr-defined]
+        assert explained.found == f"HTTP {status}{why}"
+    may_log_in = status == 401 and (token is None or kind == "HfHubHTTPError")
+    log_in = "hf auth login" in str(hub.explain(answer(kind, status), REPO, "download"))
+    assert log_in == (may_log_in or kind == "GatedRepoError")
+
+
+def client_error(kind: str, text: str = "") -> Exception:
+    from huggingface_hub import errors
+
+    made: Exception = getattr(errors, kind).__new__(getattr(errors, kind))
+    made.args = (text,)
+    return made
+
+
+Lost = type("Lost", (Exception,), {"__module__": "httpcore._exceptions"})
+
+#: name -> (error, whether HF_HUB_OFFLINE is set, what is said)
+CLIENT: dict[str, tuple[Callable[[], Exception], bool, str | None]] = {
+    "offline": (lambda: client_error("OfflineModeIsEnabled"), False, "HF_HUB_OFFLINE is set"),
+    "offline, not in the cache": (
+        lambda: client_error("LocalEntryNotFoundError"),
+        True,
+        "HF_HUB_OFFLINE is set",
+    ),
+    "not in the cache": (
+        lambda: client_error("LocalEntryNotFoundError"),
+        False,
+        "the Hub does not answer, and it is not in the cache",
+    ),
+    "no name": (lambda: client_error("HFValidationError"), False, "is no repository name"),
+    "lost": (lambda: Lost("gone"), False, "the connection to"),
+    "refused": (lambda: ConnectionRefusedError("gone"), False, "the connection to"),
+    "timed out": (lambda: TimeoutError(), False, "the connection to"),
+    "cut off": (
+        lambda: OSError("Consistency check failed: file should be of size 9"),
+        False,
+        "the connection closed before all had arrived",
+    ),
+    "another error": (lambda: OSError("No space left"), False, None),
+    "another check": (lambda: ValueError("Consistency check failed"), False, None),
+    "offline, another error": (lambda: ValueError("x"), True, None),
+}
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "caused", "met"])
+@pytest.mark.parametrize("name", CLIENT)
+def test_every_error_of_the_client_has_its_words(
+    monkeypatch: pytest.MonkeyPatch, name: str, wrapped: str
+) -> None:
+    from huggingface_hub import constants
+
+    make, offline, said = CLIENT[name]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    error = make()
+    if wrapped != "plain":
+        outer = RuntimeError("outer")
+        setattr(outer, "__cause__" if wrapped == "caused" else "__context__", error)
+        # and round again
+        error.__context__ = outer
+        error = outer
+    explained = hub.explain(error, REPO, "download")
+    if said is None:
+        assert explained is None
+    else:
+        assert explained is not None
+        assert said in explained.problem
+
+
+def test_a_reason_without_words_is_named_by_its_kind() -> None:
+    for error, found in ((TimeoutError(), "TimeoutError"), (Lost("a hf_abc\nb"), "a hf_...")):
+        explained = hub.explain(error, REPO, "download")
+        assert explained is not None
+        assert explained.found == found
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "said"),
+    [
+        ("config.json", {}, None),
+        ("config.json", {"size": 2**26}, None),
+        ("config.json", {"size": 2**26 + 1}, "too large"),
+        ("config.json", {"size": 0}, None),
+        ("config.json", {"size": -1}, "too large"),
+        ("config.json", {"size": None}, "too large"),
+        ("model.safetensors", {"size": 2**34}, None),
+        ("model.safetensors", {"size": 2**34 + 1}, "too large"),
+        ("config.json", {"etag": None}, "the ETag 'None'"),
+        ("config.json", {"commit_hash": None}, "the commit 'None'"),
+        ("config.json", {"commit_hash": "0" * 41}, "the commit '000"),
+        ("config.json", {"etag": "0" * 65}, "the ETag '000"),
+    ],
+)
+def test_what_the_hub_states_of_a_file_is_plausible(
+    monkeypatch: pytest.MonkeyPatch, name: str, facts: dict[str, Any], said: str | None
+) -> None:
+    stated = {"etag": "0" * 40, "commit_hash": "0" * 40, "size": 9, **facts}
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: SimpleNamespace(**stated))
+    if said is None:
+        hub.require_plausible_file(REPO, name)
+        return
+    with pytest.raises(HubError) as refused:
+        hub.require_plausible_file(REPO, name)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "0" * 40])
+def test_a_commit_that_is_in_the_cache_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    asked: list[str] = []
+    stated = SimpleNamespace(etag="0" * 40, commit_hash="0" * 40, size=9)
+    monkeypatch.setattr(
+        "huggingface_hub.get_hf_file_metadata", lambda url: asked.append(url) or stated
+    )
+    for cached in ("/cache/config.json", None):
+        monkeypatch.setattr(
+            "huggingface_hub.try_to_load_from_cache",
+            lambda *_, cached=cached, **__: cached,
+        )
+        asked.clear()
+        hub.require_plausible_file(REPO, "config.json", revision)
+        assert bool(asked) == (cached is None or revision != "0" * 40)
+
+
+def test_a_download_is_broken_off_past_what_it_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+
+    def download(*_: object, tqdm_class: type, **__: object) -> str:
+        bars.append(tqdm_class(disable=True))
+        return "/cache/config.json"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert hub.download(REPO, "config.json") == Path("/cache/config.json")
+    bars[0].update(2**26 - 1)
+    bars[0].update(None)
+    bars[0].update(1)
+    with pytest.raises(HubError, match="it does not end"):
+        bars[0].update(1)
 
 
 # the Hub -----------------------------------------------------------------------

@@ -57,11 +57,80 @@ def times_the_error(name: str, factor: float) -> Callable[[Report], None]:
     return change
 
 
+def with_noise(decibels: float) -> Callable[[Report], None]:
+    """A stage that the original computed with so much noise."""
+
+    def change(document: Report) -> None:
+        row = row_of(document, "stage")
+        signal = row["candidate"]["rms"] * 10 ** (row["candidate"]["snr_db"] / 20)
+        rms = signal / 10 ** (decibels / 20)
+        row["reference"].update(max_abs=rms, rms=rms, snr_db=decibels)
+
+    return change
+
+
+def far_off(part: float, cosine: float, apart: float) -> Callable[[Report], None]:
+    """Features of this model that err by a part of the signal, the original by a thousandth.
+
+    cosine: beside the truth; apart: beside the original
+    """
+
+    def change(document: Report) -> None:
+        row = row_of(document)
+        signal = row["candidate"]["rms"] * 10 ** (row["candidate"]["snr_db"] / 20)
+        rms, largest = part * signal, 5 * part * signal
+        noise = -20 * math.log10(part)
+        row["candidate"].update(rms=rms, max_abs=largest, snr_db=noise, cosine=cosine)
+        row["reference"].update(rms=signal / 1000, max_abs=signal / 500, snr_db=60.0)
+        row["apart"].update(rms=rms, max_abs=largest, cosine=apart)
+
+    return change
+
+
 def without_rows(**facts: str) -> Callable[[Report], None]:
     def change(document: Report) -> None:
         document["stages"] = [
             row for row in document["stages"] if any(row[key] != facts[key] for key in facts)
         ]
+
+    return change
+
+
+def both(*changes: Callable[[Report], Any]) -> Callable[[Report], None]:
+    def change(document: Report) -> None:
+        for one in changes:
+            one(document)
+
+    return change
+
+
+def failing(document: Report) -> None:
+    """A tensor that failed, which excuses what it is needed for."""
+    failure = {"name": "final_proj.weight", "stage": "final_proj", "what": "is missing"}
+    document["tensors"]["failures"].append(failure)
+
+
+def of_one_second(document: Report) -> None:
+    """The longest clip that is computed in all variants."""
+    clip_of(document).update(samples=16000, seconds=1.0, frames=49)
+
+
+def without_variants(clip: str) -> Callable[[Report], None]:
+    def change(document: Report) -> None:
+        document["stages"] = [
+            row for row in document["stages"] if row["clip"] != clip or not row.get("variant")
+        ]
+
+    return change
+
+
+def padded(values: int | None) -> Callable[[Report], None]:
+    """A clip with padding, where so many values of a row are not of it; None for all."""
+
+    def change(document: Report) -> None:
+        clip_of(document).update(padded=True, mask_agrees=True)
+        row = row_of(document)
+        row["values"] = math.prod(row["shape"]) if values is None else values
 
     return change
 
@@ -95,8 +164,27 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
     "error without noise": (side("candidate", snr_db=None), "no noise is said to be an error"),
     "a wide floor": (side("floor", max_abs=1.0, rms=1.0), "larger than float32's"),
     "an original that errs": (times_the_error("reference", 1e4), "which is not float32"),
+    "nothing apart": (lambda d: row_of(d).pop("apart"), "apart: no figures"),
+    "a yardstick without figures": (
+        both(
+            lambda d: d["yardsticks"].update(device={**YARDSTICK, "dtype": "float32"}),
+            lambda d: row_of(d).update(device=7),
+        ),
+        "device: no figures",
+    ),
+    "a floor below nothing": (side("floor", rms=-1e-12), "an rms error of -1e-12"),
+    "an original that errs a little too much": (with_noise(59.99), "which is not float32"),
     "no floor": (lambda d: row_of(d).pop("floor"), "has no floor"),
     "no cosine": (lambda d: row_of(d)["apart"].pop("cosine"), "cosine is no finite number"),
+    "a cosine a little beyond 1": (side("candidate", worst_frame_cosine=1 + 2e-6), "beyond 1"),
+    "a cosine that half of the signal cannot lower so far": (
+        far_off(0.5, 0.8659, 0.8659),
+        "candidate: a cosine of 0.866 beside a small error",
+    ),
+    "a cosine beside the original, as low": (
+        far_off(0.5, 0.8661, 0.8656),
+        "apart: a cosine of 0.866 beside a small error",
+    ),
     "a cosine beyond 1": (side("candidate", worst_frame_cosine=1.1), "beyond 1"),
     "a cosine that is not the error's": (side("candidate", cosine=0.5), "beside a small error"),
     "a cosine that the difference has not": (side("apart", cosine=-1), "beside a small error"),
@@ -104,6 +192,8 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
     "no variant": (lambda d: row_of(d).pop("variant"), "a variant or not"),
     "no value compared": (lambda d: row_of(d).update(values=0), "compared 0 of"),
     "few values compared": (lambda d: row_of(d).update(values=96), "compared 96 of"),
+    "no value outside the padding compared": (padded(0), "compared 0 of"),
+    "more than all values of a padded clip": (padded(24 * 96 + 1), "compared 2,305 of 2,304"),
     "many values compared": (lambda d: row_of(d).update(values=10**9), "compared 1,000,000,000"),
     "another batch": (lambda d: clip_of(d).update(batch=2), "compared"),
     "other shapes compared": (lambda d: row_of(d).update(shape=[1, 2, 3]), "was compared"),
@@ -125,6 +215,31 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
     "a stage by itself removed": (
         without_rows(stage="conv.3", kind="local"),
         "not measured (local): conv.3",
+    ),
+    "features of the projection removed": (
+        without_rows(kind="features", stage="final_proj"),
+        "was not measured on",
+    ),
+    "features removed beside a failure": (
+        both(failing, without_rows(kind="features", stage="layer.3")),
+        "layer 3 was not measured on",
+    ),
+    "features of a long clip removed": (
+        without_rows(kind="features", clip="3s", name="layer 3"),
+        "layer 3 was not measured on '3s'",
+    ),
+    "variants of a short clip removed": (without_variants("short"), "not measured on 'short'"),
+    "variants of one second removed": (
+        both(of_one_second, without_variants("short")),
+        "not measured on 'short'",
+    ),
+    "a stage removed beside a failure": (
+        both(failing, without_rows(kind="stage", stage="layer.2")),
+        "not measured (stage): layer.2",
+    ),
+    "the projection removed": (
+        without_rows(kind="stage", stage="final_proj"),
+        "not measured (stage): final_proj",
     ),
     "two clips of a name": (lambda d: d["clips"].append(d["clips"][0]), "two clips are called"),
     "no clips": (lambda d: d.update(clips=[], stages=[]), "no clip was measured"),
@@ -176,6 +291,18 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
         lambda d: d["reference"].update(versions={str(i): "1" for i in range(100)}),
         "versions of 100 packages",
     ),
+    "versions of a package more than are shown": (
+        lambda d: d["reference"].update(versions={str(i): "1" for i in range(31)}),
+        "versions of 31 packages",
+    ),
+    "a package of a long name": (
+        lambda d: d["versions"].update({"x" * 1001: "1"}),
+        "a name in the report, versions: a text of 1,001 characters",
+    ),
+    "a long text in a list": (
+        lambda d: d["tensors"]["unread"].append("x" * 1001),
+        "the report, tensors, unread: a text of 1,001 characters",
+    ),
     "a chip of many words": (lambda d: d["machine"].update(chip="x" * 2000), "machine, chip"),
     "a clip that is longer than its samples": (
         lambda d: clip_of(d).update(seconds=3600.0),
@@ -184,6 +311,14 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
     "a clip of other frames": (lambda d: clip_of(d).update(frames=10**9), "has other frames"),
     "a worst frame beyond the end": (
         side("candidate", worst_frame_at=[0, 10**9]),
+        "its worst frame nowhere",
+    ),
+    "a worst frame at the end": (
+        side("candidate", worst_frame_at=[0, 24]),
+        "its worst frame nowhere",
+    ),
+    "a worst frame before the start": (
+        side("candidate", worst_frame_at=[0, -1]),
         "its worst frame nowhere",
     ),
     "a worst frame of no row": (side("candidate", worst_frame_at=[3]), "its worst frame nowhere"),
@@ -291,7 +426,7 @@ def test_a_report_of_three_gigabytes_is_refused_unread(tmp_path: Path) -> None:
 
 def incomparable(document: Report) -> None:
     row = row_of(document)
-    row.update(comparable=False, shape=[1, 1, 1])
+    row.update(comparable=False, shape=[1, 0, 1])
     for name in ("candidate", "reference", "floor", "apart"):
         del row[name]
 
@@ -316,8 +451,27 @@ def nearly_silent(document: Report) -> None:
 
 def without_projection(document: Report) -> None:
     document["stages"] = [row for row in document["stages"] if row["stage"] != "final_proj"]
-    failure = {"name": "final_proj.weight", "stage": "final_proj", "what": "is missing"}
-    document["tensors"]["failures"].append(failure)
+    failing(document)
+
+
+def of_many_packages(document: Report) -> None:
+    document["reference"]["versions"] = {str(i): "1" for i in range(30)}
+
+
+def without_error(document: Report) -> None:
+    row = row_of(document)
+    for name in ("candidate", "reference", "apart", "floor"):
+        row[name].update(max_abs=0.0, rms=0.0, snr_db=None)
+
+
+def with_long_texts(document: Report) -> None:
+    document["machine"]["chip"] = "x" * 1000
+    clip_of(document)["origin"] = {"path": "x" * 5000}
+
+
+def longer_than_its_variants(document: Report) -> None:
+    clip_of(document).update(samples=16080, seconds=1.005, frames=50)
+    without_variants("short")(document)
 
 
 def without_tensors(document: Report) -> None:
@@ -325,8 +479,15 @@ def without_tensors(document: Report) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [incomparable, silent, nearly_silent, without_projection, without_tensors]
-)
+    "change",
+    [
+        incomparable, silent, nearly_silent, without_projection, without_tensors,
+        without_error, with_noise(60.0), padded(1), padded(None), of_many_packages, with_long_texts,
+        side("candidate", worst_frame_cosine=1 + 1e-6), far_off(0.5, 0.8661, 0.8658),
+        far_off(2.0, -1 - 1e-6, -1 - 1e-6), of_one_second, longer_than_its_variants,
+        side("candidate", worst_frame_at=[0, 23]),
+    ],
+)  # fmt: skip
 def test_honest_reports_may_be_odd(document: Report, change: Callable[[Report], None]) -> None:
     change(document)
     require_sound(json.loads(json.dumps(document)))
