@@ -46,6 +46,7 @@ TESTS: dict[str, list[str]] = {
         "tests/publishing/test_verify.py",
     ],
     "parity/contentvec_parity/publishing/checks.py": [
+        "tests/publishing/test_package_checks.py",
         "tests/publishing/test_package.py",
         "tests/publishing/test_verify.py",
     ],

@@ -272,6 +272,7 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
         lambda d: d["machine"].update(device="cpu"),
         "machine, device: str instead of dict",
     ),
+    "units beyond what can be": (tensors(largest_ulps=1.1e30), "largest_ulps is no finite"),
     "no parameter compared": (tensors(exact=0), "parameters were compared"),
     "parameters compared twice": (tensors(quantized=10), "parameters were compared"),
     "parameters uncounted": (tensors(exact=-1, quantized=58), "parameters were compared"),
@@ -337,6 +338,19 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
         tf32(summary=[{"name": "layer 3", "ratio": {"max_abs": -1.0, "rms": 1.0}}]),
         "a ratio of -1",
     ),
+    "TF32 with figures that cannot be": (
+        tf32(
+            summary=[
+                {
+                    "name": "layer 3",
+                    "ratio": {"max_abs": 1.0, "rms": 1.0},
+                    "candidate": {"max_abs": 1e31},
+                }
+            ]
+        ),
+        "max_abs is no finite number",
+    ),
+    "TF32 of noise beyond what can be": (tf32(snr_db=1000.5), "snr_db is no finite number"),
     "TF32 beyond what can be": (tf32(snr_db=1e308), "snr_db is no finite number"),
     "rows of another kind": (lambda d: d["stages"].append(7), "int instead of dict"),
     "clips of another kind": (lambda d: d["clips"].append(None), "NoneType instead of dict"),
@@ -464,6 +478,30 @@ def without_error(document: Report) -> None:
         row[name].update(max_abs=0.0, rms=0.0, snr_db=None)
 
 
+def apart_by(sign: int) -> Callable[[Report], None]:
+    """Two errors that are apart by as little (-1) or as much (1) as rounding allows."""
+
+    def change(document: Report) -> None:
+        row = row_of(document)
+        for name in ("max_abs", "rms"):
+            mine, theirs = row["candidate"][name], row["reference"][name]
+            row["apart"][name] = abs(mine + sign * theirs) + sign * 1e-6 * (mine + theirs)
+
+    return change
+
+
+def without_one_parameter(document: Report) -> None:
+    """What failed is not counted."""
+    failing(document)
+    document["tensors"].update(exact=66, parameters=66, sources=69)
+
+
+def of_a_recording(document: Report) -> None:
+    """What is compared with a recording has no tensors of the original to count."""
+    document["reference"].update(name="recording", recorded_from="fairseq")
+    document["tensors"].update(sources=None, unread=[])
+
+
 def with_long_texts(document: Report) -> None:
     document["machine"]["chip"] = "x" * 1000
     clip_of(document)["origin"] = {"path": "x" * 5000}
@@ -481,13 +519,34 @@ def without_tensors(document: Report) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        incomparable, silent, nearly_silent, without_projection, without_tensors,
-        without_error, with_noise(60.0), padded(1), padded(None), of_many_packages, with_long_texts,
-        side("candidate", worst_frame_cosine=1 + 1e-6), far_off(0.5, 0.8661, 0.8658),
-        far_off(2.0, -1 - 1e-6, -1 - 1e-6), of_one_second, longer_than_its_variants,
+        incomparable,
+        silent,
+        nearly_silent,
+        without_projection,
+        without_tensors,
+        of_a_recording,
+        tf32(snr_db=None),
+        tf32(snr_db=-math.inf),
+        tf32(snr_db=1000.0),
+        tf32(summary=[{"name": "layer 3", "ratio": {"max_abs": 0, "rms": 0.0}}]),
+        apart_by(-1),
+        apart_by(1),
+        without_one_parameter,
+        tensors(largest_ulps=1e30),
+        without_error,
+        with_noise(60.0),
+        padded(1),
+        padded(None),
+        of_many_packages,
+        with_long_texts,
+        side("candidate", worst_frame_cosine=1 + 1e-6),
+        far_off(0.5, 0.8661, 0.8658),
+        far_off(2.0, -1 - 1e-6, -1 - 1e-6),
+        of_one_second,
+        longer_than_its_variants,
         side("candidate", worst_frame_at=[0, 23]),
     ],
-)  # fmt: skip
+)
 def test_honest_reports_may_be_odd(document: Report, change: Callable[[Report], None]) -> None:
     change(document)
     require_sound(json.loads(json.dumps(document)))
