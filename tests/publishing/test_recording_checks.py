@@ -115,6 +115,16 @@ HEADERS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "a stage that the model lacks": (clip(stages=["layer.99"]), "that the model lacks"),
     "a stage twice": (same_stages_twice, "has stages twice"),
     "a clip without what it is for": (clip(stages=["conv.0"]), "lacks final_proj, layer.3"),
+    "no clip": (lambda h: h["clips"].clear(), "it has no clips, or two of one name"),
+    "two clips of one name": (
+        lambda h: h["clips"].append(h["clips"][0]),
+        "it has no clips, or two of one name",
+    ),
+    "a hash less": (lambda h: h["tensors"].pop(STORED), f"have no hash: {STORED}"),
+    "a hash more": (
+        lambda h: h["tensors"].update(other=h["tensors"][STORED]),
+        "hashes of what the model does not have: other",
+    ),
     "a hash that is a text": (lambda h: h["tensors"].update({STORED: "0" * 64}), "is not hashed"),
     "a format less": (lambda h: h["tensors"][STORED].pop("float16"), "is not hashed in each"),
     "a format more": (of(STORED, q8="0" * 64), "is not hashed in each"),
@@ -182,6 +192,7 @@ def test_a_header_as_it_was_written_is_sound(header: Header) -> None:
     header["half"] = {}
     # the first and the last place
     grid(even=[0], odd=[SIZE - 1])(header)
+    checks.require_header(path, header)
     checks.require_header(path, header)
 
 
