@@ -163,6 +163,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "raise cannot_write(path, error) from error",
         "raise -> pass",
     ): "the draft cannot be made in that folder either, and says so in the same words",
+    (
+        "parity/contentvec_parity/compare/soundness.py",
+        'if not abs(clip["seconds"] - length) <= _SLACK * length:',
+        "<= -> <",
+    ): "no two numbers as near to each other are apart by exactly that",
 }
 
 #: imported by the process that the others are forked from

@@ -299,7 +299,7 @@ def test_a_tensor_may_stand_under_as_many_names_as_there_may_be_tensors(
 
     monkeypatch.setattr(limits, "TENSORS", 2)
     spend(of("ab"))
-    with pytest.raises(CorruptCheckpoint, match="too many tensors"):
+    with pytest.raises(CorruptCheckpoint, match="it has too many tensors"):
         spend(of("abc"))
 
 

@@ -502,6 +502,14 @@ def of_a_recording(document: Report) -> None:
     document["tensors"].update(sources=None, unread=[])
 
 
+def with_the_largest_floor(document: Report) -> None:
+    """Half a unit in the last place of float32, all of it."""
+    row = row_of(document, "stage")
+    signal = row["candidate"]["rms"] * 10.0 ** (row["candidate"]["snr_db"] / 20)
+    half = (1 + 1e-6) * (2.0**-24 * signal + 2.0**-150)
+    row["floor"].update(max_abs=half, rms=half)
+
+
 def with_long_texts(document: Report) -> None:
     document["machine"]["chip"] = "x" * 1000
     clip_of(document)["origin"] = {"path": "x" * 5000}
@@ -534,6 +542,7 @@ def without_tensors(document: Report) -> None:
         without_one_parameter,
         tensors(largest_ulps=1e30),
         without_error,
+        with_the_largest_floor,
         with_noise(60.0),
         padded(1),
         padded(None),
