@@ -17,7 +17,7 @@ from contentvec_convert.known_files import CONTENTVEC
 from contentvec_parity.publishing import checks
 from contentvec_parity.publishing.evidence import Evidence
 from contentvec_parity.report import document as report
-from mlx_contentvec.errors import ContentvecError, HubError
+from mlx_contentvec.errors import ConfigError, ContentvecError, HubError
 
 Json = dict[str, Any]
 LEDGER, PARITY = Path("ledger.json"), Path("parity.json")
@@ -93,6 +93,19 @@ def test_metadata_that_convert_does_not_write_are_refused(evidence: Evidence, na
             evidence.weights, {key: value for key, value in metadata.items() if value is not None}
         )
     assert said in str(refused.value)
+
+
+def test_metadata_of_others_are_named() -> None:
+    for metadata, found in (({}, "metadata none"), ({"b": "", "a": ""}, "metadata a, b")):
+        with pytest.raises(HubError) as refused:
+            checks.check_metadata(Path("weights.safetensors"), metadata)
+        assert refused.value.found == found
+
+
+def test_an_impossible_configuration_is_refused(evidence: Evidence) -> None:
+    config = {**json.loads(evidence.metadata["config"]), "encoder_layers": 10**9}
+    with pytest.raises(ConfigError):
+        checks.check_metadata(evidence.weights, {**evidence.metadata, "config": json.dumps(config)})
 
 
 def test_metadata_of_a_known_source_are_taken(evidence: Evidence) -> None:

@@ -45,7 +45,7 @@ _ROW = {
 
 def check_metadata(weights: Path, metadata: Mapping[str, str]) -> None:
     """HubError unless `convert` can have written a file with this metadata."""
-    if not {"config", "source", "dtype"} <= set(metadata) or metadata.get("format") != "mlx":
+    if {"config", "source", "dtype"} - set(metadata) or metadata.get("format") != "mlx":
         raise HubError(
             f"{weights.name} was not written by mlx-contentvec convert",
             found=f"metadata {name_list(sorted(metadata)) or 'none'}",
