@@ -242,7 +242,7 @@ ATTACKS: dict[str, tuple[Callable[[Report], Any], str]] = {
         "not measured (stage): final_proj",
     ),
     "two clips of a name": (lambda d: d["clips"].append(d["clips"][0]), "two clips are called"),
-    "no clips": (lambda d: d.update(clips=[], stages=[]), "no clip was measured"),
+    "an empty list of clips": (lambda d: d.update(clips=[], stages=[]), "no clip was measured"),
     "an empty clip": (lambda d: clip_of(d).update(samples=0), "is empty"),
     "a mask nobody looked at": (lambda d: clip_of(d).update(padded=True), "whether it agrees"),
     "a mask of nothing": (lambda d: clip_of(d).update(mask_agrees=True), "whether it agrees"),

@@ -228,7 +228,7 @@ def _require_plausible(
     path: Path, entry: str, output: NDArray[Any], error: NDArray[Any], scale: Any
 ) -> None:
     """A truth is what float32 gave, and little added to it."""
-    if type(scale) is not float or (not 0 < scale < 1 and scale != 1):
+    if type(scale) is not float or not 0 < scale <= 1:
         _refuse(path, f"{entry} has no scale, or an impossible one")
     if math.frexp(scale)[0] != 0.5:
         _refuse(path, f"the scale of {entry} is not a power of two")
