@@ -108,7 +108,6 @@ def serve(cases: Iterable[tuple[str, Make]], limits: Limits) -> None:
 
     for module in _MODULES:
         importlib.import_module(module)
-    gc.freeze()  # what was imported is not looked at again before each case
     tell(ready=True)
     with tempfile.TemporaryDirectory(prefix="limited-") as home:
         os.environ["HF_HOME"] = str(Path(home) / "hub")
@@ -143,6 +142,7 @@ def _run(name: str, make: Make, folder: Path, limits: Limits, log: int) -> Resul
     os.chdir(folder)
     _limit_memory(2 * limits.memory)
     gc.collect()
+    gc.freeze()  # what is alive by now, modules above all, is not looked at before every case
     os.truncate(log, 0)
     resident = _resident(reset=True)
     begun = time.process_time()
