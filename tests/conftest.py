@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.forks import run_python
+
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE_ROOTS = (PROJECT, PROJECT / "convert", PROJECT / "parity")
 
@@ -266,17 +268,12 @@ def run_cli() -> RunCli:
             "COLUMNS": "100",
             **(env or {}),
         }
-        return subprocess.run(
-            [sys.executable, "-m", "mlx_contentvec", *map(str, arguments)],
+        return run_python(
+            *("-m", "mlx_contentvec", *arguments),
             cwd=cwd,
             env=environment,
             input=input,
-            stdin=subprocess.DEVNULL if input is None else None,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
             timeout=timeout,
-            check=False,
         )
 
     return run
