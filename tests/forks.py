@@ -201,14 +201,16 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
         _send(connection, str(status).encode())
 
 
-def _become(request: dict[str, Any], path: list[str]) -> types.ModuleType:
+def _become(
+    request: dict[str, Any], path: list[str], interrupt: signal._HANDLER
+) -> types.ModuleType:
     """Make this process what was asked for; returns its main module."""
     option, what, *arguments = request["arguments"]
     os.chdir(request["cwd"])
     for name in set(os.environ) - set(request["env"]):
         del os.environ[name]
     os.environ.update(request["env"])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
     roots = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [str(Path.cwd() / root) for root in roots if root] + path
     sys.path.insert(0, "" if option == "-c" else request["cwd"])
@@ -221,13 +223,13 @@ def _become(request: dict[str, Any], path: list[str]) -> types.ModuleType:
 
 if __name__ == "__main__":
     # Ctrl-C ends the process that asks
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     _path = sys.path[1:]
     for _library in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(_library)
     _request = _serve(socket.socket(fileno=int(sys.argv[1])))
-    _main = _become(_request, _path)
+    _main = _become(_request, _path, _interrupt)
     # outside of any function, so that it ends as every process does
     if _request["arguments"][0] == "-c":
         exec(compile(_request["arguments"][1], "<string>", "exec"), _main.__dict__)

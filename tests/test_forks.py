@@ -75,7 +75,13 @@ ENDS: dict[str, tuple[str, int, str, str]] = {
     "with a message": ("import sys; sys.exit('no')", 1, "", "no\n"),
     "at once": ("import os; os._exit(4)", 4, "", ""),
     "by a signal": ("import os; os.kill(os.getpid(), 9)", -9, "", ""),
-    "interrupted": ("import os, signal; os.kill(os.getpid(), 2); signal.pause()", -2, "", "Keyb"),
+    "interrupted": (
+        # a process started in the background of a shell may be deaf to it
+        "import os, signal; signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), 2)",
+        -2,
+        "",
+        "KeyboardInterrupt",
+    ),
     "by an exception": ("{}['x']", 1, "", "KeyError: 'x'"),
     "after its threads": (
         "import threading, time\n"
