@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="scripts/test installs it")
 
 
 #: the cases are run in so many processes, which the test processes share
-SHARES = 4
+SHARES = 2
 
 
 @pytest.fixture(scope="session")
