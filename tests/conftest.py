@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import subprocess
@@ -56,6 +57,16 @@ def optional(module: str, how_to_get_it: str) -> ModuleType:
     pytest.skip(reason)
 
 
+def pytest_collection_finish() -> None:
+    _keep()
+
+
+def _keep() -> None:
+    """Let no later collection of garbage look at the modules that are there by now."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def need() -> Callable[[str, str], ModuleType]:
     """``need("soundfile", "pip install ...")``: the module, or a skip that says how to get it."""
@@ -74,6 +85,7 @@ def fairseq(torch: Any) -> ModuleType:
     module = optional("fairseq", "scripts/test installs fairseq-fixed")
     importlib.import_module("fairseq.checkpoint_utils")
     _allow_dictionary(torch)
+    _keep()
     return module
 
 
