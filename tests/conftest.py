@@ -240,6 +240,19 @@ def converted_standin(standin: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def standin_report(fairseq: Any, standin: Path, converted_standin: Path, shared: Shared) -> Path:
+    """``standin`` beside ``converted_standin``, every stage on every published clip."""
+    from contentvec_parity.harness import compare_files
+    from contentvec_parity.report import document as report
+
+    def write(path: Path) -> None:
+        document = compare_files(standin, converted_standin, inputs="built-in")
+        path.write_text(report.to_json(document))
+
+    return shared("standin.parity.json", write)
+
+
+@pytest.fixture(scope="session")
 def evidence_folder(fairseq: Any, tiny_checkpoint: Path, shared: Shared) -> Path:
     """``tiny_checkpoint`` converted to float32 and float16, with all that packaging asks for."""
     return shared("evidence", lambda folder: _write_evidence(tiny_checkpoint, folder))
