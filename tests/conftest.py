@@ -57,6 +57,12 @@ def optional(module: str, how_to_get_it: str) -> ModuleType:
     pytest.skip(reason)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # those of whole pages and programs, the longest, come first: test processes that have only
+    # short ones left end together
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 def pytest_collection_finish() -> None:
     _keep()
 
