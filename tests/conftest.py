@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from tests.forks import run_python
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE_ROOTS = (PROJECT, PROJECT / "convert", PROJECT / "parity")
@@ -54,6 +57,22 @@ def optional(module: str, how_to_get_it: str) -> ModuleType:
     pytest.skip(reason)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # those of whole pages and programs, the longest, come first: test processes that have only
+    # short ones left end together
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
+def pytest_collection_finish() -> None:
+    _keep()
+
+
+def _keep() -> None:
+    """Let no later collection of garbage look at the modules that are there by now."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def need() -> Callable[[str, str], ModuleType]:
     """``need("soundfile", "pip install ...")``: the module, or a skip that says how to get it."""
@@ -72,6 +91,7 @@ def fairseq(torch: Any) -> ModuleType:
     module = optional("fairseq", "scripts/test installs fairseq-fixed")
     importlib.import_module("fairseq.checkpoint_utils")
     _allow_dictionary(torch)
+    _keep()
     return module
 
 
@@ -226,6 +246,19 @@ def converted_standin(standin: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def standin_report(fairseq: Any, standin: Path, converted_standin: Path, shared: Shared) -> Path:
+    """``standin`` beside ``converted_standin``, every stage on every published clip."""
+    from contentvec_parity.harness import compare_files
+    from contentvec_parity.report import document as report
+
+    def write(path: Path) -> None:
+        document = compare_files(standin, converted_standin, inputs="built-in")
+        path.write_text(report.to_json(document))
+
+    return shared("standin.parity.json", write)
+
+
+@pytest.fixture(scope="session")
 def evidence_folder(fairseq: Any, tiny_checkpoint: Path, shared: Shared) -> Path:
     """``tiny_checkpoint`` converted to float32 and float16, with all that packaging asks for."""
     return shared("evidence", lambda folder: _write_evidence(tiny_checkpoint, folder))
@@ -266,17 +299,12 @@ def run_cli() -> RunCli:
             "COLUMNS": "100",
             **(env or {}),
         }
-        return subprocess.run(
-            [sys.executable, "-m", "mlx_contentvec", *map(str, arguments)],
+        return run_python(
+            *("-m", "mlx_contentvec", *arguments),
             cwd=cwd,
             env=environment,
             input=input,
-            stdin=subprocess.DEVNULL if input is None else None,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
             timeout=timeout,
-            check=False,
         )
 
     return run

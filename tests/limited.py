@@ -94,8 +94,13 @@ class Result:
 # ---- the process with limits
 
 
-def serve(cases: Iterable[tuple[str, Make]], limits: Limits) -> None:
-    """Run cases and write a line for each begin and end to what was standard output."""
+def serve(
+    cases: Iterable[tuple[str, Make]], limits: Limits, modules: Sequence[str] = _MODULES
+) -> None:
+    """Run cases and write a line for each begin and end to what was standard output.
+
+    What is imported for the first time in a case counts as its own: ``modules`` are before.
+    """
     report = os.fdopen(os.dup(1), "w", encoding="utf-8")
     log = tempfile.TemporaryFile("w+b")  # noqa: SIM115
     fcntl.fcntl(log, fcntl.F_SETFL, os.O_APPEND)  # it is emptied for each case
@@ -106,9 +111,8 @@ def serve(cases: Iterable[tuple[str, Make]], limits: Limits) -> None:
         report.write(json.dumps(facts) + "\n")
         report.flush()
 
-    for module in _MODULES:
+    for module in modules:
         importlib.import_module(module)
-    gc.freeze()  # what was imported is not looked at again before each case
     tell(ready=True)
     with tempfile.TemporaryDirectory(prefix="limited-") as home:
         os.environ["HF_HOME"] = str(Path(home) / "hub")
@@ -143,6 +147,7 @@ def _run(name: str, make: Make, folder: Path, limits: Limits, log: int) -> Resul
     os.chdir(folder)
     _limit_memory(2 * limits.memory)
     gc.collect()
+    gc.freeze()  # what is alive by now, modules above all, is not looked at before every case
     os.truncate(log, 0)
     resident = _resident(reset=True)
     begun = time.process_time()

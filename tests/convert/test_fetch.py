@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from contentvec_convert.fetch import known_file
 from contentvec_convert.known_files import CONTENTVEC, KNOWN_FILES
 from mlx_contentvec.errors import HubError
+from tests.forks import run_python
 from tests.hub_server import HubServer
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -61,16 +61,14 @@ def fetch(server: HubServer, tmp_path: Path) -> Run:
 
     def run(*arguments: str, before: str = "", **env: str) -> subprocess.CompletedProcess[str]:
         roots = [PROJECT, PROJECT / "convert", PROJECT / "parity"]
-        return subprocess.run(
-            [sys.executable, "-c", PREAMBLE + before + RUN, "fetch", *arguments],
+        return run_python(
+            *("-c", PREAMBLE + before + RUN, "fetch", *arguments),
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(map(str, roots)),
                 **server.environment(tmp_path / "home", **env),
             },
             cwd=tmp_path,
-            capture_output=True,
-            text=True,
             timeout=60,
         )
 

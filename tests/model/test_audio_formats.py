@@ -8,6 +8,8 @@ import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +87,7 @@ SECONDS = 1.5
 
 
 @functools.cache
-def ffmpeg(*arguments: str) -> bytes:
+def ffmpeg(*arguments: str, pass_fds: tuple[int, ...] = ()) -> bytes:
     program = shutil.which("ffmpeg")
     if program is None:
         reason = "needs ffmpeg on the PATH: apt-get install ffmpeg, or brew install ffmpeg"
@@ -93,11 +95,13 @@ def ffmpeg(*arguments: str) -> bytes:
             pytest.fail(reason)
         pytest.skip(reason)
     command = [program, "-nostdin", "-v", "error", "-y", *arguments]
-    return subprocess.run(command, capture_output=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, check=True, pass_fds=pass_fds).stdout
 
 
 def counted(path: Path) -> int:
     """Samples by ffmpeg's own count."""
+    if (decoded := Path(f"{path}.u8")).exists():
+        return decoded.stat().st_size
     return len(ffmpeg("-i", f"{path}", "-map", "0:a:0", "-f", "u8", "-ac", "1", "pipe:1"))
 
 
@@ -108,8 +112,25 @@ def read_count(path: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("formats")
+def folder(tmp_path_factory: pytest.TempPathFactory, shared: Callable[..., Path]) -> Path:
+    """A recording, ``voice.wav``, and what was made of it; tests write more into it."""
+    formats = shared("formats", write_formats)
+    return Path(shutil.copytree(formats, tmp_path_factory.mktemp("formats") / "formats"))
+
+
+def write_formats(folder: Path) -> None:
+    folder.mkdir()
+    write_voice(folder / "voice.wav")
+    try:
+        make_all(folder)
+    except subprocess.CalledProcessError:
+        # an encoder is missing: each test makes its own file, and one says so
+        for path in folder.iterdir():
+            if path.name != "voice.wav":
+                path.unlink()
+
+
+def write_voice(path: Path) -> None:
     time = np.arange(round(SECONDS * 44100)) / 44100
     voice = 0.3 * np.sin(2 * np.pi * 220 * time)
     # noise at the start misleads an estimate from the first frames' bit rate
@@ -117,8 +138,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = (voice * 32767).astype("<i2").tobytes()
     header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16,
                          1, 1, 44100, 88200, 2, 16, b"data", len(samples))  # fmt: skip
-    (folder / "voice.wav").write_bytes(header + samples)
-    return folder
+    path.write_bytes(header + samples)
+
+
+def make_all(folder: Path) -> None:
+    """Write every format as a file and through a pipe, and what ffmpeg decodes of each.
+
+    By two processes of ffmpeg, which takes longer to start than to do one of them.
+    """
+    arguments = ["-i", f"{folder / 'voice.wav'}"]
+    made, pipes = [], []
+    with ThreadPoolExecutor(len(FORMATS)) as readers:
+        for name, (options, container) in FORMATS.items():
+            made.append(folder / name)
+            arguments += [*options.split(), "-f", container, f"{made[-1]}"]
+            if name not in NOT_PIPED:
+                made.append(folder / f"piped-{name}")
+                source, sink = os.pipe()
+                readers.submit(write_all, source, made[-1])
+                pipes.append(sink)
+                arguments += [*options.split(), "-f", container, f"pipe:{sink}"]
+        try:
+            ffmpeg(*arguments, pass_fds=tuple(pipes))
+        finally:
+            for sink in pipes:
+                os.close(sink)
+    inputs = [word for path in made for word in ("-i", f"{path}")]
+    outputs = [
+        word
+        for number, path in enumerate(made)
+        for word in ("-map", f"{number}:a:0", "-f", "u8", "-ac", "1", f"{path}.u8")
+    ]
+    ffmpeg(*inputs, *outputs)
+
+
+def write_all(source: int, path: Path) -> None:
+    with os.fdopen(source, "rb") as stream:
+        path.write_bytes(stream.read())
 
 
 def made(folder: Path, name: str, *, piped: bool = False) -> Path:

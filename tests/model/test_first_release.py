@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from mlx_contentvec.errors import (
 )
 from mlx_contentvec.first_release import config_fields, config_of, folded_kernel, ignore_speaker
 from mlx_contentvec.rvc import Hubert
+from tests.forks import run_python
 from tests.hub_server import HubServer
 from tests.small_models import TINY, noise, random_weights
 
@@ -410,15 +409,13 @@ def test_the_release_is_what_from_pretrained_loads(
     np.save(tmp_path / "audio.npy", AUDIO)
     with HubServer() as server:
         server.add_repo(first_release.HF_REPO_ID, {weights_path.name: weights_path.read_bytes()})
-        result = subprocess.run(
-            [sys.executable, "-c", program, tmp_path / "audio.npy", tmp_path / "x.npy"],
+        result = run_python(
+            *("-c", program, tmp_path / "audio.npy", tmp_path / "x.npy"),
             env={
                 **os.environ,
                 "PYTHONPATH": str(Path(__file__).parents[2]),
                 **server.environment(tmp_path / "home", token=None),
             },
-            capture_output=True,
-            text=True,
             timeout=60,
         )
     assert result.returncode == 0, result.stderr

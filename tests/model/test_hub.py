@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 from mlx_contentvec import ContentvecModel, hub
 from mlx_contentvec.errors import ContentvecError, HubError
+from tests.forks import run_python
 from tests.hub_server import HubServer
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -80,13 +80,8 @@ def resolved(server: HubServer, tmp_path: Path) -> Run:
             "PYTHONPATH": str(PROJECT),
             **server.environment(tmp_path / "home", token=token, **env),
         }
-        return subprocess.run(
-            [sys.executable, "-c", NO_WAITING + RESOLVE, *arguments],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
+        return run_python(
+            "-c", NO_WAITING + RESOLVE, *arguments, env=environment, cwd=tmp_path, timeout=60
         )
 
     return run
@@ -254,11 +249,9 @@ def test_a_repository_is_answered_with_the_command_that_converts_it(
     server.add_repo(REPO, files)
     environment = server.environment(tmp_path / "home", token=None)
     program = "from mlx_contentvec import ContentvecModel as m; import sys; print(m.from_pretrained"
-    asked = subprocess.run(
-        [sys.executable, "-c", f"{program}(sys.argv[1]).config)", REPO],
+    asked = run_python(
+        *("-c", f"{program}(sys.argv[1]).config)", REPO),
         env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
-        capture_output=True,
-        text=True,
         timeout=60,
     )
     lines = [line.removeprefix("hint: ").strip() for line in asked.stderr.splitlines()]
@@ -352,15 +345,13 @@ def test_the_first_release_is_found_in_every_form(
     server: HubServer, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     server.add_repo("lexandstuff/mlx-contentvec", {"contentvec_base.safetensors": WEIGHTS})
-    result = subprocess.run(
-        [sys.executable, "-c", NO_WAITING + PRETRAINED, *arguments],
+    result = run_python(
+        *("-c", NO_WAITING + PRETRAINED, *arguments),
         env={
             **os.environ,
             "PYTHONPATH": str(PROJECT),
             **server.environment(tmp_path / "home", token=None),
         },
-        capture_output=True,
-        text=True,
         timeout=60,
     )
     assert result.returncode == 0, result.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 import mlx_contentvec
 from contentvec_convert.known_files import CONTENTVEC
 from mlx_contentvec.errors import HubError, WeightsError
+from tests.forks import run_python
 from tests.hub_server import HubServer
 from tests.small_models import TINY, random_weights_file
 
@@ -61,14 +60,8 @@ def test_a_known_model_is_fetched_and_converted_once(tmp_path: Path, tiny_checkp
         }
         requests = []
         for _ in range(2):
-            done = subprocess.run(
-                [sys.executable, "-c", LOAD, str(len(content)), *checksums],
-                env=environment,
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
+            done = run_python(
+                *("-c", LOAD, str(len(content)), *checksums), env=environment, cwd=tmp_path
             )
             assert done.returncode == 0, done.stderr
             assert int(done.stdout) > 0

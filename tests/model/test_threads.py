@@ -137,6 +137,12 @@ def answer(model: ContentvecModel, call: str) -> list[np.ndarray]:
     ]
 
 
+@pytest.fixture(scope="module")
+def expected(file: Path) -> dict[str, list[np.ndarray]]:
+    """What every call answers where nothing else happened: of a model loaded for it, here."""
+    return {call: answer(load(file), call) for call in CALLS}
+
+
 def assert_all_same(
     answers: list[np.ndarray], expected: list[np.ndarray], kind: str = "float32"
 ) -> None:
@@ -148,13 +154,13 @@ def assert_all_same(
 @pytest.mark.parametrize("called", THREADS)
 @pytest.mark.parametrize("loaded", THREADS)
 def test_where_a_model_is_loaded_and_where_it_is_called_is_all_the_same(
-    file: Path, kind: str, loaded: str, called: str
+    file: Path, kind: str, expected: dict[str, list[np.ndarray]], loaded: str, called: str
 ) -> None:
     for call in CALLS:
         # a fresh model for every call: an earlier one may have computed what it lacks
-        expected = answer(load(file), call)
         model = THREADS[loaded](lambda: load(file))
-        assert_all_same(THREADS[called](lambda m=model, c=call: answer(m, c)), expected, kind)
+        found = THREADS[called](lambda m=model, c=call: answer(m, c))
+        assert_all_same(found, expected[call], kind)
 
 
 @pytest.mark.parametrize("change", ["set_dtype", "update", "some layers"])
@@ -235,15 +241,16 @@ COPIES: dict[str, Callable[[ContentvecModel], ContentvecModel]] = {
 
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_of_a_model_is_the_model(file: Path, kind: str, how: str, used: bool) -> None:
+def test_a_copy_of_a_model_is_the_model(
+    file: Path, kind: str, expected: dict[str, list[np.ndarray]], how: str, used: bool
+) -> None:
     model = load(file)
-    expected = answer(load(file), "extract")
     if used:
         answer(model, "extract")
     twin = COPIES[how](model)
     assert type(twin) is ContentvecModel and twin.config == model.config
-    assert_all_same(in_a_thread(lambda: answer(twin, "extract")), expected, kind)
-    assert_all_same(answer(model, "extract"), expected, kind)
+    assert_all_same(in_a_thread(lambda: answer(twin, "extract")), expected["extract"], kind)
+    assert_all_same(answer(model, "extract"), expected["extract"], kind)
 
 
 @pytest.mark.skipif(device_kind() == "metal", reason="Metal's products take any layout")

@@ -38,6 +38,14 @@ def folder(converted_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
+def onnx(folder: Path, shared: Callable[..., Path], need: Any) -> Path:
+    """The same as the engines read it that take an ONNX file."""
+    need("transformers", "scripts/test installs it")
+    need("onnx", "pip install 'mlx-contentvec[engines]'")
+    return shared("model.onnx", lambda path: write_onnx(folder, path))
+
+
+@pytest.fixture(scope="module")
 def document(converted_tiny: Path) -> dict[str, Any]:
     """A benchmark of the tiny model, with MLX itself as the yardstick."""
     engines = [
@@ -88,11 +96,11 @@ def test_the_originals_that_are_timed_compute_the_features_that_mlx_does(
 def test_the_engines_that_are_timed_compute_the_features_that_the_original_does(
     engine: str,
     folder: Path,
-    tmp_path: Path,
     need: Any,
     torch: Any,
     monkeypatch: Any,
     speech: Callable[..., Any],
+    request: pytest.FixtureRequest,
 ) -> None:
     for name in bench.ENGINES[engine]:
         need(name, "pip install 'mlx-contentvec[engines]'")
@@ -101,7 +109,7 @@ def test_the_engines_that_are_timed_compute_the_features_that_the_original_does(
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         path = folder
     else:
-        path = write_onnx(folder, tmp_path / "model.onnx")
+        path = request.getfixturevalue("onnx")
     settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize": True}
     theirs = bench_worker.ENGINES[engine](str(path), settings)
     original = bench_worker.ENGINES["transformers"](str(folder), settings)

@@ -17,6 +17,7 @@ import pytest
 from contentvec_parity.publishing.evidence import Package
 from contentvec_parity.publishing.package import package
 from contentvec_parity.publishing.publish import STAGING
+from tests.forks import run_python
 from tests.hub_server import GITATTRIBUTES, HubServer
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -62,7 +63,7 @@ def environment(server: HubServer, tmp_path: Path) -> Callable[..., dict[str, st
     def build(*, home: str = "home", token: str | None = "write", **more: str) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         pointed = server.environment(tmp_path / home, token=token, **more)
-        return {**inherited, "PYTHONPATH": ROOTS, "OMP_NUM_THREADS": "1", **pointed}
+        return {**inherited, "PYTHONPATH": ROOTS, **pointed}
 
     return build
 
@@ -72,14 +73,7 @@ def run(server: HubServer, environment: Callable[..., dict[str, str]], tmp_path:
     """``run("publish", ...)``: one command in a process of its own; no token in what it prints."""
 
     def start(*arguments: str | Path, **where: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", COMMAND, *map(str, arguments)],
-            env=environment(**where),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_python("-c", COMMAND, *arguments, env=environment(**where), cwd=tmp_path)
         for secret in (server.token, server.read_token, "hf_bad"):
             assert secret not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr, done.stderr
@@ -130,14 +124,7 @@ def test_published_weights_come_back_in_a_fresh_process_and_verify(
         f"half = ContentvecModel.from_pretrained('{REPO}', dtype='float16')\n"
         "print(half.layer_norm.weight.dtype)\n"
     )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(home="reader"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    loaded = run_python("-c", code, env=environment(home="reader"), cwd=tmp_path)
     assert loaded.stdout.splitlines() == ["(1, 12, 96)", "mlx.core.float16"], loaded.stderr
 
     verified = run("verify", REPO, home="reader")
@@ -182,14 +169,7 @@ def test_the_usage_section_of_the_card_runs_as_it_is_shown(
 
     # what the comments say the shapes are, asked of the code itself
     shapes = "".join(f"\nprint({name}.shape)" for name in re.findall(r"^(v\d) = ", python, re.M))
-    ran = subprocess.run(
-        [sys.executable, "-c", python + shapes],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ran = run_python("-c", python + shapes, env=env, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     widths = re.findall(r"RVC v\d: \(frames, (\d+)\)", python)
     assert ran.stdout.splitlines() == [f"(49, {width})" for width in widths]
