@@ -20,6 +20,7 @@ import numbers
 import os
 import re
 import stat
+import struct
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +71,12 @@ _DEMUXER_OPTIONS = {
     "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,ogg,mov,matroska,asf,aac,ac3,eac3,amr,amrnb,"
     "amrwb,mpegts,mpeg,avi,flv,wv,tta,ape,voc,dts,loas",
 }
-#: of a wav, packets of 32 KiB instead of a tenth of a second: a frame's way through Python
-#: costs as much as its samples do, and keeps other threads from their work. One packet is
-#: then searched for DTS, which holds more of its frames than two of FFmpeg's own size
+#: of a plain PCM wav, packets of 32 KiB instead of a tenth of a second: a frame's way through
+#: Python costs as much as its samples do, and keeps other threads from their work. One such
+#: packet is searched for DTS, as much as two of FFmpeg's own at 44.1 kHz
 _WAV_OPTIONS = {"max_size": "32768", "max_probe_packets": "1"}
+#: integers, floating point, and either with a channel mask
+_PCM_TAGS = (1, 3, 0xFFFE)
 #: demuxers that read frames of a known size, and mark one that the file's end cut
 _FLAGS_CUT_PACKETS = frozenset({"amr", "amrnb", "amrwb"})
 #: codecs of which each packet is sound; what the begin or the end of a stream skips lies in
@@ -81,6 +84,8 @@ _FLAGS_CUT_PACKETS = frozenset({"amr", "amrnb", "amrwb"})
 _ALWAYS_SOUND, _MOST_SILENT = frozenset({"opus", "libopus"}), 8
 #: demuxers whose duration is a count of samples in the file's header
 _COUNTS_SAMPLES = frozenset({"tta", "wv", "ape"})
+#: FFmpeg drops what a packet of these holds beyond whole samples: only the last may
+_PCM_BITS = re.compile(r"pcm_[suf](\d+)")
 _MPEG_SYNC = re.compile(rb"\xff[\xe2-\xff]", re.DOTALL)
 _KBITS_MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
 _KBITS_MPEG2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
@@ -327,7 +332,7 @@ def _open_container(file: BinaryIO, where: str) -> Generator[Any]:
     """FFmpeg's view of an open file. It is given no name and no protocol to open others with."""
     av = _load("av")
     file.seek(0)
-    wave = _WAV_OPTIONS if file.read(12)[8:] == b"WAVE" else {}
+    wave = _WAV_OPTIONS if _is_plain_wav(file.read(36)) else {}
     file.seek(0)
     try:
         container = av.open(
@@ -346,6 +351,18 @@ def _open_container(file: BinaryIO, where: str) -> Generator[Any]:
         ) from error
     with container:
         yield container
+
+
+def _is_plain_wav(head: bytes) -> bool:
+    """Whether packets of any size are whole frames: PCM whose block alignment is a frame's bytes.
+
+    Of another alignment larger packets would end within a frame, and a packet of ADPCM-SWF
+    must be one block.
+    """
+    if len(head) < 36 or head[:4] + head[8:16] != b"RIFFWAVEfmt ":
+        return False
+    tag, channels, _, _, alignment, bits = struct.unpack_from("<HHIIHH", head, 20)
+    return tag in _PCM_TAGS and 8 * alignment == channels * bits > 0
 
 
 @contextlib.contextmanager
@@ -390,7 +407,8 @@ def _frames(
     codec = stream.codec_context.codec.name
     size_of = _FRAME_SIZES.get(codec)
     marks_cuts = container.format.name in _FLAGS_CUT_PACKETS
-    samples = packets = silent = 0
+    frame_bytes = _pcm_frame_bytes(codec, stream)
+    samples = packets = silent = rest = 0
     last = before = b""
     try:
         for packet in container.demux(stream):
@@ -398,6 +416,9 @@ def _frames(
                 raise _cut_at(where, samples, stream, "a packet that is not whole")
             data = bytes(packet) if size_of else b""
             packets += bool(packet.size)
+            if rest and packet.size:
+                raise _cut_at(where, samples, stream, "its blocks end within a sample")
+            rest = packet.size % frame_bytes
             if data:
                 before, last = last, data
             reached = samples
@@ -431,6 +452,12 @@ def _frames(
             expected=f"{expected:,} {unit}, as its header says",
             hint="copy or download it again",
         )
+
+
+def _pcm_frame_bytes(codec: str, stream: Any) -> int:
+    """Bytes of a sample of every channel, 1 for what is not PCM."""
+    width = _PCM_BITS.match(codec)
+    return int(width[1]) * stream.codec_context.channels // 8 or 1 if width else 1
 
 
 def _decoded(stream: Any, packet: Any, data: bytes) -> Iterator[Any]:

@@ -199,7 +199,7 @@ def match(
         model.config = dataclasses.replace(model.config, final_dim=None)
         model.pop("final_proj", None)
     return {
-        name: to_gemm_layout(arrays[name]) if is_matrix(name) else arrays[name]
+        name: to_gemm_layout(arrays[name]) if is_weight(name) else mx.contiguous(arrays[name])
         for name in expected
         if name in arrays
     }
@@ -361,8 +361,8 @@ def _dtype_name(arrays: Arrays, quantization: Mapping[str, int] | None) -> str:
     return next(name for name, dtype in formats.items() if dtype in dtypes)
 
 
-def is_matrix(name: str) -> bool:
-    """Whether a parameter is multiplied with: a quantised layer's scales are read by rows."""
+def is_weight(name: str) -> bool:
+    """Whether a parameter is a layer's weight: a quantised layer's scales are read by rows."""
     return name.rpartition(".")[2] == "weight"
 
 
@@ -373,7 +373,7 @@ def arrange(model: Hubert) -> bool:
     stray = [
         (name, array)
         for name, array in flat_parameters(model)
-        if is_matrix(name) and not in_gemm_layout(array)
+        if is_weight(name) and not in_gemm_layout(array)
     ]
     arranged = [(name, to_gemm_layout(array)) for name, array in stray]
     mx.eval([array for _, array in arranged])

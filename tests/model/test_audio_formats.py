@@ -357,6 +357,53 @@ def test_samples_are_those_that_ffmpeg_decodes(folder: Path, name: str) -> None:
     np.testing.assert_array_equal(read_audio(path, sample_rate=44100).waveform, expected)
 
 
+def decoded(path: Path) -> np.ndarray:
+    """ffmpeg's own samples, (samples, channels) as 16-bit numbers of one channel."""
+    return np.frombuffer(ffmpeg("-i", f"{path}", "-ac", "1", "-f", "s16le", "pipe:1"), np.int16)
+
+
+def test_adpcm_of_one_block_a_packet_is_decoded_as_ffmpeg_decodes_it(folder: Path) -> None:
+    path = folder / "swf.wav"
+    path.write_bytes(
+        ffmpeg("-i", f"{folder / 'voice.wav'}", "-c:a", "adpcm_swf", "-ar", "44100", "-ac", "1",
+               "-f", "wav", "pipe:1")
+    )  # fmt: skip
+    got = read_audio(path, sample_rate=44100).waveform
+    expected = decoded(path)
+    assert len(got) == len(expected)
+    assert np.abs(got - expected / 32768).max() < 1e-4
+
+
+@pytest.mark.parametrize(("channels", "alignment"), [(1, 5), (1, 7), (2, 3), (2, 6)])
+def test_a_wav_of_a_wrong_alignment_is_read_whole(
+    folder: Path, channels: int, alignment: int
+) -> None:
+    """FFmpeg drops what a packet holds beyond whole frames; its own packets hold none here."""
+    samples = (np.sin(np.arange(160000) / 20) * 9000).astype("<i2").tobytes()
+    head = struct.pack(
+        "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16,
+        1, channels, 16000, 32000 * channels, alignment, 16, b"data", len(samples),
+    )  # fmt: skip
+    path = folder / "aligned.wav"
+    path.write_bytes(head + samples)
+    got = read_audio(path).waveform
+    expected = np.frombuffer(samples, "<i2").reshape(-1, channels).mean(axis=1) / 32768
+    assert np.abs(got - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("alignment", [1, 2, 4])
+def test_a_wav_whose_blocks_end_within_a_sample_is_refused(folder: Path, alignment: int) -> None:
+    samples = np.arange(90000, dtype=np.uint8).tobytes()
+    head = struct.pack(
+        "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16,
+        1, 1, 16000, 48000, alignment, 24, b"data", len(samples),
+    )  # fmt: skip
+    path = folder / "within.wav"
+    path.write_bytes(head + samples)
+    with pytest.raises(AudioError, match="end within a sample"):
+        read_audio(path)
+
+
 def test_dts_in_a_wav_that_says_pcm_is_not_noise(folder: Path) -> None:
     dts = ffmpeg("-i", f"{folder / 'voice.wav'}", "-ar", "48000", "-ac", "2", "-strict", "-2",
                  "-c:a", "dca", "-b:a", "1411200", "-f", "dts", "pipe:1")  # fmt: skip

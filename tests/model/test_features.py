@@ -613,7 +613,7 @@ def test_other_errors_of_a_device_are_raised_at_once(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("padding", ["exact", "fairseq"])
 @pytest.mark.parametrize(("dtype", "planned"), [(mx.float32, False), (mx.float16, True)])
-def test_half_precision_on_cuda_takes_no_attention_that_plans_each_length(
+def test_half_precision_on_cuda_always_says_which_samples_are_padding(
     monkeypatch: pytest.MonkeyPatch, dtype: Any, planned: bool, padding: Any
 ) -> None:
     model = random_model(TINY, dtype)
@@ -625,6 +625,7 @@ def test_half_precision_on_cuda_takes_no_attention_that_plans_each_length(
     alone = list(extract_many(measured, clips, batch_seconds=0, padding=padding, **options))
     assert [bool(given) for given in measured.treated] == [planned] * len(clips)
     batched = list(extract_many(measured, clips, **options))
+    assert measured.treated[-1]
     close = 2e-5 if memory.device_kind() == "cpu" else CLOSE["float16"]
     for one, other, known in zip(alone, batched, expected, strict=True):
         np.testing.assert_allclose(one, known, atol=close)

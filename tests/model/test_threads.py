@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_contentvec import ContentvecModel, backend, features, first_release, ops
+from mlx_contentvec import ContentvecModel, backend, features, first_release, memory, ops
 from mlx_contentvec.backend import device_kind, mx, nn
 from mlx_contentvec.errors import BackendError, WeightsError
 from mlx_contentvec.ops.mlx import in_gemm_layout
 from mlx_contentvec.rvc import Hubert
-from mlx_contentvec.weights import is_matrix
+from mlx_contentvec.weights import is_weight
 from tests import small_models
 from tests.small_models import (
     CLOSE,
@@ -264,7 +264,7 @@ def test_weights_are_stored_as_loading_stores_them(file: Path, made: str) -> Non
         model.set_dtype(mx.bfloat16)
         model.set_dtype(mx.float32)
     for name, weight in tree_flatten(model.parameters()):
-        assert in_gemm_layout(weight) or not is_matrix(name), name
+        assert in_gemm_layout(weight) or not is_weight(name), name
 
 
 def test_weights_given_by_rows_are_multiplied_as_those_of_a_file(tmp_path: Path) -> None:
@@ -385,7 +385,6 @@ def test_a_fork_of_a_process_that_computed_says_so_instead_of_hanging(tmp_path: 
 import os, pickle, signal, numpy as np
 from mlx_contentvec import ContentvecModel, ContentvecError
 from mlx_contentvec.rvc import Hubert
-from mlx_contentvec.weights import is_matrix
 path, clip = {str(path)!r}, np.ones(6000, np.float32)
 model = ContentvecModel.from_file(path)
 model.extract(clip, sample_rate=16000)
@@ -442,7 +441,10 @@ def test_a_fork_is_noticed_before_the_device_is_asked_for_anything(
         "clip": np.ones(6000, np.float32),
     }  # fmt: skip
     monkeypatch.setattr(backend, "_computing", os.getpid() + 1)
-    monkeypatch.setattr(features, "device_kind", lambda: "cuda")
+    for module in (features, memory):
+        monkeypatch.setattr(module, "device_kind", lambda: "cuda")
+    for name in ("device_info", "get_active_memory", "get_memory_limit", "set_memory_limit"):
+        monkeypatch.setattr(mx, name, RefusingArray, raising=False)
     monkeypatch.setattr(mx, "array", RefusingArray)
     with pytest.raises(BackendError, match="was forked"):
         eval(call, scope)

@@ -38,7 +38,7 @@ class Pair:
         return np.abs(self.difference)
 
     @cached_property
-    def squared(self) -> float:
+    def sum_of_squares(self) -> float:
         """The sum of the squared differences."""
         flat = self.difference.ravel()
         return float(flat @ flat)
@@ -59,7 +59,7 @@ def max_abs_at(pair: Pair) -> list[int]:
 
 def rms(pair: Pair) -> float:
     """The root of the mean squared difference."""
-    return math.sqrt(pair.squared / max(pair.difference.size, 1))
+    return math.sqrt(pair.sum_of_squares / max(pair.difference.size, 1))
 
 
 def _cosine(product: Array, one: Array, other: Array) -> Array:
@@ -103,9 +103,9 @@ def worst_frame_at(pair: Pair) -> list[int]:
 def snr_db(pair: Pair) -> float | None:
     """Power of what was expected over power of the difference, in dB; None if equal."""
     signal = float(pair.expected.ravel() @ pair.expected.ravel())
-    if pair.squared == 0:
+    if pair.sum_of_squares == 0:
         return None
-    return 10 * math.log10(signal / pair.squared) if signal > 0 else -math.inf
+    return 10 * math.log10(signal / pair.sum_of_squares) if signal > 0 else -math.inf
 
 
 def ulps(pair: Pair) -> list[float]:
