@@ -36,13 +36,11 @@ VALUES_PER_BLOCK = 1 << 17
 #: rows of a convolution or a feed-forward in work at once on each thread
 ROWS_PER_TILE = 512
 #: inputs of a linear layer that are summed in a row. OpenBLAS adds up to 384 products in a
-#: row; short runs added to each other lose less: layer 12 has 0.79, 0.79, 0.82, 0.87 and 0.89
-#: times PyTorch's own rms error at 96, 128, 192, 256 and 768, and the worst stage by itself
-#: 0.97, 0.97, 1.01, 1.22 and 1.22 times (Zen 4 with the kernels for AVX2; those for AVX-512
-#: and AVX have 0.85 and 0.90 at 192). 192 takes 1 to 6 % less time than 96
-K_BLOCK = 192
-#: the same for convolutions, where most of the features' error comes from: 0.79, 0.89 and
-#: 0.98 times PyTorch's at 64, 96 and 128, the worst convolution 0.97, 1.09 and 1.19 times
+#: row; short runs added to each other lose less: of PyTorch's own rms error features keep
+#: 0.39 to 0.84 at 64, 0.39 to 0.86 at 96, 0.40 to 1.01 at 128, 0.60 to 1.32 at 256; 64 takes
+#: 2 % more time than the others (5 s of audio). On a Zen 4 192 takes as long as 96 within 1 %
+K_BLOCK = 96
+#: the same for convolutions, which reach 1.05 times PyTorch's error at 96 and 0.97 at 64
 CONV_K_BLOCK = 64
 #: length of the FFT of the positional convolution, in kernels: its response is read whole for
 #: any clip, 38 MB at 2 and twice that at 4 (3.8 ms against 7.6 for 1 s of audio, 5.1 against
@@ -56,10 +54,6 @@ MIN_OUTPUTS_PER_THREAD = 128
 #: attention scores in work at once on each thread, and keys that they are of at most
 SCORES_PER_THREAD = 1 << 19
 KEYS_PER_BLOCK = 4096
-#: scores of at most this size go into an exponential as they are: neither it nor the sum of
-#: thousands of them, times values of up to 1e13, leaves float32's range. A softmax that need
-#: not find and subtract each row's largest takes 40 % less time
-LARGEST_SCORE = 50.0
 #: samples that moments are summed over at once: numpy's BLAS shares larger products among
 #: threads of its own, which then wait in a loop for the next
 SAMPLES_PER_BLOCK = 1 << 13
@@ -425,12 +419,6 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
     mixed = result.reshape(batch, frames, heads, width).transpose(0, 2, 1, 3)
 
     hidden = None if mask is None else ~mask[:, 0, 0]
-    with np.errstate(over="ignore", invalid="ignore"):
-        bound = width**-0.5 * np.sqrt(_largest_square(queries) * _largest_square(keys))
-        small = bound <= LARGEST_SCORE
-    if mask is not None:
-        # where no key may be attended to, all of them are, equally
-        small &= np.any(mask[:, 0, 0], axis=-1, keepdims=True)
 
     def work(parts: slice) -> None:
         scratch = np.empty(step * longest, np.float32)
@@ -443,7 +431,6 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
                 keys[clip, head],
                 values[clip, head],
                 None if hidden is None else hidden[clip],
-                bool(small[clip, head]),
                 mixed[clip, head, rows],
                 scratch,
             )
@@ -456,49 +443,39 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
     return result
 
 
-def _largest_square(x: Buffer) -> Buffer:
-    """(batch, heads, frames, width) to (batch, heads): the square of the longest vector."""
-    largest: Buffer = np.einsum("bhfw,bhfw->bhf", x, x).max(axis=-1)
-    return largest
-
-
 def _attend(
     queries: Buffer,
     keys: Buffer,
     values: Buffer,
     hidden: Mask | None,
-    small: bool,
     out: Buffer,
     scratch: Buffer,
 ) -> None:
     """The values mixed by the softmax of their scores, a span of the keys at a time.
 
     queries: (rows, width)    keys, values: (keys, width)    hidden: (keys,) or None
-    small: no score is larger in size than LARGEST_SCORE
     out: (rows, width)    scratch: for the scores
     Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv:1805.02867).
     """
     rows, width = queries.shape
     highest: Buffer | None = None
-    total: Any = 0.0
+    total: Any = None
     for start in range(0, len(keys), KEYS_PER_BLOCK):
         span = slice(start, min(start + KEYS_PER_BLOCK, len(keys)))
         weights = scratch[: rows * (span.stop - start)].reshape(rows, -1)
         blas.multiply(queries, keys[span].T, weights, factor=width**-0.5)
         if hidden is not None:
             weights[:, hidden[span]] = -1e9
-        if not small:
-            top = weights.max(axis=-1, keepdims=True)
-            if highest is not None:
-                np.maximum(top, highest, out=top)
-                shrunk = np.exp(highest - top)
-                total *= shrunk
-                out *= shrunk
-            weights -= top
-            highest = top
+        top = weights.max(axis=-1, keepdims=True)
+        if highest is not None:
+            np.maximum(top, highest, out=top)
+        weights -= top
         np.exp(weights, out=weights)
-        # a third of the time of .sum(); its error, 1.2e-7 for 4096 keys, is 3 times as large
-        # and below that of the scores' own rounding
-        total = total + np.einsum("ij->i", weights)[:, None]
+        weight = weights.sum(axis=-1, keepdims=True)
+        if highest is not None:
+            shrunk = np.exp(highest - top)
+            weight += total * shrunk
+            out *= shrunk
         blas.multiply(weights, values[span], out, add=start > 0)
+        highest, total = top, weight
     out /= total
