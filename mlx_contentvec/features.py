@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .audio import SAMPLE_RATE, Clip, Waveform, as_waveform, read_audio
-from .backend import device_kind, mx, require_no_fork
+from .backend import device_kind, mx
 from .config import ModelConfig
 from .errors import AudioError, BackendError, ConfigError
 from .memory import (
@@ -269,7 +269,6 @@ def features_of(
 
     Raises BackendError if the device has not enough memory for the smallest pieces either.
     """
-    require_no_fork()
     if not isinstance(max_memory, (Real, NoneType)):
         raise ConfigError(f"max_memory is {max_memory!r}", expected="bytes, a number")
     config = replace(model.config, normalize=False) if normalized else model.config
@@ -311,7 +310,6 @@ def features_of_batch(
     """
     if len(waveforms) == 1:
         return [features_of(model, waveforms[0], kind, max_memory, progress)]
-    require_no_fork()
     samples = [len(waveform) for waveform in waveforms]
     if stacks(model, padding):
         needed = stacked_bytes(model.config, samples)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .backend import device_kind, mx
+from .backend import device_kind, mx, require_no_fork
 from .config import ModelConfig
 from .errors import ConfigError
 from .ops import cpu
@@ -208,7 +208,11 @@ def limit_of(max_memory: int | None) -> int:
 
 
 def gpu_memory() -> int:
-    """Bytes of memory that the GPU has; on a Mac those of the machine."""
+    """Bytes of memory that the GPU has; on a Mac those of the machine.
+
+    Raises BackendError in a fork, as :func:`bounded` does: there the driver answers nothing.
+    """
+    require_no_fork()
     info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
     return int(info.get("memory_size") or info.get("total_memory") or GPU_MEMORY)
 
@@ -235,6 +239,7 @@ def bounded(max_memory: int | None = None) -> Iterator[None]:
     if device_kind() == "cpu":
         yield
         return
+    require_no_fork()
     with _bounding:
         if not _within:
             _limit_before = mx.get_memory_limit()

@@ -335,8 +335,7 @@ class ContentvecModel(Hubert):
         for position, name in enumerate(chain):
             x = stages[name](x)
             if isinstance(walk, MlxHubert) and (bounded or position % 2):
-                started = ops.pipelined(x, previous)
-                previous = started if bounded else None
+                previous = ops.pipelined(x, previous if bounded else None)
         return {"x": mx.array(x), "padding_mask": conditions["padding"]}
 
     def _prepare(

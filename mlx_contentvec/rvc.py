@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .audio import as_waveform
-from .backend import mx, require_no_fork
+from .backend import mx
 from .config import ModelConfig
 from .errors import AudioError, ConfigError
 from .features import FeatureKind, features_of
@@ -191,7 +191,6 @@ class Hubert:
             config = self.model.config
             hidden = ("positional", *(f"layer.{i + 1}" for i in range(config.encoder_layers)))
             last = "final_norm" if config.layer_norm_first else hidden[-1]
-            require_no_fork()
             with bounded(self.max_memory):
                 stages = self.model.stage_outputs(
                     waveforms,
@@ -345,7 +344,6 @@ class Hubert:
             if layer is None and config.layer_norm_first:
                 x = self.model.run_stage("final_norm", x)
             return x, None
-        require_no_fork()
         with bounded(self.max_memory):
             result = self.model(waveforms, padding_mask=padded, output_layer=layer, normalized=True)
             mx.eval(result)

@@ -367,7 +367,7 @@ def is_weight(name: str) -> bool:
 
 
 def arrange(model: Hubert) -> bool:
-    """Store every parameter as :func:`match` does, and say whether one was stored otherwise."""
+    """Store every weight as :func:`match` does, and say whether one was stored otherwise."""
     from mlx.utils import tree_unflatten
 
     stray = [

@@ -425,6 +425,7 @@ class RefusingArray(metaclass=_RefusingArray):
         *(call for call in FORKED if "pickle" not in call and "from_file" not in call),
         "list(model.extract_many([clip, clip[:5000]], sample_rate=16000))",
         "list(model.extract_many([clip, clip[:5000]], sample_rate=16000, padding='fairseq'))",
+        "model.extract(clip, sample_rate=16000, max_memory=1 << 30)",
         "model(clip[None], lengths=[5000])",
         "model(clip[None], padding_mask=clip[None] > 2)",
         "Hubert(model).extract_features(clip[None])",
