@@ -85,7 +85,7 @@ _ALWAYS_SOUND, _MOST_SILENT = frozenset({"opus", "libopus"}), 8
 #: demuxers whose duration is a count of samples in the file's header
 _COUNTS_SAMPLES = frozenset({"tta", "wv", "ape"})
 #: FFmpeg drops what a packet of these holds beyond whole samples: only the last may
-_PCM_BITS = re.compile(r"pcm_[suf](\d+)")
+_PCM_BITS = re.compile(r"pcm_(?:[suf](\d+)|alaw|mulaw)")
 _MPEG_SYNC = re.compile(rb"\xff[\xe2-\xff]", re.DOTALL)
 _KBITS_MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
 _KBITS_MPEG2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
@@ -422,7 +422,7 @@ def _frames(
             if data:
                 before, last = last, data
             reached = samples
-            for frame in _decoded(stream, packet, data):
+            for frame in _decoded(av, stream, packet, data):
                 samples += frame.samples
                 yield frame.sample_rate, _rows(frame)
             if packet.size and reached and samples == reached:
@@ -456,22 +456,20 @@ def _frames(
 
 def _pcm_frame_bytes(codec: str, stream: Any) -> int:
     """Bytes of a sample of every channel, 1 for what is not PCM."""
-    width = _PCM_BITS.match(codec)
-    return int(width[1]) * stream.codec_context.channels // 8 or 1 if width else 1
+    pcm = _PCM_BITS.match(codec)
+    return int(pcm[1] or 8) * stream.codec_context.channels // 8 or 1 if pcm else 1
 
 
-def _decoded(stream: Any, packet: Any, data: bytes) -> Iterator[Any]:
+def _decoded(av: Any, stream: Any, packet: Any, data: bytes) -> Iterator[Any]:
     """Decode one packet. Tags between joined MP3 files come with the frame that follows them."""
     try:
         yield from packet.decode()
-    except ValueError as error:
-        if not isinstance(error, _load("av").error.InvalidDataError):
-            raise
+    except av.error.InvalidDataError:
         sync = next((m.start() for m in _MPEG_SYNC.finditer(data)), len(data))
         if not data or not sync:
             raise
         if sync < len(data):
-            yield from stream.codec_context.decode(_load("av").Packet(data[sync:]))
+            yield from stream.codec_context.decode(av.Packet(data[sync:]))
 
 
 def _rows(frame: Any) -> npt.NDArray[Any]:

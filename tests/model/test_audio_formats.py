@@ -392,11 +392,18 @@ def test_a_wav_of_a_wrong_alignment_is_read_whole(
 
 
 @pytest.mark.parametrize("alignment", [1, 2, 4])
-def test_a_wav_whose_blocks_end_within_a_sample_is_refused(folder: Path, alignment: int) -> None:
+@pytest.mark.parametrize(
+    ("tag", "channels", "bits"),
+    [(1, 1, 24), (6, 3, 8), (7, 3, 8)],
+    ids=["24 bits", "A-law", "mu-law"],
+)
+def test_a_wav_whose_blocks_end_within_a_sample_is_refused(
+    folder: Path, alignment: int, tag: int, channels: int, bits: int
+) -> None:
     samples = np.arange(90000, dtype=np.uint8).tobytes()
     head = struct.pack(
         "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16,
-        1, 1, 16000, 48000, alignment, 24, b"data", len(samples),
+        tag, channels, 16000, 48000, alignment, bits, b"data", len(samples),
     )  # fmt: skip
     path = folder / "within.wav"
     path.write_bytes(head + samples)
