@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import pickletools
 import random
@@ -334,7 +335,8 @@ def changed_json(document: Any, rng: random.Random) -> Any:
             continue
         action = rng.randrange(8)
         if action < 4:
-            holder[key] = rng.choice(VALUES)
+            # a copy: a later change would be one of VALUES, and could put it into itself
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
         elif action == 4:
             del holder[key]
         elif action == 5 and isinstance(holder, dict):
