@@ -18,11 +18,21 @@ from .ops import CpuHubert, MlxHubert
 from .streaming import front_end, front_end_step
 
 
+class _NotInAFork:
+    """Stands in a pickle before the arrays, each of which asks a GPU for its memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return require_no_fork, ()
+
+
 def _rebuilt(
-    cls: type[ContentvecModel], parts: dict[str, Any], private: dict[str, Any], left: list[str]
+    _: _NotInAFork | None,
+    cls: type[ContentvecModel],
+    parts: dict[str, Any],
+    private: dict[str, Any],
+    left: list[str],
 ) -> ContentvecModel:
     """A model out of what ``ContentvecModel.__reduce__`` gives."""
-    require_no_fork()
     model = cls.__new__(cls)
     model.__dict__.update(private)
     dict.update(model, parts)
@@ -241,13 +251,14 @@ class ContentvecModel(Hubert):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For ``pickle`` and ``copy``: all but what is prepared of the weights."""
+        require_no_fork()
         private = {
             name: value
             for name, value in vars(self).items()
             if name not in ("_placeholders", "_preparation")
         }
         left = self._placeholders.left(self)
-        return _rebuilt, (type(self), dict(self), private, left)
+        return _rebuilt, (_NotInAFork(), type(self), dict(self), private, left)
 
     def _fuse_qkv(self) -> None:
         if not self._placeholders.left(self):

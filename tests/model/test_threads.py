@@ -418,6 +418,9 @@ ARRAY = mx.array
 class RefusingArray(metaclass=_RefusingArray):
     """What ``mx.array`` is in a fork on CUDA."""
 
+    def __setstate__(self, _: object) -> None:
+        RefusingArray()
+
 
 @pytest.mark.parametrize(
     "call",
@@ -431,6 +434,9 @@ class RefusingArray(metaclass=_RefusingArray):
         "Hubert(model).extract_features(clip[None])",
         "Hubert(model).extract_features(np.stack([clip, clip]))",
         "Hubert(model).final_proj(np.ones((1, 20, 96), np.float32))",
+        "pickle.dumps(model)",
+        "pickle.loads(pickled)",
+        "copy.deepcopy(model)",
     ],
 )
 def test_a_fork_is_noticed_before_the_device_is_asked_for_anything(
@@ -439,8 +445,9 @@ def test_a_fork_is_noticed_before_the_device_is_asked_for_anything(
     path = random_weights_file(tmp_path / "weights.safetensors", DEEP)
     scope = {
         "model": load(path), "np": np, "Hubert": Hubert, "path": str(path),
-        "clip": np.ones(6000, np.float32),
+        "clip": np.ones(6000, np.float32), "pickle": pickle, "copy": copy,
     }  # fmt: skip
+    scope["pickled"] = pickle.dumps(scope["model"])
     monkeypatch.setattr(backend, "_computing", os.getpid() + 1)
     for module in (features, memory):
         monkeypatch.setattr(module, "device_kind", lambda: "cuda")
