@@ -568,9 +568,17 @@ def _scaled(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         # by a power of two: nothing is rounded but the conversion
         scaled = array.astype(np.float32) * np.float32(1 / (np.iinfo(array.dtype).max + 1.0))
     else:
-        with np.errstate(over="ignore"):
-            scaled = np.ascontiguousarray(array, np.float32)
+        scaled = as_float32(array)
     return np.ascontiguousarray(scaled)
+
+
+def as_float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Rounded to nearest; numpy's warnings of infinity and signalling NaN are not the user's.
+
+    What is not finite is refused afterwards, and said where.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(np.float32, copy=False)
 
 
 def _checked_mono(blocks: Iterable[npt.NDArray[np.float32]], where: str) -> Iterator[Waveform]:

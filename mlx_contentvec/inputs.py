@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import memory
-from .audio import LOUDEST_PEAK
+from .audio import LOUDEST_PEAK, as_float32
 from .backend import device_kind, mx
 from .config import EPS, ModelConfig
 from .errors import AudioError, ConfigError
@@ -28,7 +28,7 @@ def check_waveform(source: Any, config: ModelConfig) -> mx.array:
     """
     if isinstance(source, np.ndarray):
         if source.dtype == np.float64:
-            source = source.astype(np.float32)
+            source = as_float32(source)
         source = mx.array(source)
     if not isinstance(source, mx.array):
         raise AudioError(

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .audio import as_waveform
+from .audio import as_float32, as_waveform
 from .backend import mx
 from .config import ModelConfig
 from .errors import AudioError, ConfigError
@@ -460,7 +460,7 @@ def _numpy(x: Array, name: str) -> NumpyArray:
             expected="a torch tensor, an MLX array or a numpy array",
         )
     array = np.asarray(x)
-    return array.astype(np.float32) if array.dtype.kind == "f" else array
+    return as_float32(array) if array.dtype.kind == "f" else array
 
 
 def _like(original: Array, x: Array) -> Array:

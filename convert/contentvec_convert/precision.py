@@ -117,7 +117,7 @@ def widen(elements: Array, dtype: str) -> Array:
     if dtype == "float32":
         return elements
     if dtype == "float64":
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return elements.astype(np.float32)
     raise MappingError(
         "a weight is not stored as floating-point numbers",

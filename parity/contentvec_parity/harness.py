@@ -234,6 +234,8 @@ def assemble(
         "with_tf32": None,
         "seconds": round(time.monotonic() - started, 1),
     }
+    # names and versions are a recording's and the weights' own
+    document = report.harmless(document)
     document["verdict"] = judge(document, gates or Gates())
     return document
 

@@ -290,6 +290,12 @@ def test_widening_is_exact_for_every_half_number(torch: Any) -> None:
         assert np.isnan(found[~numbers]).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_signalling_nan_of_float64_is_read_without_a_warning() -> None:
+    bits = np.array([0x7FF0_0000_0000_0001], np.uint64)
+    assert np.isnan(widen(bits.view(np.float64), "float64")).all()
+
+
 @pytest.mark.parametrize("subnormal_is_zero", [False, True])
 def test_widening_is_exact_however_a_thread_takes_subnormal_numbers(
     torch: Any, subnormal_is_zero: bool

@@ -125,6 +125,19 @@ def test_a_clip_too_short_for_a_frame_is_refused(tmp_path: Path) -> None:
         as_waveform(np.zeros(399, np.float32), 16000, min_samples=400)
 
 
+#: NaN that a conversion to another width makes numpy warn of
+SIGNALLING = np.array([0x7FF0_0000_0000_0001], np.uint64).view(np.float64)[0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300, SIGNALLING])
+def test_samples_of_other_widths_are_refused_without_a_warning(value: float) -> None:
+    samples = np.zeros(1000)
+    samples[700] = value
+    with pytest.raises(AudioError, match="frame 700"):
+        as_waveform(samples, 16000)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_samples_that_are_not_finite_are_refused_and_found(tmp_path: Path, value: float) -> None:
     samples = tone(6.0)

@@ -408,12 +408,15 @@ class TestRefusedInput:
             (np.zeros((1, 2, 4000), np.float32), "wrong rank"),
             (np.zeros((1, 4000), np.int16), "not floating point"),
             (np.full((1, 4000), np.nan, np.float32), "NaN"),
+            (np.full((1, 4000), 0x7FF0_0000_0000_0001, np.uint64).view(np.float64), "NaN"),
+            (np.full((1, 4000), 1e300), "NaN or inf"),
             (np.where(np.arange(4000) == 3999, np.inf, 0).astype(np.float32)[None], "NaN or inf"),
             (32768 * waveform()[None], "out of scale"),
             ([[0.0] * 4000], "must be an array"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
+    @pytest.mark.filterwarnings("error")
     def test_each_says_what_is_wrong(self, source: Any, message: str) -> None:
         with pytest.raises(AudioError, match=message):
             model()(source)

@@ -392,10 +392,15 @@ BAD_SOURCES = {
     "a list": (noise(8000)[None].tolist(), "must be an array"),
     "no clip": (np.zeros((0, 8000), np.float32), "holds no clip"),
     "too short": (noise(399)[None], "too short"),
+    "not a number, signalling": (
+        np.full((1, 8000), 0x7FF0_0000_0000_0001, np.uint64).view(np.float64),
+        "NaN",
+    ),
     "not a number": (np.full((1, 8000), np.nan, np.float32), "NaN"),
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", BAD_SOURCES)
 def test_a_waveform_that_cannot_be_used_is_refused_by_every_call(hubert: Hubert, name: str) -> None:
     source, reason = BAD_SOURCES[name]

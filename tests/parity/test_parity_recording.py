@@ -28,6 +28,8 @@ from contentvec_parity.references.recording import (
 from mlx_contentvec.backend import mx
 from mlx_contentvec.errors import OutputError, ParityError
 from mlx_contentvec.hub import sha256_of
+from tests import attack_corpus
+from tests.checkpoint_files import safetensors
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -230,6 +232,20 @@ def test_what_is_no_recording_is_refused(
     with pytest.raises(ParityError) as refused:
         replay(path, converted_tiny)
     assert "r.safetensors" in str(refused.value)
+
+
+def test_no_text_of_a_recording_is_obeyed_by_a_terminal(
+    recording: Path, converted_tiny: Path, tmp_path: Path
+) -> None:
+    header, data = attack_corpus.read_header(recording.read_bytes())
+    stated = json.loads(header["__metadata__"]["recording"])
+    stated["reference"]["versions"] = {"torch\x1b[2J": "\u202e2.13"}
+    header["__metadata__"]["recording"] = json.dumps(stated)
+    path = tmp_path / "r.safetensors"
+    path.write_bytes(safetensors(json.dumps(header).encode(), data))
+    document = replay(path, converted_tiny)
+    assert document["reference"]["versions"] == {r"torch\x1b[2J": r"\u202e2.13"}
+    assert document["verdict"]["passed"]
 
 
 def test_an_existing_recording_is_kept_unless_told_otherwise(

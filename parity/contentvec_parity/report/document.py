@@ -104,15 +104,24 @@ _MAY_BE_INFINITE = frozenset(
 _INFINITE = {"inf": math.inf, "-inf": -math.inf}
 
 
+def harmless(value: Any) -> Any:
+    """``value`` without what a terminal or a page would obey in its texts."""
+    if isinstance(value, Mapping):
+        return {harmless(name): harmless(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [harmless(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def _undone(value: Any, key: str = "") -> Any:
-    """``value`` with infinite numbers where ``to_json`` wrote strings, and harmless texts."""
+    """``value`` with infinite numbers where ``to_json`` wrote strings."""
     if isinstance(value, dict):
-        return {printable(name): _undone(item, name) for name, item in value.items()}
+        return {name: _undone(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [_undone(item, key) for item in value]
     if key in _MAY_BE_INFINITE and isinstance(value, str):
-        return _INFINITE.get(value, printable(value))
-    return printable(value) if isinstance(value, str) else value
+        return _INFINITE.get(value, value)
+    return value
 
 
 def read(path: Path) -> Document:
@@ -143,7 +152,7 @@ def read(path: Path) -> Document:
             expected=SCHEMA,
             hint="run parity again with this version",
         )
-    document: Document = _undone(found)
+    document: Document = _undone(harmless(found))
     require_sound(document)
     return document
 
