@@ -27,6 +27,7 @@ from .memory import (
     whole_clip_bytes,
 )
 from .ops import CpuHubert
+from .ops.host_copy import to_numpy
 from .ops.mlx import plans_attention
 from .stacking import stacked
 from .streaming import Walk, streamed
@@ -388,4 +389,4 @@ def _as_waveform(model: FeatureModel, source: Any, sample_rate: int | None) -> W
 
 def _rows(x: Any) -> Features:
     """(frames, width) as a float32 numpy array of its own."""
-    return np.array(x.astype(mx.float32))
+    return to_numpy(x.astype(mx.float32))

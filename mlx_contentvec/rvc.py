@@ -38,6 +38,7 @@ from .config import ModelConfig
 from .errors import AudioError, ConfigError
 from .features import FeatureKind, features_of
 from .memory import bounded
+from .ops.host_copy import to_numpy
 
 if TYPE_CHECKING:
     from .model import ContentvecModel
@@ -452,7 +453,7 @@ def _numpy(x: Array, name: str) -> NumpyArray:
         x = x.detach().cpu()
         x = x.float() if x.is_floating_point() else x
     elif isinstance(x, mx.array):
-        x = x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+        x = to_numpy(x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
     elif not isinstance(x, np.ndarray):
         raise AudioError(
             f"{name} must be an array",

@@ -116,6 +116,7 @@ def _mlx_on(settings: dict[str, Any]) -> Any:
 def _mlx(path: str, settings: dict[str, Any]) -> Run:
     from mlx_contentvec.memory import bounded, limit_of, whole_clip_bytes
     from mlx_contentvec.model import ContentvecModel
+    from mlx_contentvec.ops.host_copy import to_numpy
 
     mx = _mlx_on(settings)
     model = ContentvecModel.from_file(path)
@@ -125,7 +126,7 @@ def _mlx(path: str, settings: dict[str, Any]) -> Run:
         # in one go whatever it takes, but without the freed buffers of other lengths
         with bounded(max(limit_of(None), whole_clip_bytes(model.config, samples, batch))):
             features: Any = model(source)["x"]
-            return np.array(features.astype(mx.float32))
+            return to_numpy(features.astype(mx.float32))
 
     return run
 
