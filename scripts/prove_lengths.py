@@ -49,7 +49,10 @@ BATCH_SECONDS = {"alone": 0.0, "batches": None}
 
 
 class Watch(threading.Thread):
-    """The most that MLX holds, live and kept, looked at every millisecond."""
+    """The most that MLX holds, live and kept, looked at every millisecond.
+
+    What is let go or taken again between two looks would count twice.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -58,7 +61,9 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.001):
-            self.most = max(self.most, mx.get_active_memory() + mx.get_cache_memory())
+            live, kept = mx.get_active_memory(), mx.get_cache_memory()
+            if live == mx.get_active_memory():
+                self.most = max(self.most, live + kept)
 
 
 def clips(arguments: argparse.Namespace) -> list[np.ndarray]:
