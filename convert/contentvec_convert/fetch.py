@@ -34,7 +34,6 @@ from mlx_contentvec.errors import (
 )
 from mlx_contentvec.files import (
     Draft,
-    cannot_write,
     check_target,
     explained,
     is_folder,
@@ -42,6 +41,7 @@ from mlx_contentvec.files import (
     lock_now,
     open_own,
     place,
+    read_regular,
     sync,
 )
 
@@ -158,7 +158,8 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
     with explained(part):
         file = os.fdopen(open_own(part), "r+b")
     with _closed_quietly(file):
-        if not lock_now(file.fileno()):
+        # one that was locked until now has placed its part: the file is no part any more
+        if not lock_now(file.fileno()) or not _is_open(part, file):
             raise OutputError(
                 f"another process is downloading {path}",
                 hint="wait for it, or give another --output",
@@ -206,6 +207,14 @@ def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
+def _is_open(path: Path, file: BinaryIO) -> bool:
+    """Whether ``file`` is still the one of that name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
+
+
 def _target(row: KnownFile, output: str | Path | None) -> Path:
     """Where the weights of ``row`` go; a row of several files goes into a folder of its own."""
     path = Path(output if output is not None else row.names[0])
@@ -234,15 +243,23 @@ def _read_beside(row: KnownFile, folder: Path, *, force: bool) -> dict[Path, byt
         found = small_file(repository_of(row), str(inside / name), row.revision).read_bytes()
         path = folder / name
         if is_there(path):
-            if path.read_bytes() == found:
+            if _holds(path, found):
                 continue
             if not force:
                 raise OutputError(
                     f"{path} exists, and is not that of {repository_of(row)}",
                     hint="give another --output, or --force to replace it",
                 )
+        check_target(path, force=force, needed=len(found))
         files[path] = found
     return files
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return read_regular(path, len(content) + 1) == content
+    except (OSError, ValueError):  # it cannot be read, or is a folder, a pipe or a device
+        return False
 
 
 def _write_beside(files: dict[Path, bytes]) -> None:
@@ -257,20 +274,16 @@ def _write_beside(files: dict[Path, bytes]) -> None:
 def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None) -> Identity:
     """Complete ``part`` and prove it; a file that is not the one is not kept."""
     cached = _in_cache(row)
-    try:
+    with explained(part):
         if cached is not None:
             file.truncate(0)
             file.seek(0)
             with cached.open("rb") as copy:
                 shutil.copyfileobj(copy, file, 1 << 20)
         else:
-            _download(row, file)
+            _download(row, part, file)
         file.flush()
         sync(file.fileno())
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        raise cannot_write(part, error) from error
     identity = _identity(part, progress)
     if row.is_file(identity.size, identity.md5, identity.sha256):
         return identity
@@ -288,18 +301,17 @@ def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None
     return identity
 
 
-def _download(row: KnownFile, file: BinaryIO) -> None:
+def _download(row: KnownFile, part: Path, file: BinaryIO) -> None:
     """Go on from what ``file`` holds, again and again as long as something arrives."""
-    while True:
-        before = _size(file)
-        if row.size is not None and before > row.size:
+    size = row.size if row.size is not None else stated(row).size or 0
+    bounded = _Bounded(file, row, part, size)
+    while (before := _size(file)) != size:
+        if before > size:
             file.truncate(0)
             before = 0
-        if before and before == row.size:
-            return
         file.seek(before)
         try:
-            _download_from(row, file, before)
+            _download_from(row, bounded, before)
         except HubError:
             file.flush()
             if _size(file) <= before:
@@ -309,25 +321,30 @@ def _download(row: KnownFile, file: BinaryIO) -> None:
 
 
 class _Bounded:
-    """A file that takes no more than the known file has; the client writes all that is sent."""
+    """A file that takes no more than the known file has; the client writes all that is sent.
 
-    def __init__(self, file: BinaryIO, row: KnownFile) -> None:
+    What cannot be written is an OutputError: OSErrors of the client are those of its cache.
+    """
+
+    def __init__(self, file: BinaryIO, row: KnownFile, path: Path, most: int) -> None:
         self._file = file
         self._row = row
-        self._most = row.size if row.size is not None else hub.most_bytes(row.hub_path or "")
+        self._path = path
+        self._most = most
 
     def write(self, piece: bytes) -> int:
         if self._file.tell() + len(piece) > self._most:
             # not a byte of it can be the file's
             self._file.truncate(0)
             raise hub.endless(repository_of(self._row), self._row.hub_path or "", self._most)
-        return self._file.write(piece)
+        with explained(self._path):
+            return self._file.write(piece)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
 
-def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
+def _download_from(row: KnownFile, file: _Bounded, done: int) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.file_download import http_get
@@ -339,7 +356,7 @@ def _download_from(row: KnownFile, file: BinaryIO, done: int) -> None:
             raise OfflineModeIsEnabled
         http_get(
             hf_hub_url(repo_id, row.hub_path or "", revision=row.revision),
-            cast(BinaryIO, _Bounded(file, row)),
+            cast(BinaryIO, file),
             resume_size=done,
             headers=build_hf_headers(library_name="mlx-contentvec"),
             displayed_filename=row.names[0],

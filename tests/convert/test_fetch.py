@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from contentvec_convert import fetch as fetch_module
 from contentvec_convert.fetch import known_file
 from contentvec_convert.known_files import CONTENTVEC, KNOWN_FILES
-from mlx_contentvec.errors import HubError
+from mlx_contentvec.errors import HubError, OutputError
 from tests.forks import run_python
 from tests.hub_server import HubServer
 
@@ -35,7 +37,7 @@ row = dataclasses.replace(
     known_files.CONTENTVEC, size={len(CONTENT)},
     md5="{hashlib.md5(CONTENT).hexdigest()}", sha256="{hashlib.sha256(CONTENT).hexdigest()}")
 folder = dataclasses.replace(
-    row, key="contentvec-hf", names=("pytorch_model.bin",),
+    row, key="contentvec-hf", names=("pytorch_model.bin",), size=None, md5=None,
     hub_path="hubert_base/pytorch_model.bin", beside=("config.json",))
 kept = [r for r in known_files.KNOWN_FILES if not r.fetchable]
 known_files.KNOWN_FILES = fetch.KNOWN_FILES = (row, folder, *kept)
@@ -51,7 +53,14 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture
 def server() -> Iterator[HubServer]:
     with HubServer() as running:
-        running.add_repo(REPO, {"hubert_base.pt": CONTENT, "hubert_base/config.json": b"{}"})
+        running.add_repo(
+            REPO,
+            {
+                "hubert_base.pt": CONTENT,
+                "hubert_base/pytorch_model.bin": CONTENT,
+                "hubert_base/config.json": b'{"a": 1}',
+            },
+        )
         yield running
 
 
@@ -115,16 +124,22 @@ def test_a_folder_that_is_not_there_is_said(fetch: Run) -> None:
     assert "there is no folder no" in result.stderr
 
 
+@pytest.mark.parametrize("output", [None, "other"])
 def test_a_model_of_several_files_becomes_a_folder(
-    fetch: Run, tmp_path: Path, server: HubServer
+    fetch: Run, tmp_path: Path, server: HubServer, output: str | None
 ) -> None:
-    server.add_repo(
-        REPO, {"hubert_base/pytorch_model.bin": CONTENT, "hubert_base/config.json": b'{"a": 1}'}
-    )
-    result = fetch("contentvec-hf")
+    folder = tmp_path / (output or "contentvec-hf")
+    arguments = ("contentvec-hf", *(("-o", output) if output else ()))
+    result = fetch(*arguments)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "contentvec-hf" / "pytorch_model.bin").read_bytes() == CONTENT
-    assert (tmp_path / "contentvec-hf" / "config.json").read_bytes() == b'{"a": 1}'
+    assert result.stdout.startswith(f"{folder.name}  307,200 bytes")
+    assert (folder / "pytorch_model.bin").read_bytes() == CONTENT
+    assert (folder / "config.json").read_bytes() == b'{"a": 1}'
+    # what was removed of it since is written again
+    (folder / "config.json").unlink()
+    assert fetch(*arguments).returncode == 0
+    assert (folder / "config.json").read_bytes() == b'{"a": 1}'
+    assert len(server.asked("GET /storage")) == 1
 
 
 def test_a_dropped_connection_goes_on_where_it_stopped(
@@ -168,12 +183,18 @@ def test_the_part_of_another_file_does_not_spoil_this_one(
 
 
 @pytest.mark.parametrize("surplus", [b"", b"and more"])
+@pytest.mark.parametrize("key", ["contentvec", "contentvec-hf"])
 def test_a_part_that_is_complete_or_too_long_is_dealt_with(
-    fetch: Run, tmp_path: Path, surplus: bytes
+    fetch: Run, tmp_path: Path, server: HubServer, key: str, surplus: bytes
 ) -> None:
-    (tmp_path / "hubert_base.pt.part").write_bytes(CONTENT + surplus)
-    assert fetch().returncode == 0
-    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+    folder = key == "contentvec-hf"  # the size of its weights is the one that the Hub states
+    path = tmp_path / ("contentvec-hf/pytorch_model.bin" if folder else "hubert_base.pt")
+    path.parent.mkdir(exist_ok=True)
+    path.with_name(f"{path.name}.part").write_bytes(CONTENT + surplus)
+    result = fetch(key)
+    assert result.returncode == 0, result.stderr
+    assert path.read_bytes() == CONTENT
+    assert len(server.asked("GET /storage")) == (1 if surplus else 0)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +216,7 @@ def test_what_is_not_the_file_does_not_get_its_name(
     assert nature in result.stderr
     assert hashlib.md5(CONTENT).hexdigest() in result.stderr
     assert not list(tmp_path.glob("hubert_base*"))
+    assert len(server.asked("GET /storage")) == 1
 
 
 @pytest.mark.parametrize(
@@ -250,6 +272,7 @@ def test_an_unknown_key_lists_the_known_ones() -> None:
     with pytest.raises(HubError, match="no known file is called nonsense") as caught:
         known_file("nonsense")
     assert "contentvec" in str(caught.value)
+    assert "hubert-base-ls960" not in str(caught.value)  # it cannot be fetched
 
 
 def test_a_file_without_a_checksum_is_not_fetched() -> None:
@@ -270,7 +293,8 @@ def test_a_link_planted_at_the_unfinished_download_is_not_followed(
     for plant in (os.symlink, os.link):
         plant(tmp_path / "precious", tmp_path / "hubert_base.pt.part")
         done = fetch()
-        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.returncode == 1
+        assert "cannot write hubert_base.pt.part: " in done.stderr
         assert (tmp_path / "precious").read_text() == "kept"
         (tmp_path / "hubert_base.pt.part").unlink()
 
@@ -312,16 +336,68 @@ def test_two_downloads_of_one_file_do_not_mix(fetch: Run, tmp_path: Path) -> Non
     assert "another process is downloading" in done.stderr
 
 
+@pytest.mark.parametrize("content", [CONTENT, OTHER], ids=["the file", "another file"])
+def test_what_another_process_has_just_placed_is_not_written_to(
+    fetch: Run, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "hubert_base.pt.part").write_bytes(content)
+    before = """
+import os
+def lock(descriptor):
+    os.rename("hubert_base.pt.part", "hubert_base.pt")
+    return True
+fetch.lock_now = lock
+"""
+    done = fetch("--force", before=before)
+    assert "another process is downloading" in done.stderr
+    assert (tmp_path / "hubert_base.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("there", "force", "said"),
+    [
+        (b"{}", False, None),
+        (b"{} ", False, "exists, and is not that of"),
+        (b"{} ", True, None),
+        ("folder", False, "exists, and is not that of"),
+        ("folder", True, "it is a folder"),
+        ("pipe", False, "exists, and is not that of"),
+        ("pipe", True, "it is a pipe or a device"),
+    ],
+)
+def test_what_is_in_the_place_of_a_small_file_is_seen_before_the_download(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    there: bytes | str,
+    force: bool,
+    said: str | None,
+) -> None:
+    path = tmp_path / "config.json"
+    if there == "folder":
+        path.mkdir()
+    elif there == "pipe":
+        os.mkfifo(path)
+    elif isinstance(there, bytes):
+        path.write_bytes(there)
+    (tmp_path / "downloaded").write_bytes(b"{}")
+    monkeypatch.setattr(fetch_module, "small_file", lambda *_: tmp_path / "downloaded")
+    row = dataclasses.replace(CONTENTVEC, beside=("config.json",))
+    if said is None:
+        wanted = {} if there == b"{}" else {path: b"{}"}
+        assert fetch_module._read_beside(row, tmp_path, force=force) == wanted
+        return
+    with pytest.raises(OutputError, match=said):
+        fetch_module._read_beside(row, tmp_path, force=force)
+
+
 #: in front of the command: no file may be larger than this many bytes
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
 
 
 @pytest.mark.parametrize("key", ["contentvec", "contentvec-hf"])
 def test_a_disk_that_is_full_is_one_error_and_gives_no_file_its_name(
-    fetch: Run, tmp_path: Path, server: HubServer, key: str
+    fetch: Run, tmp_path: Path, key: str
 ) -> None:
-    files = {"hubert_base.pt": CONTENT, "hubert_base/pytorch_model.bin": CONTENT}
-    server.add_repo(REPO, {**files, "hubert_base/config.json": b"{}"})
     result = fetch(key, before=LIMIT.format(100_000))
     assert result.returncode == 1
     assert result.stderr.count("error: cannot write") == 1, result.stderr
