@@ -17,18 +17,22 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import HubError, name_list
+from .errors import ContentvecError, HubError, name_list
 from .files import is_file, is_folder, is_there, read_regular, similar_name
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
 from .json_text import JsonError, read_object
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileMetadata
 
 CHECKSUMS = "SHA256SUMS"
 CONFIG = "config.json"
@@ -210,14 +214,20 @@ def require_plausible_size(path: Path) -> None:
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """SHA-256 (hex) of a file, read in pieces; ``advance`` hears of bytes done."""
+    """SHA-256 (hex) of a file, read in pieces; ``advance`` is called with the size of each.
+
+    Raises HubError if the file cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        piece = memoryview(bytearray(1 << 20))
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
-            if advance is not None:
-                advance(count)
+    try:
+        with path.open("rb", buffering=0) as file:
+            piece = memoryview(bytearray(1 << 20))
+            while count := file.readinto(piece):
+                digest.update(piece[:count])
+                if advance is not None:
+                    advance(count)
+    except OSError as error:
+        raise HubError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -455,16 +465,24 @@ def _as_named(path: Path) -> Path:
         return path
     digest = sha256_of(blob)
     if digest != blob.name:
-        size = blob.stat().st_size
+        fate, hint = (
+            "was thrown away",
+            (
+                "run the same again; if it fails again, something between here and the Hub\n"
+                "changes what it passes on"
+            ),
+        )
         # out of the cache: left there it would be found again, and refused again
-        blob.unlink()
-        path.unlink(missing_ok=True)
+        try:
+            blob.unlink(missing_ok=True)  # another process may have done it
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            fate, hint = f"cannot be removed: {error.strerror}", f"remove {blob}"
         raise HubError(
-            f"the download of {path.name} is damaged, and was thrown away",
-            found=f"sha256 {digest} ({size:,} bytes)",
+            f"the download of {path.name} is damaged, and {fate}",
+            found=f"sha256 {digest}",
             expected=f"sha256 {blob.name}",
-            hint="run the same again; if it fails again, something between here and the Hub\n"
-            "changes what it passes on",
+            hint=hint,
         )
     _note_good(blob, digest)
     return path
@@ -493,23 +511,42 @@ def require_plausible_file(repo_id: str, name: str, revision: str | None = None)
     ):
         return
     stated = get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision))
+    require_plausible_metadata(repo_id, name, stated, most_bytes(name))
+
+
+def require_plausible_metadata(repo_id: str, name: str, stated: HfFileMetadata, most: int) -> None:
+    """Raise HubError if the ETag, the commit or the size that is stated of a file is none.
+
+    most: bytes that such a file may have
+    """
     for what, value, form in (
         ("ETag", stated.etag, _ETAG),
         ("commit", stated.commit_hash, _COMMIT),
     ):
         if value is None or not form.fullmatch(value):
-            raise HubError(
-                f"{repo_id} cannot be downloaded: what answers is not the Hub",
+            raise not_the_hub(
+                f"{repo_id} cannot be downloaded",
                 found=f"the {what} {str(value)[:80]!r} of {name}",
                 expected="hexadecimal digits",
-                hint=f"check HF_ENDPOINT, now {constants.ENDPOINT}",
             )
-    if stated.size is None or not 0 <= stated.size <= most_bytes(name):
+    if stated.size is None or not 0 <= stated.size <= most:
         raise HubError(
             f"{repo_id} cannot be downloaded: {name} is too large for what it should be",
             found="no size" if stated.size is None else f"{stated.size:,} bytes",
-            expected=f"at most {most_bytes(name):,}",
+            expected=f"at most {most:,}",
         )
+
+
+def not_the_hub(problem: str, *, found: str, expected: str) -> HubError:
+    """The error for an answer that the Hub does not give."""
+    from huggingface_hub import constants
+
+    return HubError(
+        f"{problem}: what answers is not the Hub",
+        found=found,
+        expected=expected,
+        hint=f"check HF_ENDPOINT, now {constants.ENDPOINT}",
+    )
 
 
 def download(repo_id: str, name: str, revision: str | None = None, *, cached: bool = False) -> Path:
@@ -586,7 +623,7 @@ def plain_words(repo_id: str, doing: str) -> Iterator[None]:
     """Turn what huggingface_hub raises while ``doing`` something into a HubError."""
     try:
         yield
-    except HubError:
+    except ContentvecError:
         raise
     except Exception as error:
         explained = explain(error, repo_id, doing)
@@ -604,7 +641,7 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
 
-    def first(kind: type[BaseException]) -> BaseException | None:
+    def first(*kind: type[BaseException]) -> BaseException | None:
         return next((e for e in chain if isinstance(e, kind)), None)
 
     # not every client wraps the answer in an error of its own, nor fills it in
@@ -619,10 +656,13 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
             found=f"the cache {constants.HF_HUB_CACHE}",
             hint="run once without HF_HUB_OFFLINE, or point HF_HOME to the cache that has it",
         )
+    malformed = first(json.JSONDecodeError, UnicodeDecodeError, RecursionError)
+    if malformed is not None:
+        return not_the_hub(f"cannot {doing} {repo_id}", found=str(malformed), expected="JSON")
     if first(hub_errors.HFValidationError):
         return HubError(f"{repo_id!r} is no repository name", expected="owner/name")
     lost = next((e for e in chain if type(e).__module__.split(".")[0] in _NETWORK), None)
-    if lost is not None or first(ConnectionError) or first(TimeoutError):
+    if lost is not None or first(ConnectionError, TimeoutError):
         reason = _scrub(str(lost or error)) or type(lost or error).__name__
         return HubError(
             f"cannot {doing} {repo_id}: the connection to {constants.ENDPOINT} failed",
@@ -639,6 +679,13 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
         return HubError(
             f"cannot {doing} {repo_id}: the connection closed before all had arrived",
             hint="run the same again",
+        )
+    if isinstance(error, OSError) and error.strerror is not None:
+        return HubError(
+            f"cannot {doing} {repo_id}: {error.strerror}",
+            found=str(error.filename or constants.HF_HUB_CACHE),
+            hint=f"the Hub's client keeps its files in {constants.HF_HOME}: HF_HOME names another "
+            "folder,\nwhich must be writable and have room",
         )
     return None
 

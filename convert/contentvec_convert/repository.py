@@ -121,9 +121,16 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
 
     owner, name, *inside = address.split("/")
     repo_id = f"{owner}/{name}"
-    with hub.plain_words(repo_id, "look at"):
-        info = HfApi(library_name="mlx-contentvec").model_info(repo_id, revision=revision)
-    paths = [PurePosixPath(entry.rfilename) for entry in info.siblings or ()]
+    try:
+        with hub.plain_words(repo_id, "look at"):
+            info = HfApi(library_name="mlx-contentvec").model_info(repo_id, revision=revision)
+        paths = [PurePosixPath(entry.rfilename) for entry in info.siblings or ()]
+    except (AttributeError, KeyError, TypeError) as error:  # JSON of another form
+        raise hub.not_the_hub(
+            f"cannot look at {repo_id}",
+            found=f"{type(error).__name__}: {error}",
+            expected="the description of a repository",
+        ) from error
     wanted = PurePosixPath(*inside)
     chosen = wanted.name if inside and wanted in paths else None
     folder = wanted.parent if chosen else wanted
@@ -179,7 +186,7 @@ def _weight_files(
 def stated(row: KnownFile) -> KnownFile:
     """``row`` with the size, the SHA-256 and the commit that the Hub states for its file.
 
-    Raises HubError if the Hub states no SHA-256, or a size that no such model has.
+    Raises HubError if the Hub states no SHA-256 or commit, or a size that no such model has.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -187,19 +194,13 @@ def stated(row: KnownFile) -> KnownFile:
     with hub.plain_words(repo_id, f"look at {row.hub_path} of"):
         url = hf_hub_url(repo_id, row.hub_path or "", revision=row.revision)
         metadata = get_hf_file_metadata(url, library_name="mlx-contentvec")
-    etag = metadata.etag or ""
-    if not _SHA256.fullmatch(etag):
+    hub.require_plausible_metadata(repo_id, row.hub_path or "", metadata, MOST_BYTES)
+    if not _SHA256.fullmatch(metadata.etag or ""):
         raise HubError(
             f"the Hub states no SHA-256 for {row.hub_path} of {repo_id}",
             hint="download it by hand and convert the file or its folder",
         )
-    if metadata.size is None or metadata.size > MOST_BYTES:
-        raise HubError(
-            f"{row.hub_path} of {repo_id} is no file to download",
-            found="no size" if metadata.size is None else f"{metadata.size:,} bytes",
-            expected=f"at most {MOST_BYTES:,}",
-        )
-    return replace(row, size=metadata.size, sha256=etag, revision=metadata.commit_hash)
+    return replace(row, size=metadata.size, sha256=metadata.etag, revision=metadata.commit_hash)
 
 
 def small_file(repo_id: str, path: str, revision: str | None) -> Path:

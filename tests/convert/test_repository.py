@@ -17,7 +17,7 @@ from contentvec_convert.known_files import KNOWN_FILES, KnownFile
 from contentvec_convert.repository import Fetched, is_address
 from mlx_contentvec import ContentvecModel
 from mlx_contentvec.config import PRESETS, ModelConfig
-from mlx_contentvec.errors import IdentityError, OutputError
+from mlx_contentvec.errors import HubError, IdentityError, OutputError
 from tests.hub_server import HubServer
 from tests.originals import TINY_BASE, save_transformers, transformers_hubert
 
@@ -227,6 +227,54 @@ def test_a_disk_that_is_too_full_is_said_before_the_download(
     path.with_name(f"{path.name}.part").write_bytes(files["model.safetensors"][: size - 9])
     with pytest.raises(pytest.fail.Exception, match="it is downloaded"):
         fetch._fetch_file(row, path, force=False, progress=None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<!DOCTYPE html><title>Log in</title>", b'{"\x80"}', b"[" * 100_000, b"[]", b"null", b"{}",
+        b'{"id": "a/b", "siblings": 7}', b'{"id": "a/b", "siblings": [{"rfilename": 7}]}',
+    ],
+)  # fmt: skip
+def test_an_answer_that_describes_no_repository_is_said(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    server.add_repo("someone/voice", {})
+    server.fail("GET", times=99, alter=lambda _: answer)
+    with pytest.raises(HubError, match="cannot look at someone/voice: what answers is not the Hub"):
+        repository.find_model("someone/voice")
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({}, None),
+        ({"size": repository.MOST_BYTES}, None),
+        ({"size": repository.MOST_BYTES + 1}, "too large"),
+        ({"size": -1}, "too large"),
+        ({"size": None}, "too large"),
+        ({"etag": "0" * 40}, "states no SHA-256"),
+        ({"etag": "0" * 64 + "x"}, "the ETag"),
+        ({"etag": None}, "the ETag"),
+        ({"commit_hash": "../x"}, "the commit"),
+        ({"commit_hash": None}, "the commit"),
+    ],
+)
+def test_what_the_hub_states_of_weights_is_plausible(
+    monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], said: str | None
+) -> None:
+    found = {"etag": "0" * 64, "commit_hash": "1" * 40, "size": 9, **facts}
+    monkeypatch.setattr(
+        "huggingface_hub.get_hf_file_metadata", lambda *_, **__: SimpleNamespace(**found)
+    )
+    row = KnownFile("a", ("a.pt",), "", "https://huggingface.co/a/b", hub_path="a.pt")
+    if said is not None:
+        with pytest.raises(HubError, match=said):
+            repository.stated(row)
+        return
+    stated = repository.stated(row)
+    assert (stated.size, stated.sha256, stated.revision) == (found["size"], "0" * 64, "1" * 40)
 
 
 def test_a_revision_is_one_of_a_repository(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -395,6 +396,33 @@ def test_a_list_of_checksums_may_have_a_megabyte(tmp_path: Path) -> None:
         hub.read_checksums(path)
 
 
+def test_a_file_that_cannot_be_hashed_is_said(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match="cannot be read: Is a directory"):
+        hub.sha256_of(tmp_path)
+
+
+@pytest.mark.parametrize("removal", ["done", "refused", "another's"])
+def test_a_damaged_download_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removal: str
+) -> None:
+    blob = write(tmp_path, {"0" * 64: WEIGHTS}) / ("0" * 64)
+    named = tmp_path / "model.safetensors"
+    named.symlink_to(blob)
+    if removal == "refused":
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(Path, "unlink", refuse)
+    elif removal == "another's":
+        monkeypatch.setattr(hub, "sha256_of", lambda path: path.unlink() or "1" * 64)
+    with pytest.raises(HubError, match=r"model\.safetensors is damaged") as caught:
+        hub._as_named(named)
+    assert (f"remove {blob}" in str(caught.value)) == (removal == "refused")
+    assert ("thrown away" in str(caught.value)) == (removal != "refused")
+    assert os.path.lexists(named) == (removal == "refused")
+
+
 def test_only_weights_may_be_large(tmp_path: Path) -> None:
     for name, size, plausible in (
         ("report.json", 2**26, True), ("report.json", 2**26 + 1, False),
@@ -521,6 +549,17 @@ CLIENT: dict[str, tuple[Callable[[], Exception], bool, str | None]] = {
         False,
         "the connection closed before all had arrived",
     ),
+    "no JSON": (
+        lambda: json.JSONDecodeError("Expecting value", "<html>", 0),
+        False,
+        "what answers is not the Hub",
+    ),
+    "no text": (
+        lambda: UnicodeDecodeError("utf-8", b"\x80", 0, 1, "invalid start byte"),
+        False,
+        "what answers is not the Hub",
+    ),
+    "lists without end": (lambda: RecursionError("[["), False, "what answers is not the Hub"),
     "another error": (lambda: OSError("No space left"), False, None),
     "another check": (lambda: ValueError("Consistency check failed"), False, None),
     "offline, another error": (lambda: ValueError("x"), True, None),
@@ -549,6 +588,17 @@ def test_every_error_of_the_client_has_its_words(
     else:
         assert explained is not None
         assert said in explained.problem
+
+
+def test_what_the_system_refuses_the_client_is_said() -> None:
+    from huggingface_hub import constants
+
+    for path, found in (("/cache/x", "/cache/x"), (None, constants.HF_HUB_CACHE)):
+        error = OSError(errno.ENOSPC, "No space left on device", path)
+        explained = hub.explain(error, REPO, "download")
+        assert explained is not None
+        assert explained.problem == f"cannot download {REPO}: No space left on device"
+        assert explained.found == found
 
 
 def test_a_reason_without_words_is_named_by_its_kind() -> None:
@@ -660,6 +710,17 @@ def test_offline_and_not_cached_says_so(resolved: Run) -> None:
     result = resolved(REPO, HF_HUB_OFFLINE="1")
     assert result.returncode == 1
     assert "HF_HUB_OFFLINE is set, and it is not in the cache" in result.stderr
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+def test_a_cache_that_cannot_be_made_is_said(
+    server: HubServer, resolved: Run, tmp_path: Path, variable: str
+) -> None:
+    server.add_repo(REPO, package())
+    (tmp_path / "file").write_text("in the way")
+    result = resolved(REPO, token=None, **{variable: str(tmp_path / "file")})
+    assert f"error: cannot download {REPO}: Not a directory" in result.stderr, result.stderr
+    assert "HF_HOME names another folder" in result.stderr
 
 
 def test_no_network_and_not_cached_says_so(resolved: Run) -> None:
