@@ -189,7 +189,7 @@ def _part_of(path: Path) -> Path:
     """Where an unfinished download is kept: NAME.part, or shorter if that name is too long."""
     name = f"{path.name}.part"
     if len(os.fsencode(name)) > _NAME_BYTES:
-        name = f"{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.part"
+        name = f"{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.part"
     return path.with_name(name)
 
 
@@ -285,8 +285,6 @@ def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None
         file.flush()
         sync(file.fileno())
     identity = _identity(part, progress)
-    if row.is_file(identity.size, identity.md5, identity.sha256):
-        return identity
     try:
         accept(part, identity, expect_md5=row.md5, expect_sha256=row.sha256)
     except IdentityError as error:

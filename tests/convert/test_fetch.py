@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -16,7 +18,8 @@ import pytest
 from contentvec_convert import fetch as fetch_module
 from contentvec_convert.fetch import known_file
 from contentvec_convert.known_files import CONTENTVEC, KNOWN_FILES
-from mlx_contentvec.errors import HubError, OutputError
+from mlx_contentvec.errors import HubError, IdentityError, OutputError
+from mlx_contentvec.files import Draft
 from tests.forks import run_python
 from tests.hub_server import HubServer
 
@@ -431,3 +434,123 @@ def test_a_small_file_beside_the_weights_is_whole_or_not_there(
     assert "error: cannot write" in result.stderr
     assert "No space left" in result.stderr
     assert not (tmp_path / "contentvec-hf" / "config.json").exists()
+
+
+# without a server ----------------------------------------------------------------
+
+SMALL = dataclasses.replace(
+    CONTENTVEC,
+    size=len(CONTENT),
+    md5=hashlib.md5(CONTENT).hexdigest(),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+)
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
+    """``cached(CONTENT, ...)``: what the Hub's cache gives, one after the other."""
+
+    def put(*contents: bytes) -> list[Path]:
+        left = []
+        for number, content in enumerate(contents):
+            left.append(tmp_path / f"cached {number}")
+            left[-1].write_bytes(content)
+        monkeypatch.setattr(fetch_module, "_in_cache", lambda row: left.pop(0))
+        return left
+
+    return put
+
+
+@pytest.mark.parametrize("part", [b"", CONTENT[:9], CONTENT + b"and more"])
+def test_what_the_cache_gives_takes_the_place_of_the_part(
+    tmp_path: Path, cached: Callable[..., list[Path]], part: bytes
+) -> None:
+    path = tmp_path / "model.pt"
+    path.with_name("model.pt.part").write_bytes(part)
+    left = cached(CONTENT, OTHER)
+    found = fetch_module._fetch_file(SMALL, path, force=False, progress=None)
+    assert (found.name, found.sha256, len(left)) == ("model.pt", SMALL.sha256, 1)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(("part", "contents"), [(b"begun", [OTHER, CONTENT]), (b"", [OTHER])])
+def test_only_what_was_begun_before_is_tried_again(
+    tmp_path: Path, cached: Callable[..., list[Path]], part: bytes, contents: list[bytes]
+) -> None:
+    path = tmp_path / "model.pt"
+    path.with_name("model.pt.part").write_bytes(part)
+    left = cached(*contents)
+    if part:
+        fetch_module._fetch_file(SMALL, path, force=False, progress=None)
+        assert path.read_bytes() == CONTENT
+    else:
+        with pytest.raises(IdentityError, match="served is not contentvec"):
+            fetch_module._fetch_file(SMALL, path, force=False, progress=None)
+        assert not list(tmp_path.glob("model*"))
+    assert not left
+
+
+def test_what_gets_its_name_was_flushed_to_the_disk_before(
+    tmp_path: Path, cached: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(fetch_module, "sync", lambda number: done.append(os.fstat(number).st_size))
+    monkeypatch.setattr(fetch_module, "place", lambda *_, **__: done.append("named"))
+    cached(CONTENT)
+    fetch_module._fetch_file(SMALL, tmp_path / "model.pt", force=False, progress=None)
+    assert done == [len(CONTENT), "named"]
+    done.clear()
+    rename = Draft.rename
+
+    def named(draft: Draft, *, force: bool) -> None:
+        done.append("named")
+        rename(draft, force=force)
+
+    monkeypatch.setattr(Draft, "sync", lambda draft: done.append("flushed"))
+    monkeypatch.setattr(Draft, "rename", named)
+    path = tmp_path / "config.json"
+    path.write_bytes(b"before")
+    fetch_module._write_beside({path: b"{}"})
+    assert done == ["flushed", "named"] and path.read_bytes() == b"{}"
+
+
+def test_a_file_of_no_bytes_is_a_file(tmp_path: Path, cached: Callable[..., list[Path]]) -> None:
+    row = dataclasses.replace(SMALL, size=0, md5=None, sha256=hashlib.sha256().hexdigest())
+    cached(b"")
+    fetch_module._fetch_file(row, tmp_path / "model.pt", force=False, progress=None)
+    assert [path.stat().st_size for path in tmp_path.glob("model*")] == [0]
+
+
+def test_a_name_that_the_system_refuses_is_one_error(
+    tmp_path: Path, cached: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = dataclasses.replace(SMALL, beside=("config.json",))
+    with pytest.raises(OutputError, match=r"cannot write .*nnn: File name too long"):
+        fetch_module._target(folder, tmp_path / ("n" * 300))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fetch_module, "place", refuse)
+    cached(CONTENT)
+    with pytest.raises(OutputError, match=r"cannot write .*model\.pt: Permission denied"):
+        fetch_module._fetch_file(SMALL, tmp_path / "model.pt", force=False, progress=None)
+
+
+def test_the_name_of_a_part_is_no_longer_than_names_may_be() -> None:
+    assert fetch_module._part_of(Path("n" * 250)).name == "n" * 250 + ".part"
+    parts = {fetch_module._part_of(Path(letter * 251)).name for letter in "nmo"}
+    assert len(parts) == 3 and max(len(os.fsencode(part)) for part in parts) < 100
+
+
+def test_a_file_that_cannot_be_closed_says_nothing_more() -> None:
+    closed: list[bool] = []
+
+    class Full(io.BytesIO):
+        def close(self) -> None:
+            closed.append(True)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with fetch_module._closed_quietly(Full()):
+        pass
+    assert closed
