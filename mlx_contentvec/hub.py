@@ -374,6 +374,17 @@ class RepositoryFiles(PackageFiles):
         with self._or_why_not():
             return super().file(name)
 
+    def checksums(self) -> dict[str, str] | None:
+        """See :meth:`PackageFiles.checksums`. Raises HubError if the Hub is lost before the answer.
+
+        What was found in the cache alone is held to the list that is there, if there is one.
+        """
+        reached = self._unreachable is None
+        sums = super().checksums()
+        if sums is None and reached and self._unreachable is not None:
+            raise HubError(f"{CHECKSUMS} of {self.where} cannot be downloaded")
+        return sums
+
     def missing(self, *names: str) -> list[str]:
         """See :meth:`PackageFiles.missing`."""
         lacks = super().missing(*names)
@@ -405,7 +416,7 @@ class RepositoryFiles(PackageFiles):
             except EntryNotFoundError:
                 return None
         # the other files must come from the same commit, whatever happens to the branch
-        self.revision = path.parent.name
+        self.revision = path.parents[len(Path(name).parts) - 1].name
         return _as_named(path)
 
     @contextmanager

@@ -27,8 +27,14 @@ PROJECT = Path(__file__).resolve().parents[2]
 REPO = CONTENTVEC.home.removeprefix("https://huggingface.co/")
 CONTENT = bytes(range(256)) * 1200
 OTHER = b"not the same" * 30_000
+#: the table's first row, with this test's bytes for the 189 MB that it describes
+SMALL = dataclasses.replace(
+    CONTENTVEC,
+    size=len(CONTENT),
+    md5=hashlib.md5(CONTENT).hexdigest(),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+)
 
-#: the table's first row, with this test's bytes for the 189 MB that it describes;
 #: the client's pieces are made small, and nobody waits between attempts
 PREAMBLE = f"""
 import dataclasses, sys, time
@@ -37,8 +43,7 @@ from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 4096
 from contentvec_convert import fetch, known_files
 row = dataclasses.replace(
-    known_files.CONTENTVEC, size={len(CONTENT)},
-    md5="{hashlib.md5(CONTENT).hexdigest()}", sha256="{hashlib.sha256(CONTENT).hexdigest()}")
+    known_files.CONTENTVEC, size={SMALL.size}, md5="{SMALL.md5}", sha256="{SMALL.sha256}")
 folder = dataclasses.replace(
     row, key="contentvec-hf", names=("pytorch_model.bin",), size=None, md5=None,
     hub_path="hubert_base/pytorch_model.bin", beside=("config.json",))
@@ -267,8 +272,34 @@ def test_json_is_one_document(fetch: Run) -> None:
     assert Path(document["path"]).name == document["name"] == "hubert_base.pt"
 
 
+def test_a_model_of_several_files_is_one_document(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    shards = {"model-1.safetensors": CONTENT, "model-2.safetensors": OTHER}
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    server.add_repo(
+        "someone/large",
+        {**shards, "model.safetensors.index.json": index.encode(), "config.json": b"{}"},
+    )
+    done = fetch("someone/large", "--json")
+    document = json.loads(done.stdout)
+    assert document["path"] == "large"
+    assert [file["name"] for file in document["files"]] == list(shards)
+    assert [file["size"] for file in document["files"]] == [len(CONTENT), len(OTHER)]
+    (note,) = document["notes"]
+    assert note.startswith("downloaded from someone/large/model-1.safetensors at ")
+    lines = fetch("someone/large").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [*2 * ("large", "is", "md5", "sha256"), "note"]
+    assert "ContentVec-500" in lines[1] and lines[5].split() == ["is", "unknown"]
+
+
 def test_list_names_what_can_be_fetched(fetch: Run) -> None:
-    assert fetch("--list").stdout.startswith("contentvec ")
+    lines = fetch("--list").stdout.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["contentvec", "contentvec-hf"]
+    assert lines[0].endswith("(0 MB)") and lines[1].endswith("(size not known)")
+    rows = json.loads(fetch("--list", "--json").stdout)
+    assert [row["key"] for row in rows] == ["contentvec", "contentvec-hf"]
+    assert rows[0]["sha256"] == SMALL.sha256
 
 
 def test_an_unknown_key_lists_the_known_ones() -> None:
@@ -437,13 +468,6 @@ def test_a_small_file_beside_the_weights_is_whole_or_not_there(
 
 
 # without a server ----------------------------------------------------------------
-
-SMALL = dataclasses.replace(
-    CONTENTVEC,
-    size=len(CONTENT),
-    md5=hashlib.md5(CONTENT).hexdigest(),
-    sha256=hashlib.sha256(CONTENT).hexdigest(),
-)
 
 
 @pytest.fixture

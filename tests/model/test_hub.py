@@ -177,6 +177,29 @@ def test_dtype_chooses_the_variant(tmp_path: Path) -> None:
 def test_a_float_type_without_a_variant_is_left_to_the_caller(tmp_path: Path) -> None:
     folder = write(tmp_path, package())
     assert hub.resolve(folder, dtype="bfloat16").name == "model.safetensors"
+    bare = write(tmp_path / "bare", {"model.safetensors": WEIGHTS})
+    assert hub.resolve(bare, dtype="bfloat16").name == "model.safetensors"
+
+
+def test_a_file_that_the_checksums_beside_it_leave_out_is_taken_as_it_is(tmp_path: Path) -> None:
+    file = write(tmp_path, package(**{"other.safetensors": HALF})) / "other.safetensors"
+    assert hub.resolve(file) == file
+
+
+def test_a_large_description_is_refused_before_it_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path, package())
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(2**26 + 1)
+    monkeypatch.setattr(hub, "sha256_of", lambda path: pytest.fail("it is hashed"))
+    with pytest.raises(HubError, match="too large for what it should be"):
+        hub.resolve(folder, dtype="float16")
+
+
+def test_what_a_folder_lacks_is_listed(tmp_path: Path) -> None:
+    files = hub.open_package(write(tmp_path, package()))
+    assert files.missing("config.json", "card.md", "model.safetensors", "x") == ["card.md", "x"]
 
 
 def test_a_quantised_variant_that_is_not_there_is_an_error(tmp_path: Path) -> None:
@@ -278,10 +301,27 @@ def test_torch_weights_in_a_folder_are_converted_as_the_folder(tmp_path: Path) -
     assert f"mlx-contentvec convert {folder} -o embedder-mlx.safetensors" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nowhere.safetensors", "/no/such/folder", "a/b/c", "up/../one"])
+@pytest.mark.parametrize(
+    "name", ["nowhere.safetensors", "/no/such/folder", "a/b/c", "up/../one", "a/b--c", "a/b..c"]
+)
 def test_what_is_neither_is_not_looked_up_on_the_hub(name: str) -> None:
     with pytest.raises(HubError, match="no weights at"):
         hub.resolve(name)
+
+
+def test_a_path_that_is_missing_is_answered_with_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HubError, match="no weights at") as caught:
+        hub.resolve("model.safetensors")
+    assert caught.value.hint == f"a local path is taken from the current folder: {tmp_path}"
+    write(tmp_path, {"modell.safetensors": WEIGHTS})
+    with pytest.raises(HubError, match=r"did you mean.*modell\.safetensors"):
+        hub.resolve("model.safetensors")
+    # a path is none of a repository, whatever its form
+    with pytest.raises(HubError, match="no weights at"):
+        hub.resolve(Path(REPO))
 
 
 # the arguments of from_pretrained ---------------------------------------------
@@ -292,8 +332,32 @@ def test_a_path_of_this_machine_is_taken_before_all_else(tmp_path: Path) -> None
     for path in (file, str(file)):
         assert hub.resolve_pretrained(weights_path=path) == file
         assert hub.resolve_pretrained(path) == file
+        assert hub.resolve_pretrained("a/b", "main", path) == file  # type: ignore[arg-type]
     with pytest.raises(HubError, match="no weights at"):
         hub.resolve_pretrained(weights_path="someone/contentvec-mlx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("a/b", "main", "q8"), ("a/b", "main", "q8")),
+        (("a/b", "main"), ("a/b", "main", None)),
+        (("a/b", "x.safetensors"), ("a/b", None, "x.safetensors")),
+        (("a/b", "y.safetensors", None, "a/b", "x.safetensors"), ("a/b", None, "x.safetensors")),
+        (("a/b", "main", "float16", None, "x.safetensors"), ("a/b", "main", "x.safetensors")),
+        ((None, "main", None, "a/b"), ("a/b", "main", None)),
+    ],
+)
+def test_a_repository_is_asked_for_what_the_arguments_name(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str | None, ...], named: tuple[str, ...]
+) -> None:
+    for method in ("weights", "file"):
+        monkeypatch.setattr(
+            hub.RepositoryFiles, method, lambda files, what: (files.where, files.revision, what)
+        )
+    names = ("name", "revision", "dtype", "repo_id", "filename")
+    found: object = hub.resolve_pretrained(**dict(zip(names, arguments, strict=False)))  # type: ignore[arg-type]
+    assert found == named
 
 
 @pytest.mark.parametrize("by", ["filename", "second argument"])
@@ -391,14 +455,42 @@ def test_a_list_of_checksums_may_have_a_megabyte(tmp_path: Path) -> None:
     path.write_text(start + "n" * (2**20 - len(start) + 1))
     with pytest.raises(HubError, match="more than 1,048,576 bytes"):
         hub.read_checksums(path)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(HubError, match=r"not a list of checksums\s+found +'utf-8' codec"):
+        hub.read_checksums(path)
     path.unlink()
     with pytest.raises(HubError, match="cannot be read: No such file"):
         hub.read_checksums(path)
 
 
+def test_how_far_hashing_has_come_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    content = b"x" * (3 * 2**20 + 5)
+    path.write_bytes(content)
+    done: list[int] = []
+    assert hub.sha256_of(path, done.append) == hashlib.sha256(content).hexdigest()
+    assert len(done) > 3 and sum(done) == len(content)
+
+
 def test_a_file_that_cannot_be_hashed_is_said(tmp_path: Path) -> None:
     with pytest.raises(HubError, match="cannot be read: Is a directory"):
         hub.sha256_of(tmp_path)
+
+
+def test_a_blob_is_hashed_once_if_its_name_is_a_sha256(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    digest = hub.sha256_of
+    monkeypatch.setattr(hub, "sha256_of", lambda path: hashed.append(path) or digest(path))
+    for name, times in ((hashlib.sha256(WEIGHTS).hexdigest(), 1), ("0" * 40, 0)):
+        blob = write(tmp_path, {name: WEIGHTS}) / name
+        named = tmp_path / f"{times}.safetensors"
+        named.symlink_to(blob)
+        hashed.clear()
+        for _ in range(2):
+            assert hub._as_named(named) == named
+        assert hashed == [blob] * times
 
 
 @pytest.mark.parametrize("removal", ["done", "refused", "another's"])
@@ -638,6 +730,74 @@ def test_what_the_hub_states_of_a_file_is_plausible(
     assert said in str(refused.value)
 
 
+#: what the look at a file on the Hub raises -> what is said where it is not in the cache
+LOOK: dict[str, tuple[Callable[[], Exception], str]] = {
+    "lost": (lambda: Lost("gone"), f"cannot download {REPO}: the connection to"),
+    "odd": (lambda: ValueError("odd"), "MISSING"),
+    "implausible": (lambda: HubError("implausible"), "implausible"),
+}
+
+
+@pytest.mark.parametrize("kind", LOOK)
+def test_a_hub_that_is_not_reached_is_asked_once_and_the_cache_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    make, said = LOOK[kind]
+    asked: list[str] = []
+    commit = "1" * 40
+    held = write(tmp_path / commit, {"model.safetensors": WEIGHTS, "config.json": CONFIG})
+
+    def look(repo_id: str, name: str, revision: str | None) -> None:
+        asked.append(name)
+        raise make()
+
+    def download(repo_id: str, name: str, revision: str | None, *, cached: bool) -> Path:
+        assert cached and revision in (None, commit)
+        if not (held / name).exists():
+            raise client_error("LocalEntryNotFoundError")
+        return held / name
+
+    monkeypatch.setattr(hub, "require_plausible_file", look)
+    monkeypatch.setattr(hub, "download", download)
+    files = hub.RepositoryFiles(REPO)
+    if kind != "implausible":  # there is no list of checksums, and none is asked for
+        assert files.missing("config.json", "model.safetensors") == []
+        assert files.weights() == held / "model.safetensors"
+        assert (len(asked), files.revision) == (1, commit)
+        (held / "model.safetensors").unlink()
+    for act, missing in (
+        (files.weights, f"{REPO} holds no MLX weights"),
+        (lambda: files.file("model.safetensors"), f"{REPO} has no model"),
+        (lambda: files.missing("config.json", "a.md"), f"a.md of {REPO} is not in the cache"),
+    ):
+        with pytest.raises(HubError) as caught:
+            act()  # type: ignore[operator]
+        assert caught.value.problem.startswith(said.replace("MISSING", missing))
+
+
+def test_what_a_repository_lacks_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def download(repo_id: str, name: str, revision: str | None, *, cached: bool) -> Path:
+        assert not cached
+        if name == "lost":
+            raise client_error("LocalEntryNotFoundError") from Lost("gone")
+        if name != "config.json":
+            raise client_error("EntryNotFoundError")
+        return tmp_path / name
+
+    monkeypatch.setattr(hub, "require_plausible_file", lambda *_: None)
+    monkeypatch.setattr(hub, "download", download)
+    files = hub.RepositoryFiles(REPO)
+    assert files.missing("config.json", "card.md") == ["card.md"]
+    with pytest.raises(HubError, match="the connection to"):
+        files.missing("lost")
+    # nor is a file taken unproven because the list of checksums did not arrive
+    files = hub.RepositoryFiles(REPO)
+    assert files.file("config.json") == tmp_path / "config.json"
+    monkeypatch.setattr(hub, "CHECKSUMS", "lost")
+    with pytest.raises(HubError, match="the connection to"):
+        hub.RepositoryFiles(REPO).file("config.json")
+
+
 @pytest.mark.parametrize("revision", [None, "main", "0" * 40])
 def test_a_commit_that_is_in_the_cache_is_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, revision: str | None
@@ -764,12 +924,21 @@ def test_a_download_that_was_altered_on_the_way_is_thrown_away(
     assert Path(again.stdout.strip()).read_bytes() == WEIGHTS, again.stderr
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "small/model.safetensors"])
 def test_a_repository_that_contradicts_its_checksums_is_refused(
-    server: HubServer, resolved: Run
+    server: HubServer, tmp_path: Path, name: str
 ) -> None:
-    server.add_repo(REPO, package(**{"model.safetensors": HALF}))
-    result = resolved(REPO)
-    assert "not the file that SHA256SUMS describes" in result.stderr
+    server.add_repo(REPO, {name: HALF, "SHA256SUMS": sums({name: WEIGHTS})})
+    result = run_python(
+        *("-c", NO_WAITING + PRETRAINED, f"name={REPO}", f"filename={name}"),
+        env={
+            **os.environ,
+            "PYTHONPATH": str(PROJECT),
+            **server.environment(tmp_path / "home", token=None),
+        },
+        timeout=60,
+    )
+    assert "not the file that SHA256SUMS describes" in result.stderr, result.stderr
 
 
 def test_a_connection_that_drops_does_no_harm(server: HubServer, resolved: Run) -> None:
