@@ -81,6 +81,14 @@ def explained(path: Path) -> Iterator[None]:
         raise cannot_write(path, error) from error
 
 
+def in_home(name: str | Path) -> Path:
+    """``name`` as a path, with ``~`` replaced by a home folder, where that is known."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def is_file(path: Path) -> bool:
     """Whether ``path`` is a regular file that can be seen; never an exception."""
     return _kind(path, stat.S_ISREG)

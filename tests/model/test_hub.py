@@ -18,6 +18,7 @@ import pytest
 
 from mlx_contentvec import ContentvecModel, hub
 from mlx_contentvec.errors import ContentvecError, HubError
+from mlx_contentvec.loading import find_weights
 from tests.forks import run_python
 from tests.hub_server import HubServer
 
@@ -302,11 +303,23 @@ def test_torch_weights_in_a_folder_are_converted_as_the_folder(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere.safetensors", "/no/such/folder", "a/b/c", "up/../one", "a/b--c", "a/b..c"]
+    "name",
+    [
+        *("nowhere.safetensors", "/no/such/folder", "a/b/c", "up/../one", "a/b--c", "a/b..c"),
+        *("~nobody-of-this-name/model", "~nobody-of-this-name"),
+    ],
 )
 def test_what_is_neither_is_not_looked_up_on_the_hub(name: str) -> None:
-    with pytest.raises(HubError, match="no weights at"):
-        hub.resolve(name)
+    for find in (hub.resolve, find_weights, hub.open_package):
+        with pytest.raises(HubError, match="no weights at"):
+            find(name)  # type: ignore[operator]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path, {"a.safetensors": WEIGHTS}) / "a.safetensors"
+    assert hub.resolve("~/a.safetensors") == find_weights("~/a.safetensors") == file
+    assert isinstance(hub.open_package("~"), hub.FolderFiles)
 
 
 def test_a_path_that_is_missing_is_answered_with_what_is_there(

@@ -352,6 +352,11 @@ def test_what_is_not_in_the_cache_is_not_said_to_be_missing(
         files.missing("recording.safetensors")
 
 
+def test_a_home_folder_that_is_not_known_is_a_name_like_others() -> None:
+    with pytest.raises(HubError, match="no weights at ~nobody-of-this-name/model"):
+        replay("~nobody-of-this-name/model")
+
+
 def test_one_converted_file_is_told_what_it_lacks(made: Package) -> None:
     with pytest.raises(HubError, match="cannot be verified") as refused:
         replay(made.folder / "model.safetensors")
