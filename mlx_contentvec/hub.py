@@ -609,7 +609,7 @@ def _note_for(path: Path, digest: str) -> Path:
     stat = real.stat()
     about = f"{real}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{digest}"
     notes = cached_assets_path("mlx-contentvec", namespace="verified", subfolder="sha256")
-    return notes / hashlib.sha256(about.encode()).hexdigest()
+    return notes / hashlib.sha256(os.fsencode(about)).hexdigest()
 
 
 def _is_known_good(path: Path, digest: str) -> bool:

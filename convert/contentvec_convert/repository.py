@@ -125,6 +125,7 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
         with hub.plain_words(repo_id, "look at"):
             info = HfApi(library_name="mlx-contentvec").model_info(repo_id, revision=revision)
         paths = [PurePosixPath(entry.rfilename) for entry in info.siblings or ()]
+        commit = None if info.sha is None else str(info.sha)
     except (AttributeError, KeyError, TypeError) as error:  # JSON of another form
         raise hub.not_the_hub(
             f"cannot look at {repo_id}",
@@ -135,7 +136,7 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
     chosen = wanted.name if inside and wanted in paths else None
     folder = wanted.parent if chosen else wanted
     names = {path.name for path in paths if path.parent == folder and path.name.isprintable()}
-    weights = [chosen] if chosen else _weight_files(repo_id, info.sha, folder, names)
+    weights = [chosen] if chosen else _weight_files(repo_id, commit, folder, names)
     is_folder = CONFIG_FILE in names and (chosen is None or chosen in WEIGHT_FILES)
     beside = tuple(file for file in BESIDE if file in names) if is_folder else ()
     if any(file in INDEX_FILES for file in weights):
@@ -148,7 +149,7 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
                 what=f"a file of {repo_id}",
                 home=HUB + repo_id,
                 hub_path=str(folder / file),
-                revision=info.sha,
+                revision=commit,
                 beside=beside,
                 form="transformers" if beside else "fairseq",
             )

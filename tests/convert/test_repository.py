@@ -246,6 +246,19 @@ def test_an_answer_that_describes_no_repository_is_said(
         repository.find_model("someone/voice")
 
 
+@pytest.mark.parametrize(("commit", "revision"), [(None, None), (5, "5"), ("main", "main")])
+def test_a_commit_is_text_or_none(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, commit: object, revision: str | None
+) -> None:
+    answer = {"id": "someone/voice", "siblings": [{"rfilename": "a.pt"}], "sha": commit}
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr(repository, "stated", lambda row: row)
+    server.add_repo("someone/voice", {})
+    server.fail("GET", alter=lambda _: json.dumps(answer).encode())
+    (row,) = repository.find_model("someone/voice")
+    assert (row.hub_path, row.revision, row.beside) == ("a.pt", revision, ())
+
+
 @pytest.mark.parametrize(
     ("facts", "said"),
     [

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,13 @@ def test_a_pipe_is_named_as_what_it_is(tmp_path: Path) -> None:
 
 def test_a_folder_gives_its_weights(tmp_path: Path) -> None:
     assert hub.resolve(str(write(tmp_path, package()))) == tmp_path / "model.safetensors"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+def test_a_folder_whose_name_is_no_text_gives_its_weights(tmp_path: Path) -> None:
+    folder = write(tmp_path / os.fsdecode(b"\xff"), package())
+    for _ in range(2):
+        assert hub.resolve(folder) == folder / "model.safetensors"
 
 
 def test_a_folder_with_the_earlier_name_gives_that(tmp_path: Path) -> None:
