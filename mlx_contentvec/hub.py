@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -255,15 +256,15 @@ def _how_to_convert_repository(repo_id: str) -> str:
 # the files of a package ---------------------------------------------------------
 
 
-class PackageFiles:
+class PackageFiles(ABC):
     """Finds the files of a package and holds them to the hashes it states."""
 
     def __init__(self, where: str) -> None:
         self.where = where
 
+    @abstractmethod
     def find(self, name: str) -> Path | None:
         """A file of the package, unverified; None if there is none of that name."""
-        raise NotImplementedError
 
     def file(self, name: str) -> Path:
         """A file of the package. Raises HubError if it is missing or not the one stated."""
@@ -293,9 +294,9 @@ class PackageFiles:
             hint="a checkpoint is converted first:\n" + self.conversion(),
         )
 
+    @abstractmethod
     def conversion(self) -> str:
         """The commands that make weights for MLX of what is there instead."""
-        raise NotImplementedError
 
     def checksums(self) -> dict[str, str] | None:
         """What SHA256SUMS states; None where there is none."""
