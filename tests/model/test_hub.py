@@ -819,6 +819,26 @@ def test_what_a_repository_lacks_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_
         hub.RepositoryFiles(REPO).file("config.json")
 
 
+@pytest.mark.parametrize("stated", [CONFIG, b"another"])
+def test_the_list_of_checksums_may_be_that_of_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stated: bytes
+) -> None:
+    held = write(tmp_path, {"config.json": CONFIG, "SHA256SUMS": sums({"config.json": stated})})
+
+    def look(repo_id: str, name: str, revision: str | None) -> None:
+        if name == "SHA256SUMS":
+            raise Lost("gone")
+
+    monkeypatch.setattr(hub, "require_plausible_file", look)
+    monkeypatch.setattr(hub, "download", lambda _, name, *__, **___: held / name)
+    files = hub.RepositoryFiles(REPO)
+    if stated == CONFIG:
+        assert files.file("config.json") == held / "config.json"
+        return
+    with pytest.raises(HubError):
+        files.file("config.json")
+
+
 @pytest.mark.parametrize("revision", [None, "main", "0" * 40])
 def test_a_commit_that_is_in_the_cache_is_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, revision: str | None
