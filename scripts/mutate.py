@@ -39,7 +39,12 @@ TESTS: dict[str, list[str]] = {
     "mlx_contentvec/folders.py": ["tests/test_folders.py"],
     "mlx_contentvec/hub.py": ["tests/model/test_hub.py"],
     "mlx_contentvec/json_text.py": ["tests/test_json_text.py"],
-    "convert/contentvec_convert/fetch.py": ["tests/convert/test_fetch.py"],
+    "convert/contentvec_convert/fetch.py": [
+        "tests/convert/test_fetch.py",
+        "tests/convert/test_repository.py",
+    ],
+    "convert/contentvec_convert/commands/fetch.py": ["tests/convert/test_fetch.py"],
+    "convert/contentvec_convert/repository.py": ["tests/convert/test_repository.py"],
     "parity/contentvec_parity/compare/soundness.py": ["tests/parity/test_parity_soundness.py"],
     "parity/contentvec_parity/references/recording_checks.py": [
         "tests/publishing/test_recording_checks.py",
