@@ -504,9 +504,10 @@ def test_a_blob_is_hashed_once_if_its_name_is_a_sha256(
     hashed: list[Path] = []
     digest = hub.sha256_of
     monkeypatch.setattr(hub, "sha256_of", lambda path: hashed.append(path) or digest(path))
-    for name, times in ((hashlib.sha256(WEIGHTS).hexdigest(), 1), ("0" * 40, 0)):
+    digits = hashlib.sha256(WEIGHTS).hexdigest()
+    for name, times in ((digits, 1), ("0" * 40, 0), (digits + "x", 0)):
         blob = write(tmp_path, {name: WEIGHTS}) / name
-        named = tmp_path / f"{times}.safetensors"
+        named = tmp_path / f"{len(name)}.safetensors"
         named.symlink_to(blob)
         hashed.clear()
         for _ in range(2):
@@ -528,7 +529,13 @@ def test_a_damaged_download_that_cannot_be_removed_is_named(
 
         monkeypatch.setattr(Path, "unlink", refuse)
     elif removal == "another's":
-        monkeypatch.setattr(hub, "sha256_of", lambda path: path.unlink() or "1" * 64)
+
+        def hashed(path: Path) -> str:
+            path.unlink()
+            named.unlink()
+            return "1" * 64
+
+        monkeypatch.setattr(hub, "sha256_of", hashed)
     with pytest.raises(HubError, match=r"model\.safetensors is damaged") as caught:
         hub._as_named(named)
     assert (f"remove {blob}" in str(caught.value)) == (removal == "refused")
