@@ -3,8 +3,8 @@
 The bytes go to ``NAME.part``. An interrupted download goes on from there, and
 only a file with the size and the checksums of its row in the table of known
 files gets its final name: what is called ``hubert_base.pt`` is that file. Where
-the table has no checksum, or no row, these are the size and the SHA-256 that the
-Hub states.
+the table has no size, no checksum, or no row, these are the size and the SHA-256
+that the Hub states.
 
 The address, the token and the cache are huggingface_hub's: ``HF_ENDPOINT``,
 ``HF_HUB_OFFLINE``, ``HF_HUB_CACHE`` and the login hold here as well. A file that
