@@ -538,7 +538,7 @@ def require_plausible_metadata(repo_id: str, name: str, stated: HfFileMetadata, 
         if value is None or not form.fullmatch(value):
             raise not_the_hub(
                 f"{repo_id} cannot be downloaded",
-                found=f"the {what} {str(value)[:80]!r} of {name}",
+                found=f"the {what} {value!r} of {name}",
                 expected="hexadecimal digits",
             )
     if stated.size is None or not 0 <= stated.size <= most:
@@ -604,26 +604,28 @@ def endless(repo_id: str, name: str, most: int) -> HubError:
 
 
 def _note_for(path: Path, digest: str) -> Path:
-    from huggingface_hub import cached_assets_path
+    from huggingface_hub import cached_assets_path, constants
 
     real = path.resolve()
     stat = real.stat()
     about = f"{real}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{digest}"
-    notes = cached_assets_path("mlx-contentvec", namespace="verified", subfolder="sha256")
+    notes = cached_assets_path(
+        *("mlx-contentvec", "verified", "sha256"), assets_dir=constants.HF_ASSETS_CACHE
+    )
     return notes / hashlib.sha256(os.fsencode(about)).hexdigest()
 
 
 def _is_known_good(path: Path, digest: str) -> bool:
     try:
         return is_file(_note_for(path, digest))
-    except OSError:
+    except (OSError, ValueError):  # the client raises ValueError for a file in the folder's place
         return False
 
 
 def _note_good(path: Path, digest: str) -> None:
     try:
         _note_for(path, digest).touch()
-    except OSError:
+    except (OSError, ValueError):
         return  # a cache that cannot be written costs time, nothing else
 
 

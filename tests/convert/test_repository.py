@@ -266,7 +266,7 @@ def test_a_commit_is_text_or_none(
         ({"size": repository.MOST_BYTES}, None),
         ({"size": repository.MOST_BYTES + 1}, "too large"),
         ({"size": -1}, "too large"),
-        ({"size": None}, "too large"),
+        ({"size": None}, "no size"),
         ({"etag": "0" * 40}, "states no SHA-256"),
         ({"etag": "0" * 64 + "x"}, "the ETag"),
         ({"etag": None}, "the ETag"),

@@ -153,13 +153,21 @@ def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(hub, "sha256_of", refuse)
     assert hub.resolve(folder) == folder / "model.safetensors"
+    (folder / "link").symlink_to(folder)
+    assert hub.resolve(folder / "link") == folder / "link" / "model.safetensors"
 
 
+@pytest.mark.parametrize("why", ["in the way", "refused"])
 def test_a_cache_that_cannot_be_written_only_costs_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     from huggingface_hub import constants
 
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    if why == "refused":
+        monkeypatch.setattr("huggingface_hub.cached_assets_path", refuse)
     (tmp_path / "in the way").write_text("a file where the folder should be")
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "in the way"))
     folder = write(tmp_path / "package", package())
@@ -736,11 +744,11 @@ def test_a_reason_without_words_is_named_by_its_kind() -> None:
         ("config.json", {"size": 2**26 + 1}, "too large"),
         ("config.json", {"size": 0}, None),
         ("config.json", {"size": -1}, "too large"),
-        ("config.json", {"size": None}, "too large"),
+        ("config.json", {"size": None}, "found     no size"),
         ("model.safetensors", {"size": 2**34}, None),
         ("model.safetensors", {"size": 2**34 + 1}, "too large"),
-        ("config.json", {"etag": None}, "the ETag 'None'"),
-        ("config.json", {"commit_hash": None}, "the commit 'None'"),
+        ("config.json", {"etag": None}, "the ETag None"),
+        ("config.json", {"commit_hash": None}, "the commit None"),
         ("config.json", {"commit_hash": "0" * 41}, "the commit '000"),
         ("config.json", {"etag": "0" * 65}, "the ETag '000"),
     ],
@@ -881,6 +889,13 @@ def test_a_download_is_broken_off_past_what_it_may_have(monkeypatch: pytest.Monk
     bars[0].update(1)
     with pytest.raises(HubError, match="it does not end"):
         bars[0].update(1)
+    # clients before 1.0 take no bar
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download",
+        lambda repo_id, name, revision, local_files_only: f"/cache/{revision}/{local_files_only}",
+    )
+    assert hub.download(REPO, "config.json", "v1") == Path("/cache/v1/False")
+    assert hub.download(REPO, "config.json", "v1", cached=True) == Path("/cache/v1/True")
 
 
 # the Hub -----------------------------------------------------------------------
