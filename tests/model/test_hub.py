@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mlx_contentvec import ContentvecModel, hub
-from mlx_contentvec.errors import ContentvecError, HubError
+from mlx_contentvec.errors import ContentvecError, HubError, OutputError
 from mlx_contentvec.loading import find_weights
 from tests.forks import run_python
 from tests.hub_server import HubServer
@@ -716,6 +716,14 @@ def test_every_error_of_the_client_has_its_words(
     else:
         assert explained is not None
         assert said in explained.problem
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), HubError("said"), OutputError("full")])
+def test_what_is_not_of_the_clients_making_stays_what_it_is(error: Exception) -> None:
+    error.__cause__ = Lost("gone") if isinstance(error, ContentvecError) else None
+    with pytest.raises(type(error)) as caught, hub.plain_words(REPO, "look at"):
+        raise error
+    assert caught.value is error
 
 
 def test_what_the_system_refuses_the_client_is_said() -> None:
