@@ -256,6 +256,10 @@ def _how_to_convert_repository(repo_id: str) -> str:
 # the files of a package ---------------------------------------------------------
 
 
+class _Absent(HubError):
+    """A package does not have what was asked for, perhaps because the Hub was not reached."""
+
+
 class PackageFiles(ABC):
     """Finds the files of a package and holds them to the hashes it states."""
 
@@ -270,7 +274,7 @@ class PackageFiles(ABC):
         """A file of the package. Raises HubError if it is missing or not the one stated."""
         path = self.find(name)
         if path is None:
-            raise HubError(
+            raise _Absent(
                 f"{self.where} has no {name}",
                 hint="check the name; what proves weights is only in a package that "
                 "`mlx-contentvec package` made",
@@ -288,7 +292,7 @@ class PackageFiles(ABC):
             path = self.find(name)
             if path is not None:
                 return _verified(path, name, self.checksums())
-        raise HubError(
+        raise _Absent(
             f"{self.where} holds no MLX weights",
             expected=" or ".join(names),
             hint="a checkpoint is converted first:\n" + self.conversion(),
@@ -324,7 +328,7 @@ class PackageFiles(ABC):
             return (file,)
         if dtype in FLOATS or dtype == config.get("dtype"):
             return WEIGHTS
-        raise HubError(
+        raise _Absent(
             f"there are no {dtype} weights in {self.where}",
             found=name_list([str(config.get("dtype", "float32")), *variants]),
             hint="make them with\nmlx-contentvec convert SOURCE -o FILE.safetensors --dtype "
@@ -383,7 +387,7 @@ class RepositoryFiles(PackageFiles):
         reached = self._unreachable is None
         sums = super().checksums()
         if sums is None and reached and self._unreachable is not None:
-            raise HubError(f"{CHECKSUMS} of {self.where} cannot be downloaded")
+            raise _Absent(f"{CHECKSUMS} of {self.where} cannot be downloaded")
         return sums
 
     def missing(self, *names: str) -> list[str]:
@@ -391,7 +395,7 @@ class RepositoryFiles(PackageFiles):
         lacks = super().missing(*names)
         if lacks and self._unreachable is not None:
             with self._or_why_not():
-                raise HubError(f"{name_list(lacks)} of {self.where} is not in the cache")
+                raise _Absent(f"{name_list(lacks)} of {self.where} is not in the cache")
         return lacks
 
     def find(self, name: str) -> Path | None:
@@ -425,7 +429,7 @@ class RepositoryFiles(PackageFiles):
         """If nothing of use is in the cache, why the Hub was not reached says more."""
         try:
             yield
-        except HubError:
+        except _Absent:
             if self._unreachable is not None:
                 explained = explain(self._unreachable, self.where, "download")
                 if explained is not None:

@@ -858,7 +858,7 @@ def test_the_list_of_checksums_may_be_that_of_the_cache(
     if stated == CONFIG:
         assert files.file("config.json") == held / "config.json"
         return
-    with pytest.raises(HubError):
+    with pytest.raises(HubError, match="not the file that SHA256SUMS describes"):
         files.file("config.json")
 
 
