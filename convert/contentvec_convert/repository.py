@@ -133,14 +133,14 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
             expected="the description of a repository",
         ) from error
     wanted = PurePosixPath(*inside)
-    chosen = wanted.name if inside and wanted in paths else None
-    folder = wanted.parent if chosen else wanted
+    is_file = bool(inside) and wanted in paths
+    chosen = wanted.name if is_file and wanted.name not in INDEX_FILES else None
+    folder = wanted.parent if is_file else wanted
     names = {path.name for path in paths if path.parent == folder and path.name.isprintable()}
     weights = [chosen] if chosen else _weight_files(repo_id, commit, folder, names)
-    is_folder = CONFIG_FILE in names and (chosen is None or chosen in WEIGHT_FILES)
-    beside = tuple(file for file in BESIDE if file in names) if is_folder else ()
-    if any(file in INDEX_FILES for file in weights):
-        beside = (*beside, *(file for file in weights if file in INDEX_FILES))
+    index = tuple(file for file in weights if file in INDEX_FILES)
+    is_folder = CONFIG_FILE in names and weights[0] in (*WEIGHT_FILES, *INDEX_FILES)
+    beside = (*(file for file in BESIDE if file in names and is_folder), *index)
     return tuple(
         stated(
             KnownFile(

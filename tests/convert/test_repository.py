@@ -246,6 +246,70 @@ def test_an_answer_that_describes_no_repository_is_said(
         repository.find_model("someone/voice")
 
 
+INDEX = "model.safetensors.index.json"
+SHARDS = "1.safetensors 2.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("files", "address", "chosen", "beside"),
+    [
+        ("config.json model.safetensors pytorch_model.bin", "a/b", "model.safetensors", 1),
+        ("config.json pytorch_model.bin x.pt", "a/b", "pytorch_model.bin", 1),
+        ("config.json preprocessor_config.json processor_config.json model.safetensors",
+         "a/b", "model.safetensors", 3),
+        ("model.safetensors", "a/b", "model.safetensors", 0),
+        (f"config.json {INDEX} {SHARDS}", "a/b", SHARDS, 2),
+        (f"{INDEX} {SHARDS}", f"a/b/{INDEX}", SHARDS, 1),
+        (f"config.json {INDEX} 1.safetensors", "a/b/1.safetensors", "1.safetensors", 0),
+        # a fairseq checkpoint is one file, whatever else is there
+        ("config.json hubert_base.pt other.pt", "a/b", "hubert_base.pt", 0),
+        ("config.json some.pth", "a/b", "some.pth", 0),
+        ("config.json contentvec_base.safetensors a.pt", "a/b", "contentvec_base.safetensors", 0),
+        ("config.json a.pt b.pt", "a/b/b.pt", "b.pt", 0),
+        ("config.json a.pt model.safetensors", "a/b/model.safetensors", "model.safetensors", 1),
+        ("a.pt x/b.pt x/y/c.pt", "a/b", "a.pt", 0),
+        ("a.pt x/b.pt x/y/c.pt", "a/b/x", "x/b.pt", 0),
+        ("a.pt x/b.pt x/y/c.pt", "a/b/x/y/c.pt", "x/y/c.pt", 0),
+        ("x\x1b.pt b.pt", "a/b", "b.pt", 0),
+        ("a.pt b.pt", "a/b", None, 0),
+        ("hubert_base.pt checkpoint_best_legacy_500.pt", "a/b", None, 0),
+        ("a.pt", "a/b/c.pt", None, 0),
+        ("", "a/b", None, 0),
+    ],
+)  # fmt: skip
+def test_the_weights_of_a_repository_are_found_among_its_files(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: str,
+    address: str,
+    chosen: str | None,
+    beside: int,
+) -> None:
+    siblings = [SimpleNamespace(rfilename=name) for name in files.split(" ") if name]
+    info = SimpleNamespace(sha="1" * 40, siblings=siblings)
+
+    def model_info(_: object, repo_id: str, *, revision: str | None) -> SimpleNamespace:
+        assert (repo_id, revision) == ("a/b", "v1")
+        return info
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr(repository, "stated", lambda row: row)
+    index = tmp_path / INDEX
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", SHARDS.split(), strict=True))}))
+    monkeypatch.setattr(repository, "small_file", lambda *_: index)
+    if chosen is None:
+        with pytest.raises(HubError, match="holds no model that can be chosen"):
+            repository.find_model(address, "v1")
+        return
+    rows = repository.find_model(address, "v1")
+    assert [row.hub_path for row in rows] == chosen.split()
+    assert {row.names[0] for row in rows} == {Path(name).name for name in chosen.split()}
+    for row in rows:
+        assert (row.home, row.revision) == ("https://huggingface.co/a/b", "1" * 40)
+        assert len(row.beside) == beside and set(row.beside) <= set(files.split())
+        assert row.form == ("transformers" if beside else "fairseq")
+
+
 @pytest.mark.parametrize(("commit", "revision"), [(None, None), (5, "5"), ("main", "main")])
 def test_a_commit_is_text_or_none(
     server: HubServer, monkeypatch: pytest.MonkeyPatch, commit: object, revision: str | None
