@@ -633,7 +633,7 @@ def test_every_answer_of_the_hub_has_its_words(
     monkeypatch: pytest.MonkeyPatch, kind: str, status: int, token: str | None, said: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
-    for error in (answer(kind, status), answer(kind, status, "why\nand more")):
+    for error in (answer(kind, status), answer(kind, status, " \nwhy\nand more")):
         explained = hub.explain(error, REPO, "download")
         assert explained is not None
         assert explained.problem.startswith(f"cannot download {REPO}: ")
@@ -738,7 +738,15 @@ def test_what_the_system_refuses_the_client_is_said() -> None:
 
 
 def test_a_reason_without_words_is_named_by_its_kind() -> None:
-    for error, found in ((TimeoutError(), "TimeoutError"), (Lost("a hf_abc\nb"), "a hf_...")):
+    wrapped = [RuntimeError("outer") for _ in range(2)]
+    for outer, text in zip(wrapped, ("gone", ""), strict=True):
+        outer.__cause__ = Lost(text)
+    for error, found in (
+        (TimeoutError(), "TimeoutError"),
+        (Lost("a hf_abc\nb"), "a hf_..."),
+        (wrapped[0], "gone"),
+        (wrapped[1], "Lost"),
+    ):
         explained = hub.explain(error, REPO, "download")
         assert explained is not None
         assert explained.found == found
