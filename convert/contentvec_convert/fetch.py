@@ -109,9 +109,7 @@ def fetch(
     Raises HubError when the download fails, IdentityError when what arrived is
     not the file, OutputError when it cannot be written.
     """
-    row = None
-    if any(known.key == name for known in KNOWN_FILES) or not is_address(name):
-        row = known_file(name)
+    row = None if is_address(name) else known_file(name)  # no key is an address
     if row is None:
         rows = find_model(name, revision)
     elif revision is not None:

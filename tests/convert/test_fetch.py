@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from contentvec_convert import fetch as fetch_module
+from contentvec_convert import repository
 from contentvec_convert.fetch import known_file
 from contentvec_convert.known_files import CONTENTVEC, KNOWN_FILES
 from mlx_contentvec.errors import HubError, IdentityError, OutputError
@@ -318,6 +319,7 @@ def test_whatever_can_be_proven_can_be_fetched() -> None:
     for row in KNOWN_FILES:
         assert row.fetchable or not row.verifiable
         assert row.fetchable or row.hub_path is None
+        assert not repository.is_address(row.key)
 
 
 def test_a_link_planted_at_the_unfinished_download_is_not_followed(
