@@ -59,6 +59,10 @@ main(sys.argv[1:])
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
 @pytest.fixture
 def server() -> Iterator[HubServer]:
     with HubServer() as running:
@@ -399,6 +403,7 @@ fetch.lock_now = lock
         ("folder", True, "it is a folder"),
         ("pipe", False, "exists, and is not that of"),
         ("pipe", True, "it is a pipe or a device"),
+        ("not readable", False, "exists, and is not that of"),
     ],
 )
 def test_what_is_in_the_place_of_a_small_file_is_seen_before_the_download(
@@ -413,6 +418,9 @@ def test_what_is_in_the_place_of_a_small_file_is_seen_before_the_download(
         path.mkdir()
     elif there == "pipe":
         os.mkfifo(path)
+    elif there == "not readable":
+        path.write_bytes(b"{}")
+        monkeypatch.setattr(fetch_module, "read_regular", lambda *_: refuse())
     elif isinstance(there, bytes):
         path.write_bytes(there)
     (tmp_path / "downloaded").write_bytes(b"{}")
@@ -553,14 +561,11 @@ def test_a_name_that_the_system_refuses_is_one_error(
     folder = dataclasses.replace(SMALL, beside=("config.json",))
     with pytest.raises(OutputError, match=r"cannot write .*nnn: File name too long"):
         fetch_module._target(folder, tmp_path / ("n" * 300))
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(fetch_module, "place", refuse)
-    cached(CONTENT)
-    with pytest.raises(OutputError, match=r"cannot write .*model\.pt: Permission denied"):
-        fetch_module._fetch_file(SMALL, tmp_path / "model.pt", force=False, progress=None)
+    for name, path in (("place", r"model\.pt"), ("sync", r"model\.pt\.part")):
+        monkeypatch.setattr(fetch_module, name, refuse)
+        cached(CONTENT)
+        with pytest.raises(OutputError, match=rf"cannot write .*{path}: Permission denied"):
+            fetch_module._fetch_file(SMALL, tmp_path / "model.pt", force=False, progress=None)
 
 
 def test_the_name_of_a_part_is_no_longer_than_names_may_be() -> None:
@@ -577,6 +582,7 @@ def test_a_file_that_cannot_be_closed_says_nothing_more() -> None:
             closed.append(True)
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with fetch_module._closed_quietly(Full()):
+    file = Full()  # kept: what is thrown away is closed by itself
+    with fetch_module._closed_quietly(file):
         pass
     assert closed
