@@ -104,6 +104,7 @@ def test_the_file_arrives_under_its_name(fetch: Run, tmp_path: Path, server: Hub
     assert not (tmp_path / "hubert_base.pt.part").exists()
     assert hashlib.sha256(CONTENT).hexdigest() in result.stdout
     assert not server.leaks
+    assert not server.asked("HEAD")  # all that there is to know of it is known
 
 
 def test_a_file_that_is_there_is_not_fetched_again(fetch: Run, server: HubServer) -> None:
@@ -522,6 +523,34 @@ def test_only_what_was_begun_before_is_tried_again(
             fetch_module._fetch_file(SMALL, path, force=False, progress=None)
         assert not list(tmp_path.glob("model*"))
     assert not left
+
+
+@pytest.mark.parametrize(
+    ("pieces", "begun"),
+    [([CONTENT[:9], CONTENT[9:]], [0, 9]), ([CONTENT[:9], b"", CONTENT[9:]], [0, 9])],
+    ids=["goes on", "stands still"],
+)
+def test_a_download_goes_on_as_long_as_something_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[bytes], begun: list[int]
+) -> None:
+    done: list[int] = []
+    left = [*pieces]
+
+    def lose(row: object, file: fetch_module._Bounded, size: int) -> None:
+        done.append(size)
+        file.write(left.pop(0))
+        raise HubError("the connection is lost")
+
+    monkeypatch.setattr(fetch_module, "_download_from", lose)
+    part = tmp_path / "part"
+    with part.open("w+b") as file:
+        if b"" in pieces:
+            with pytest.raises(HubError, match="the connection is lost"):
+                fetch_module._download(SMALL, part, file)
+        else:
+            fetch_module._download(SMALL, part, file)
+    assert done == begun
+    assert part.read_bytes() == b"".join(pieces[:2])
 
 
 def test_what_gets_its_name_was_flushed_to_the_disk_before(
