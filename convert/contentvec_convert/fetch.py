@@ -341,15 +341,12 @@ class _Bounded:
 
 
 def _download_from(row: KnownFile, file: _Bounded, done: int) -> None:
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     repo_id = repository_of(row)
     with hub.plain_words(repo_id, f"download {row.hub_path} from"):
-        if constants.HF_HUB_OFFLINE:
-            raise OfflineModeIsEnabled
         http_get(
             hf_hub_url(repo_id, row.hub_path or "", revision=row.revision),
             cast(BinaryIO, file),

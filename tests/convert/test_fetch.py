@@ -353,7 +353,7 @@ def test_a_download_without_end_is_broken_off_at_the_known_size(
     server.fail("GET /storage", times=99, endless=True)
     result = fetch()
     assert result.returncode == 1
-    assert "it does not end" in result.stderr
+    assert f"cannot download hubert_base.pt from {REPO}: it does not end" in result.stderr
     assert f"more than {len(CONTENT):,} bytes" in result.stderr
     assert not list(tmp_path.glob("hubert_base.pt*"))
 
@@ -603,14 +603,20 @@ def test_the_name_of_a_part_is_no_longer_than_names_may_be() -> None:
     assert len(parts) == 3 and max(len(os.fsencode(part)) for part in parts) < 100
 
 
-def test_a_file_that_cannot_be_closed_says_nothing_more() -> None:
+def test_a_file_that_is_full_says_so_and_nothing_more_when_it_is_closed() -> None:
     closed: list[bool] = []
 
     class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
         def close(self) -> None:
             closed.append(True)
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    with pytest.raises(OutputError, match=r"cannot write model\.pt\.part: No space left"):
+        fetch_module._Bounded(Full(), SMALL, Path("model.pt.part"), 9).write(b"x")
+    closed.clear()
     file = Full()  # kept: what is thrown away is closed by itself
     with fetch_module._closed_quietly(file):
         pass
