@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from contentvec_convert import repository
-from contentvec_convert.identity import identify
+from contentvec_convert.identity import FileIdentity, Identity, identify
 from contentvec_convert.known_files import KNOWN_FILES, KnownFile
 from contentvec_convert.repository import Fetched, is_address
 from mlx_contentvec import ContentvecModel
@@ -327,8 +327,8 @@ def test_a_commit_is_text_or_none(
     ("facts", "said"),
     [
         ({}, None),
-        ({"size": repository.MOST_BYTES}, None),
-        ({"size": repository.MOST_BYTES + 1}, "too large"),
+        ({"size": 2**35}, None),
+        ({"size": 2**35 + 1}, "too large"),
         ({"size": -1}, "too large"),
         ({"size": None}, "no size"),
         ({"etag": "0" * 40}, "states no SHA-256"),
@@ -423,17 +423,43 @@ def test_what_looks_like_a_path_is_not_looked_up(
     for name in (
         *("models/hubert_base.pt", "weights/contentvec", "owner", "/owner/name", "../name"),
         *("owner/name/../x", "owner/name//x", "./owner/name", "owner/a--b", "~/name"),
+        *("owner/name.pt", "owner/name.pth", "owner/name.ckpt", "owner/name.bin"),
+        *("owner/name.safetensors", "owner/name.onnx", "owner/name.zip"),
     ):
         assert not is_address(name), name
     for name in ("owner/name", "owner/name.v2", "owner/name/file.pt", "owner/name/folder/x"):
         assert is_address(name), name
 
 
+def test_what_a_download_was_held_to_is_noted_unless_its_checksums_show_it() -> None:
+    keys = ("contentvec", "spin")
+    known, unproven = (next(row for row in KNOWN_FILES if row.key == key) for key in keys)
+    for row, begin in ((known, None), (unproven, "downloaded as spin from a/b, held"),
+                       (None, "downloaded from a/b, held")):  # fmt: skip
+        notes = Fetched(Path(), "a/b", row=row).notes
+        assert [note[: len(begin or "")] for note in notes] == ([] if begin is None else [begin])
+    row = KnownFile("k", ("a.pt",), "", "https://huggingface.co/a/b", hub_path="x/a.pt")
+    assert repository.origin_of([row]) == "a/b/x/a.pt"
+    assert repository.origin_of([dataclasses.replace(row, revision="1" * 40)]) == (
+        "a/b/x/a.pt at 111111111111"
+    )
+
+
+def test_only_weights_that_were_downloaded_are_compared() -> None:
+    weights = FileIdentity("a.pt", 1, "", "0" * 64)
+    identity = Identity("a.pt", 1, "", "", None, (weights, FileIdentity("c.json", 1, "", "2" * 64)))
+    Fetched(Path(), "a/b", {"a.pt": "0" * 64}).check(identity)
+    with pytest.raises(IdentityError, match=r"a\.pt is no longer the file"):
+        Fetched(Path(), "a/b", {"a.pt": "1" * 64}).check(identity)
+
+
 def test_the_architectures_of_the_table_are_told_apart() -> None:
     row = next(row for row in KNOWN_FILES if row.key == "spin")
     fetched = Fetched(Path(), "somewhere", row=row)
     fetched.check_model(ModelConfig(encoder_attention_heads=8, conv_pos_batch_norm=True))
+    # an address promises no architecture, and checksums say more than one
+    for known in (None, next(row for row in KNOWN_FILES if row.verifiable)):
+        Fetched(Path(), "somewhere", row=known).check_model(PRESETS["large"])
     for other in (PRESETS["large"], ModelConfig(encoder_layers=11)):
         with pytest.raises(IdentityError, match="is not spin"):
             fetched.check_model(other)
-    assert repository.MOST_BYTES > 16 * 2**30
