@@ -74,6 +74,11 @@ TESTS: dict[str, list[str]] = {
 #: (file, line of code, change) -> why no test can notice it
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "convert/contentvec_convert/fetch.py",
+        "if before > size:",
+        "> -> >=",
+    ): "the loop ends where they are equal",
+    (
         "convert/contentvec_convert/checkpoint/pickle_machine.py",
         "_DISPATCH: list[Callable[[PickleMachine], None] | None] = [None] * 256",
         "limit -> 2 x + 1",
