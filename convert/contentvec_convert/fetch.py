@@ -180,7 +180,8 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
         finally:
             if not _size(file):
                 part.unlink(missing_ok=True)
-    return replace(identity, name=name_of(path))
+    name = name_of(path)  # it was identified as NAME.part
+    return replace(identity, name=name, files=(replace(identity.files[0], name=name),))
 
 
 def _part_of(path: Path) -> Path:

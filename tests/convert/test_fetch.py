@@ -276,6 +276,7 @@ def test_json_is_one_document(fetch: Run) -> None:
     document = json.loads(fetch("--json").stdout)
     assert document["sha256"] == hashlib.sha256(CONTENT).hexdigest()
     assert Path(document["path"]).name == document["name"] == "hubert_base.pt"
+    assert "files" not in document
 
 
 def test_a_model_of_several_files_is_one_document(

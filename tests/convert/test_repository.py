@@ -422,7 +422,7 @@ def test_what_looks_like_a_path_is_not_looked_up(
     (tmp_path / "weights").mkdir()
     for name in (
         *("models/hubert_base.pt", "weights/contentvec", "owner", "/owner/name", "../name"),
-        *("owner/name/../x", "owner/name//x", "./owner/name", "owner/a--b", "~/name"),
+        *("owner/name/../x", "owner/name//x", "./owner/name", "owner/a--b", "~/name", "o/n/\x1b"),
         *("owner/name.pt", "owner/name.pth", "owner/name.ckpt", "owner/name.bin"),
         *("owner/name.safetensors", "owner/name.onnx", "owner/name.zip"),
     ):
