@@ -12,13 +12,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from contentvec_convert import fetch as fetch_module
 from contentvec_convert import repository
 from contentvec_convert.fetch import known_file
-from contentvec_convert.known_files import CONTENTVEC, KNOWN_FILES
+from contentvec_convert.known_files import CONTENTVEC, KNOWN_FILES, KnownFile
 from mlx_contentvec.errors import HubError, IdentityError, OutputError
 from mlx_contentvec.files import Draft
 from tests.forks import run_python
@@ -552,6 +553,40 @@ def test_a_download_goes_on_as_long_as_something_arrives(
             fetch_module._download(SMALL, part, file)
     assert done == begun
     assert part.read_bytes() == b"".join(pieces[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "asked"),
+    [
+        ("contentvec", None, []),
+        ("spin", None, ["Resources/embedders/spin/pytorch_model.bin"]),
+        ("mhubert-147", None, ["utter-project/mHuBERT-147", None]),
+        ("a/b", "v1", ["a/b", "v1"]),
+    ],
+)
+def test_the_hub_is_asked_for_what_the_table_does_not_say(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    revision: str | None,
+    asked: list[str | None],
+) -> None:
+    found: list[str | None] = []
+
+    def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ...]:
+        found.extend([address, revision])
+        return (SMALL,)
+
+    def stated(row: KnownFile) -> KnownFile:
+        found.append(row.hub_path)
+        return row
+
+    monkeypatch.setattr(fetch_module, "find_model", find_model)
+    monkeypatch.setattr(fetch_module, "stated", stated)
+    identity = SimpleNamespace(name="", sha256="")
+    monkeypatch.setattr(fetch_module, "_fetch_file", lambda *_, **__: identity)
+    fetch_module.fetch(name, tmp_path / "out", revision=revision)
+    assert found == asked
 
 
 def test_what_gets_its_name_was_flushed_to_the_disk_before(
