@@ -573,9 +573,9 @@ def _scaled(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def as_float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Rounded to nearest; numpy's warnings of infinity and signalling NaN are not the user's.
+    """Rounded to nearest, without a warning of infinity or a signalling NaN.
 
-    What is not finite is refused afterwards, and said where.
+    What is not finite is refused afterwards, with its place.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(np.float32, copy=False)

@@ -16,7 +16,6 @@ from .config import EPS, ModelConfig
 from .errors import AudioError, ConfigError
 from .first_release import ignore_speaker
 from .ops import is_traced
-from .ops.host_copy import to_mlx
 
 Buffer = npt.NDArray[np.float32]
 
@@ -30,7 +29,7 @@ def check_waveform(source: Any, config: ModelConfig) -> mx.array:
     if isinstance(source, np.ndarray):
         if source.dtype == np.float64:
             source = as_float32(source)
-        source = to_mlx(source)
+        source = mx.array(source)
     if not isinstance(source, mx.array):
         raise AudioError(
             "the waveform must be an array",
@@ -244,7 +243,7 @@ def normalize_waveform(waveform: mx.array, lengths: mx.array | None = None) -> m
     normalized = np.zeros_like(clips)
     for row, clip, count in zip(normalized, clips, counts, strict=True):
         row[:count] = Normalization.of(clip[:count])(clip[:count])
-    return to_mlx(normalized)
+    return mx.array(normalized)
 
 
 def _normalize_traced(waveform: mx.array, lengths: mx.array | None) -> mx.array:

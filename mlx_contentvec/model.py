@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import features, first_release, inputs, live, ops, weights
-from .backend import mx, require_no_fork
+from .backend import device_kind, mx, require_no_fork
 from .config import ModelConfig, stage_input, stage_names
 from .errors import ConfigError, WeightsError, name_list
 from .hub import how_to_convert, resolve_pretrained
@@ -18,21 +18,22 @@ from .ops import CpuHubert, MlxHubert
 from .streaming import front_end, front_end_step
 
 
-class _NotInAFork:
-    """Stands in a pickle before the arrays, each of which asks a GPU for its memory."""
+class _ForkCheck:
+    """Stands in a pickle before the arrays, which take memory of a GPU when they are read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return require_no_fork, ()
 
 
 def _rebuilt(
-    _: _NotInAFork | None,
+    _: _ForkCheck | None,
     cls: type[ContentvecModel],
     parts: dict[str, Any],
     private: dict[str, Any],
     left: list[str],
 ) -> ContentvecModel:
     """A model out of what ``ContentvecModel.__reduce__`` gives."""
+    require_no_fork()
     model = cls.__new__(cls)
     model.__dict__.update(private)
     dict.update(model, parts)
@@ -251,14 +252,15 @@ class ContentvecModel(Hubert):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For ``pickle`` and ``copy``: all but what is prepared of the weights."""
-        require_no_fork()
+        if device_kind() == "cuda":
+            require_no_fork()
         private = {
             name: value
             for name, value in vars(self).items()
             if name not in ("_placeholders", "_preparation")
         }
         left = self._placeholders.left(self)
-        return _rebuilt, (_NotInAFork(), type(self), dict(self), private, left)
+        return _rebuilt, (_ForkCheck(), type(self), dict(self), private, left)
 
     def _fuse_qkv(self) -> None:
         if not self._placeholders.left(self):

@@ -453,7 +453,8 @@ def _numpy(x: Array, name: str) -> NumpyArray:
         x = x.detach().cpu()
         x = x.float() if x.is_floating_point() else x
     elif isinstance(x, mx.array):
-        x = to_numpy(x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
+        x = x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+        x = to_numpy(x, copy=False)
     elif not isinstance(x, np.ndarray):
         raise AudioError(
             f"{name} must be an array",

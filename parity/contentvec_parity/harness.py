@@ -235,7 +235,7 @@ def assemble(
         "seconds": round(time.monotonic() - started, 1),
     }
     # names and versions are a recording's and the weights' own
-    document = report.harmless(document)
+    document = report.printable_texts(document)
     document["verdict"] = judge(document, gates or Gates())
     return document
 

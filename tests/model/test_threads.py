@@ -23,6 +23,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_contentvec import ContentvecModel, backend, features, first_release, memory, ops
+from mlx_contentvec import model as model_module
 from mlx_contentvec.backend import device_kind, mx, nn
 from mlx_contentvec.errors import BackendError, WeightsError
 from mlx_contentvec.ops.mlx import in_gemm_layout
@@ -449,7 +450,7 @@ def test_a_fork_is_noticed_before_the_device_is_asked_for_anything(
     }  # fmt: skip
     scope["pickled"] = pickle.dumps(scope["model"])
     monkeypatch.setattr(backend, "_computing", os.getpid() + 1)
-    for module in (features, memory):
+    for module in (features, memory, model_module):
         monkeypatch.setattr(module, "device_kind", lambda: "cuda")
     for name in ("device_info", "get_active_memory", "get_memory_limit", "set_memory_limit"):
         monkeypatch.setattr(mx, name, RefusingArray, raising=False)

@@ -104,12 +104,12 @@ _MAY_BE_INFINITE = frozenset(
 _INFINITE = {"inf": math.inf, "-inf": -math.inf}
 
 
-def harmless(value: Any) -> Any:
-    """``value`` without what a terminal or a page would obey in its texts."""
+def printable_texts(value: Any) -> Any:
+    """``value`` with each of its texts as ``printable`` has it."""
     if isinstance(value, Mapping):
-        return {harmless(name): harmless(item) for name, item in value.items()}
+        return {printable_texts(name): printable_texts(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [harmless(item) for item in value]
+        return [printable_texts(item) for item in value]
     return printable(value) if isinstance(value, str) else value
 
 
@@ -152,7 +152,7 @@ def read(path: Path) -> Document:
             expected=SCHEMA,
             hint="run parity again with this version",
         )
-    document: Document = _undone(harmless(found))
+    document: Document = _undone(printable_texts(found))
     require_sound(document)
     return document
 
