@@ -16,8 +16,9 @@ from safetensors import safe_open
 from contentvec_convert.known_files import CONTENTVEC
 from contentvec_parity.publishing import checks
 from contentvec_parity.publishing.evidence import Evidence
+from contentvec_parity.references import recording
 from contentvec_parity.report import document as report
-from mlx_contentvec.errors import ConfigError, ContentvecError, HubError
+from mlx_contentvec.errors import ConfigError, ContentvecError, HubError, ParityError
 
 Json = dict[str, Any]
 LEDGER, PARITY = Path("ledger.json"), Path("parity.json")
@@ -252,6 +253,28 @@ def test_a_recording_is_held_against_the_weights_unless_they_were_proven(
     stranger = replace(evidence, metadata={**evidence.metadata, "source": other})
     with pytest.raises(HubError, match="was recorded from another checkpoint"):
         checks.check_recording(path, [stranger], proven=True)
+
+
+def test_a_recording_that_lacks_a_clip_is_refused_whatever_was_proven(
+    evidence: Evidence, evidence_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = evidence_folder / "float32.recording.safetensors"
+    clips = recording.small()
+    longer = replace(clips[0][0], name="another")
+    monkeypatch.setattr(recording, "small", lambda: [*clips, (longer, clips[0][1])])
+    with pytest.raises(ParityError, match="another"):
+        checks.check_recording(path, [evidence], proven=True)
+
+
+def test_a_recording_of_another_architecture_is_refused(
+    evidence: Evidence, evidence_folder: Path
+) -> None:
+    config = json.loads(evidence.metadata["config"])
+    # of as many numbers in the same tensors
+    config["encoder_attention_heads"] *= 2
+    other = replace(evidence, metadata={**evidence.metadata, "config": json.dumps(config)})
+    with pytest.raises(ParityError, match="encoder_attention_heads"):
+        checks.check_recording(evidence_folder / "float32.recording.safetensors", [other])
 
 
 def test_parameters_in_bfloat16_are_widened(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable
@@ -334,6 +335,16 @@ def test_an_array_that_is_wrong_is_refused(
     with pytest.raises(ParityError) as refused:
         checks.read_arrays(written(tmp_path / "recording.safetensors", arrays), header)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(("error", "refused"), [(1.0, False), (1.001, True)])
+def test_an_error_of_a_recording_may_have_its_limit(
+    error: float, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "LARGEST_ERROR", 2.0**-10)
+    arguments = (Path("r"), "clip/truth", np.ones(3), np.array([error], np.float16), 2.0**-10)
+    with pytest.raises(ParityError) if refused else contextlib.nullcontext():
+        checks._require_plausible(*arguments)
 
 
 def test_a_file_that_is_damaged_is_said_to_be(header: Header, tmp_path: Path) -> None:
