@@ -364,6 +364,8 @@ class RepositoryFiles(PackageFiles):
         self.revision = revision
         #: why the Hub did not answer; from then on only the cache is looked at
         self._unreachable: Exception | None = None
+        #: whether it answered before; what is in the cache is found without asking it
+        self._answered = False
 
     def conversion(self) -> str:
         """See :meth:`PackageFiles.conversion`."""
@@ -384,7 +386,7 @@ class RepositoryFiles(PackageFiles):
 
         What was found in the cache alone is held to the list that is there, if there is one.
         """
-        reached = self._unreachable is None
+        reached = self._answered and self._unreachable is None
         sums = super().checksums()
         if sums is None and reached and self._unreachable is not None:
             raise _Absent(f"{CHECKSUMS} of {self.where} cannot be downloaded")
@@ -406,8 +408,10 @@ class RepositoryFiles(PackageFiles):
             try:
                 if self._unreachable is None:
                     try:
-                        require_plausible_file(self.where, name, self.revision)
+                        if require_plausible_file(self.where, name, self.revision):
+                            self._answered = True
                     except (HubError, EntryNotFoundError):
+                        self._answered = True
                         raise
                     except Exception as unreachable:
                         # the client would ask again for minutes, and then look into the cache
@@ -512,8 +516,11 @@ def most_bytes(name: str) -> int:
     return _WEIGHTS_BYTES if name.endswith(_WEIGHTS_SUFFIXES) else _PAPER_BYTES
 
 
-def require_plausible_file(repo_id: str, name: str, revision: str | None = None) -> None:
+def require_plausible_file(repo_id: str, name: str, revision: str | None = None) -> bool:
     """Look at what the Hub states of a file, before any of it is used.
+
+    returns: whether the Hub was asked. It is not offline, nor for a file of a commit that is
+    in the cache.
 
     The client makes paths in its cache of the ETag and the commit. Raises HubError for
     what would lead out of it, and for a size that no such file has; otherwise what
@@ -525,9 +532,10 @@ def require_plausible_file(repo_id: str, name: str, revision: str | None = None)
     if constants.HF_HUB_OFFLINE or (
         cached and isinstance(try_to_load_from_cache(repo_id, name, revision=revision), str)
     ):
-        return
+        return False
     stated = get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision))
     require_plausible_metadata(repo_id, name, stated, most_bytes(name))
+    return True
 
 
 def require_plausible_metadata(repo_id: str, name: str, stated: HfFileMetadata, most: int) -> None:

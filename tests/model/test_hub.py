@@ -836,7 +836,7 @@ def test_what_a_repository_lacks_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_
             raise client_error("EntryNotFoundError")
         return tmp_path / name
 
-    monkeypatch.setattr(hub, "require_plausible_file", lambda *_: None)
+    monkeypatch.setattr(hub, "require_plausible_file", lambda *_: True)
     monkeypatch.setattr(hub, "download", download)
     files = hub.RepositoryFiles(REPO)
     assert files.missing("config.json", "card.md") == ["card.md"]
@@ -887,8 +887,8 @@ def test_a_commit_that_is_in_the_cache_is_not_asked_for(
             lambda *_, cached=cached, **__: cached,
         )
         asked.clear()
-        hub.require_plausible_file(REPO, "config.json", revision)
-        assert bool(asked) == (not offline and (cached is None or revision != "0" * 40))
+        answered = hub.require_plausible_file(REPO, "config.json", revision)
+        assert answered == bool(asked) == (not offline and (cached is None or revision != "0" * 40))
 
 
 def test_a_download_is_broken_off_past_what_it_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -945,6 +945,33 @@ def test_a_cached_repository_is_found_when_the_network_is_gone(
     first = resolved(REPO)
     gone = resolved(REPO, HF_ENDPOINT="http://127.0.0.1:9")
     assert (gone.returncode, gone.stdout) == (0, first.stdout)
+
+
+@pytest.mark.parametrize("lost", ["offline", "network gone"])
+@pytest.mark.parametrize("by", ["name", "file", "commit"])
+def test_a_cached_repository_without_checksums_needs_no_hub(
+    server: HubServer, tmp_path: Path, by: str, lost: str
+) -> None:
+    name = "contentvec_base.safetensors" if by == "file" else "model.safetensors"
+    commit = server.add_repo(REPO, {name: WEIGHTS, "config.json": CONFIG})
+    arguments = {"name": (), "file": (f"filename={name}",), "commit": (f"revision={commit}",)}[by]
+
+    def load(**env: str) -> subprocess.CompletedProcess[str]:
+        return run_python(
+            *("-c", NO_WAITING + PRETRAINED, f"name={REPO}", *arguments),
+            env={
+                **os.environ,
+                "PYTHONPATH": str(PROJECT),
+                **server.environment(tmp_path / "home", token=None, **env),
+            },
+            timeout=60,
+        )
+
+    first = load()
+    assert Path(first.stdout.strip()).read_bytes() == WEIGHTS, first.stderr
+    gone = {"HF_HUB_OFFLINE": "1"} if lost == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    again = load(**gone)
+    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
 
 
 def test_offline_and_not_cached_says_so(resolved: Run) -> None:
