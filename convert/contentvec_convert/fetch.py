@@ -51,6 +51,7 @@ from .known_files import KNOWN_FILES, KnownFile
 from .repository import (
     Fetched,
     find_model,
+    folder_of,
     is_address,
     origin_of,
     repository_of,
@@ -100,7 +101,7 @@ def fetch(
     name:     a key of the table, or ``owner/name``, or ``owner/name/path`` for a folder or
               a file of a repository
     output:   file to write, by default the file's own name in the current folder;
-              of a Hugging Face model, the folder to write
+              of a Hugging Face model, the folder to write, by default called as at its home
     revision: branch, tag or commit of a repository
     force:    replace another file that is there
     progress: called with the bytes checked and the bytes there are; the download draws
@@ -122,7 +123,7 @@ def fetch(
     else:
         rows = find_model(repository_of(row)) if row.hub_path is None else (stated(row),)
     if rows[0].beside and output is None:
-        output = PurePosixPath(name).name
+        output = folder_of(rows[0]) if row is None else row.key
     paths = [_target(file, output) for file in rows]
     identities = tuple(
         _fetch_file(file, path, force=force, progress=progress)

@@ -134,10 +134,14 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
         ) from error
     wanted = PurePosixPath(*inside)
     is_file = bool(inside) and wanted in paths
-    chosen = wanted.name if is_file and wanted.name not in INDEX_FILES else None
     folder = wanted.parent if is_file else wanted
     names = {path.name for path in paths if path.parent == folder and path.name.isprintable()}
-    weights = [chosen] if chosen else _weight_files(repo_id, commit, folder, names)
+    if not is_file:
+        weights = _weight_files(repo_id, commit, folder, names)
+    elif wanted.name in INDEX_FILES:
+        weights = _shards(repo_id, commit, wanted)
+    else:
+        weights = [wanted.name]
     index = tuple(file for file in weights if file in INDEX_FILES)
     is_folder = CONFIG_FILE in names and weights[0] in (*WEIGHT_FILES, *INDEX_FILES)
     beside = (*(file for file in BESIDE if file in names and is_folder), *index)
@@ -167,8 +171,7 @@ def _weight_files(
         if single in names:
             return [single]
         if index in names:
-            path = small_file(repo_id, str(folder / index), commit)
-            return [index, *shard_names(path)]
+            return _shards(repo_id, commit, folder / index)
     earlier = [name for name in names if name in hub.WEIGHTS]
     torch = sorted(name for name in names if PurePosixPath(name).suffix in _TORCH)
     known = {name for row in KNOWN_FILES for name in row.names}
@@ -182,6 +185,11 @@ def _weight_files(
         expected=f"{name_list(WEIGHT_FILES)}, or one .pt",
         hint=f"name the file or its folder: mlx-contentvec convert {printable(address)}/NAME",
     )
+
+
+def _shards(repo_id: str, commit: str | None, index: PurePosixPath) -> list[str]:
+    """An index, and the weights that it names beside it."""
+    return [index.name, *shard_names(small_file(repo_id, str(index), commit))]
 
 
 def stated(row: KnownFile) -> KnownFile:
@@ -214,6 +222,11 @@ def small_file(repo_id: str, path: str, revision: str | None) -> Path:
 def repository_of(row: KnownFile) -> str:
     """``owner/name`` of the home of a row."""
     return row.home.removeprefix(HUB)
+
+
+def folder_of(row: KnownFile) -> str:
+    """What the folder of a row is called at its home: a folder there, or the repository."""
+    return PurePosixPath(repository_of(row), row.hub_path or "").parent.name
 
 
 def origin_of(rows: Iterable[KnownFile]) -> str:

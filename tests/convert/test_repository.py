@@ -247,6 +247,7 @@ def test_an_answer_that_describes_no_repository_is_said(
 
 
 INDEX = "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 SHARDS = "1.safetensors 2.safetensors"
 
 
@@ -260,6 +261,7 @@ SHARDS = "1.safetensors 2.safetensors"
         ("model.safetensors", "a/b", "model.safetensors", 0),
         (f"config.json {INDEX} {SHARDS}", "a/b", SHARDS, 2),
         (f"{INDEX} {SHARDS}", f"a/b/{INDEX}", SHARDS, 1),
+        (f"config.json model.safetensors {TORCH_INDEX} {SHARDS}", f"a/b/{TORCH_INDEX}", SHARDS, 2),
         (f"config.json {INDEX} 1.safetensors", "a/b/1.safetensors", "1.safetensors", 0),
         # a fairseq checkpoint is one file, whatever else is there
         ("config.json hubert_base.pt other.pt", "a/b", "hubert_base.pt", 0),
@@ -308,6 +310,36 @@ def test_the_weights_of_a_repository_are_found_among_its_files(
         assert (row.home, row.revision) == ("https://huggingface.co/a/b", "1" * 40)
         assert len(row.beside) == beside and set(row.beside) <= set(files.split())
         assert row.form == ("transformers" if beside else "fairseq")
+
+
+@pytest.mark.parametrize(
+    ("address", "folder"),
+    [
+        ("a/b", "b"),
+        ("a/b/model.safetensors", "b"),
+        ("a/b/model.safetensors.index.json", "b"),
+        ("a/b/x/y", "y"),
+        ("a/b/x/y/model.safetensors", "y"),
+        ("spin", "spin"),
+    ],
+)
+def test_a_model_of_several_files_is_named_after_its_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, folder: str
+) -> None:
+    from contentvec_convert import fetch
+
+    inside = "x/y/" if "/x/y" in address else ""
+    row = KnownFile(
+        *("a", ("model.safetensors",), "", "https://huggingface.co/a/b"),
+        hub_path=f"{inside}model.safetensors",
+        beside=("config.json",),
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fetch, "find_model", lambda *_: (row,))
+    monkeypatch.setattr(fetch, "stated", lambda row: row)
+    identity = SimpleNamespace(name="", sha256="")
+    monkeypatch.setattr(fetch, "_fetch_file", lambda *_, **__: identity)
+    assert fetch.fetch(address).path == Path(folder)
 
 
 @pytest.mark.parametrize(("commit", "revision"), [(None, None), (5, "5"), ("main", "main")])
