@@ -57,6 +57,7 @@ from .repository import (
     repository_of,
     small_file,
     stated,
+    with_stated_size,
 )
 
 #: called with the bytes checked so far and the bytes there are
@@ -165,6 +166,8 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
             )
         resumed = _size(file) > 0
         try:
+            if row.size is None and _in_cache(row) is None:
+                row = with_stated_size(row)
             check_target(path, force=force, needed=(row.size or 0) - _size(file))
             # what is wrong with the small files is known before the long download
             beside = _read_beside(row, path.parent, force=force)
@@ -301,7 +304,9 @@ def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None
 
 def _download(row: KnownFile, part: Path, file: BinaryIO) -> None:
     """Go on from what ``file`` holds, again and again as long as something arrives."""
-    size = row.size if row.size is not None else stated(row).size or 0
+    if row.size is None:
+        row = with_stated_size(row)
+    size = row.size or 0
     bounded = _Bounded(file, row, part, size)
     while (before := _size(file)) != size:
         if before > size:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from mlx_contentvec import hub
 from mlx_contentvec.config import PRESETS, ModelConfig
@@ -20,6 +21,9 @@ from mlx_contentvec.files import is_there
 from .checkpoint.folder import CONFIG_FILE, INDEX_FILES, WEIGHT_FILES, shard_names
 from .identity import Identity
 from .known_files import KNOWN_FILES, KnownFile
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileMetadata
 
 HUB = "https://huggingface.co/"
 #: files of a Hugging Face folder that shape the result without holding tensors
@@ -197,19 +201,43 @@ def stated(row: KnownFile) -> KnownFile:
 
     Raises HubError if the Hub states no SHA-256 or commit, or a size that no such model has.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    repo_id = repository_of(row)
-    with hub.plain_words(repo_id, f"look at {row.hub_path} of"):
-        url = hf_hub_url(repo_id, row.hub_path or "", revision=row.revision)
-        metadata = get_hf_file_metadata(url, library_name="mlx-contentvec")
-    hub.require_plausible_metadata(repo_id, row.hub_path or "", metadata, MOST_BYTES)
+    metadata = _metadata(row)
     if not _SHA256.fullmatch(metadata.etag or ""):
         raise HubError(
-            f"the Hub states no SHA-256 for {row.hub_path} of {repo_id}",
+            f"the Hub states no SHA-256 for {row.hub_path} of {repository_of(row)}",
             hint="download it by hand and convert the file or its folder",
         )
     return replace(row, size=metadata.size, sha256=metadata.etag, revision=metadata.commit_hash)
+
+
+def with_stated_size(row: KnownFile) -> KnownFile:
+    """``row``, whose checksums are known, with the size that the Hub states for its file.
+
+    Raises HubError for a size that no such model has, IdentityError if the Hub states
+    another SHA-256. A mirror may state none.
+    """
+    metadata = _metadata(row)
+    states_one = _SHA256.fullmatch(metadata.etag or "") is not None
+    if states_one and row.sha256 not in (None, metadata.etag):
+        raise IdentityError(
+            f"what {repository_of(row)} serves is not {row.key}",
+            found=f"sha256 {metadata.etag}, as the Hub states it",
+            expected=f"sha256 {row.sha256}",
+            hint="the file has changed at its home; convert it by its address, if that is the\n"
+            "model you want",
+        )
+    return replace(row, size=metadata.size)
+
+
+def _metadata(row: KnownFile) -> HfFileMetadata:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    repo_id, path = repository_of(row), row.hub_path or ""
+    with hub.plain_words(repo_id, f"look at {row.hub_path} of"):
+        url = hf_hub_url(repo_id, path, revision=row.revision)
+        metadata = get_hf_file_metadata(url, library_name="mlx-contentvec")
+    hub.require_plausible_metadata(repo_id, path, metadata, MOST_BYTES)
+    return metadata
 
 
 def small_file(repo_id: str, path: str, revision: str | None) -> Path:

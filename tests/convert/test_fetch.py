@@ -197,6 +197,26 @@ def test_the_part_of_another_file_does_not_spoil_this_one(
     assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
 
 
+def test_a_file_whose_sha256_is_known_needs_only_its_size(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    path = tmp_path / "contentvec-hf" / "pytorch_model.bin"
+    names = ("X-Linked-Etag", "ETag")
+    server.fail("HEAD .*bin", times=99, headers=dict.fromkeys(names, '"' + "0" * 64 + '"'))
+    refused = fetch("contentvec-hf")
+    assert f"what {REPO} serves is not contentvec-hf" in refused.stderr, refused.stderr
+    assert not server.asked("GET /storage") and not list(path.parent.iterdir())
+    server.faults.clear()
+    # a mirror may name its files by something else
+    server.fail("HEAD .*bin", times=99, headers=dict.fromkeys(names, '"' + "0" * 40 + '"'))
+    full = "fetch.check_target.__globals__['shutil'].disk_usage = lambda _: Usage\n"
+    full = "class Usage: total, free = 10**9, 999\n" + full
+    assert f"{len(CONTENT):,} bytes" in fetch("contentvec-hf", before=full).stderr
+    done = fetch("contentvec-hf")
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize("surplus", [b"", b"and more"])
 @pytest.mark.parametrize("key", ["contentvec", "contentvec-hf"])
 def test_a_part_that_is_complete_or_too_long_is_dealt_with(
