@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -275,23 +274,30 @@ def _write_beside(files: dict[Path, bytes]) -> None:
 
 
 def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None) -> Identity:
-    """Complete ``part`` and prove it; a file that is not the one is not kept."""
+    """Complete ``part`` and prove it; a file that is not the one is not kept.
+
+    What the Hub's cache has is taken, and downloaded instead where it is damaged.
+    """
+    from huggingface_hub import constants
+
     cached = _in_cache(row)
-    with explained(part):
-        if cached is not None:
-            file.truncate(0)
-            file.seek(0)
-            with cached.open("rb") as copy:
-                shutil.copyfileobj(copy, file, 1 << 20)
-        else:
-            _download(row, part, file)
-        file.flush()
-        sync(file.fileno())
-    identity = _identity(part, progress)
+    if cached is not None:
+        _copy(cached, part, file)
+        try:
+            return _proven(row, part, file, progress)
+        except IdentityError as error:
+            if constants.HF_HUB_OFFLINE:
+                raise IdentityError(
+                    f"{cached} is not {row.key}",
+                    found=error.found,
+                    expected=error.expected,
+                    hint=f"remove {cached.resolve()}\nand run the same again without "
+                    "HF_HUB_OFFLINE",
+                ) from None
+    _download(row, part, file)
     try:
-        accept(part, identity, expect_md5=row.md5, expect_sha256=row.sha256)
+        return _proven(row, part, file, progress)
     except IdentityError as error:
-        file.truncate(0)
         raise IdentityError(
             f"what {repository_of(row)} served is not {row.key}, and was thrown away",
             found=error.found,
@@ -299,6 +305,36 @@ def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None
             hint="run the same again; if it fails again, the file has changed at its home, or\n"
             "something between here and there changes what it passes on",
         ) from None
+
+
+def _copy(cached: Path, part: Path, file: BinaryIO) -> None:
+    """Have a file of the Hub's cache in place of what ``file`` holds."""
+    with explained(part):
+        file.truncate(0)
+        file.seek(0)
+    try:
+        with cached.open("rb") as copy:
+            while piece := copy.read(1 << 20):
+                with explained(part):
+                    file.write(piece)
+    except OSError as error:
+        raise HubError(
+            f"{cached} cannot be read: {error.strerror or error}",
+            hint="run the same again; if it fails again, remove that file from the Hub's cache",
+        ) from error
+
+
+def _proven(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None) -> Identity:
+    """What ``file`` is. Raises IdentityError if it is not that of ``row``, and empties it."""
+    with explained(part):
+        file.flush()
+        sync(file.fileno())
+    identity = _identity(part, progress)
+    try:
+        accept(part, identity, expect_md5=row.md5, expect_sha256=row.sha256)
+    except IdentityError:
+        file.truncate(0)
+        raise
     return identity
 
 
@@ -309,14 +345,16 @@ def _download(row: KnownFile, part: Path, file: BinaryIO) -> None:
     size = row.size or 0
     bounded = _Bounded(file, row, part, size)
     while (before := _size(file)) != size:
-        if before > size:
-            file.truncate(0)
-            before = 0
-        file.seek(before)
+        with explained(part):
+            if before > size:
+                file.truncate(0)
+                before = 0
+            file.seek(before)
         try:
             _download_from(row, bounded, before)
         except HubError:
-            file.flush()
+            with explained(part):
+                file.flush()
             if _size(file) <= before:
                 raise
         else:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
 
@@ -532,11 +533,18 @@ def test_what_the_cache_gives_takes_the_place_of_the_part(
 
 @pytest.mark.parametrize(("part", "contents"), [(b"begun", [OTHER, CONTENT]), (b"", [OTHER])])
 def test_only_what_was_begun_before_is_tried_again(
-    tmp_path: Path, cached: Callable[..., list[Path]], part: bytes, contents: list[bytes]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: bytes, contents: list[bytes]
 ) -> None:
     path = tmp_path / "model.pt"
     path.with_name("model.pt.part").write_bytes(part)
-    left = cached(*contents)
+    left = [*contents]
+
+    def download(row: object, path: object, file: BinaryIO) -> None:
+        file.seek(0)
+        file.write(left.pop(0))
+
+    monkeypatch.setattr(fetch_module, "_in_cache", lambda row: None)
+    monkeypatch.setattr(fetch_module, "_download", download)
     if part:
         fetch_module._fetch_file(SMALL, path, force=False, progress=None)
         assert path.read_bytes() == CONTENT
@@ -545,6 +553,42 @@ def test_only_what_was_begun_before_is_tried_again(
             fetch_module._fetch_file(SMALL, path, force=False, progress=None)
         assert not list(tmp_path.glob("model*"))
     assert not left
+
+
+def test_a_damaged_file_of_the_cache_is_downloaded_instead(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    cache = f'from huggingface_hub import hf_hub_download as d; d("{REPO}", "hubert_base.pt")\n'
+    assert fetch("--list", before=cache).returncode == 0
+    (blob,) = (tmp_path / "home").rglob(f"blobs/{SMALL.sha256}")
+    blob.write_bytes(b"X" + CONTENT[1:])
+    offline = fetch(HF_HUB_OFFLINE="1")
+    assert offline.returncode == 1 and "hubert_base.pt is not contentvec" in offline.stderr
+    assert "served" not in offline.stderr and f"remove {blob}" in offline.stderr.replace("\n", " ")
+    result = fetch()
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+
+
+def test_a_file_that_leaves_the_cache_meanwhile_is_named(
+    tmp_path: Path, cached: Callable[..., list[Path]]
+) -> None:
+    cached(CONTENT)[0].unlink()
+    with pytest.raises(HubError, match=r"cached 0 cannot be read: No such file"):
+        fetch_module._fetch_file(SMALL, tmp_path / "model.pt", force=False, progress=None)
+    assert not list(tmp_path.glob("model*"))
+
+
+def test_an_error_of_the_client_is_not_one_of_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: object) -> None:
+        raise OSError("odd")
+
+    monkeypatch.setattr(fetch_module, "_in_cache", lambda row: None)
+    monkeypatch.setattr(fetch_module, "_download_from", download)
+    with pytest.raises(OSError, match="^odd$"):
+        fetch_module._fetch_file(SMALL, tmp_path / "model.pt", force=False, progress=None)
 
 
 @pytest.mark.parametrize(
