@@ -157,11 +157,15 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
     with explained(part):
         file = os.fdopen(open_own(part), "r+b")
     with _closed_quietly(file):
-        # one that was locked until now has placed its part: the file is no part any more
-        if not lock_now(file.fileno()) or not _is_open(part, file):
+        if not lock_now(file.fileno()):
             raise OutputError(
                 f"another process is downloading {path}",
                 hint="wait for it, or give another --output",
+            )
+        # one that was locked until now has placed its part: the file is no part any more
+        if not _still_has_name(file, part):
+            raise OutputError(
+                f"another process was downloading {path} until now", hint="run the same again"
             )
         resumed = _size(file) > 0
         try:
@@ -209,8 +213,8 @@ def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def _is_open(path: Path, file: BinaryIO) -> bool:
-    """Whether ``file`` is still the one of that name."""
+def _still_has_name(file: BinaryIO, path: Path) -> bool:
+    """Whether ``path`` is still the name of ``file``."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError:

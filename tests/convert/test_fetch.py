@@ -413,7 +413,8 @@ def lock(descriptor):
 fetch.lock_now = lock
 """
     done = fetch("--force", before=before)
-    assert "another process is downloading" in done.stderr
+    assert "another process was downloading hubert_base.pt until now" in done.stderr
+    assert "run the same again" in done.stderr
     assert (tmp_path / "hubert_base.pt").read_bytes() == content
 
 
