@@ -455,8 +455,10 @@ def _verified(path: Path, name: str, sums: dict[str, str] | None) -> Path:
     if sums is None:
         return path
     if name not in sums:
+        # the list is at the root of the package, whatever folder of it the file is in
+        root = path.parents[min(len(Path(name).parts), len(path.parents)) - 1]
         raise HubError(
-            f"{path.parent / CHECKSUMS} states no hash for {name}",
+            f"{root / CHECKSUMS} states no hash for {name}",
             found=name_list(sums),
             hint="the folder is not as it was made: make or download it again",
         )
@@ -553,10 +555,17 @@ def require_plausible_metadata(repo_id: str, name: str, stated: HfFileMetadata, 
                 found=f"the {what} {value!r} of {name}",
                 expected="hexadecimal digits",
             )
-    if stated.size is None or not 0 <= stated.size <= most:
+    if stated.size is None or stated.size < 0:
+        size = "no size" if stated.size is None else f"the size {stated.size:,}"
+        raise not_the_hub(
+            f"{repo_id} cannot be downloaded",
+            found=f"{size} of {name}",
+            expected="a number of bytes",
+        )
+    if stated.size > most:
         raise HubError(
             f"{repo_id} cannot be downloaded: {name} is too large for what it should be",
-            found="no size" if stated.size is None else f"{stated.size:,} bytes",
+            found=f"{stated.size:,} bytes",
             expected=f"at most {most:,}",
         )
 

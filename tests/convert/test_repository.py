@@ -361,7 +361,7 @@ def test_a_commit_is_text_or_none(
         ({}, None),
         ({"size": 2**35}, None),
         ({"size": 2**35 + 1}, "too large"),
-        ({"size": -1}, "too large"),
+        ({"size": -1}, "the size -1 of"),
         ({"size": None}, "no size"),
         ({"etag": "0" * 40}, "states no SHA-256"),
         ({"etag": "0" * 64 + "x"}, "the ETag"),

@@ -180,6 +180,18 @@ def test_weights_that_the_checksums_leave_out_are_refused(tmp_path: Path) -> Non
         hub.resolve(folder)
 
 
+@pytest.mark.parametrize("name", ["other.safetensors", "small/model.safetensors"])
+def test_the_list_that_leaves_a_file_out_is_the_one_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path, package())
+    write((tmp_path / name).parent, {Path(name).name: WEIGHTS})
+    with pytest.raises(HubError) as caught:
+        hub.resolve_pretrained(tmp_path, filename=name)
+    assert f"{tmp_path / 'SHA256SUMS'} states no hash for {name}" in str(caught.value)
+    # a path of this machine is none of the package
+    with pytest.raises(HubError, match="states no hash for /"):
+        hub.resolve_pretrained(tmp_path, filename=str(tmp_path / name))
+
+
 def test_checksums_that_are_none_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, package(SHA256SUMS=b"<!DOCTYPE html>\n"))
     with pytest.raises(HubError, match="not a list of checksums"):
@@ -759,8 +771,8 @@ def test_a_reason_without_words_is_named_by_its_kind() -> None:
         ("config.json", {"size": 2**26}, None),
         ("config.json", {"size": 2**26 + 1}, "too large"),
         ("config.json", {"size": 0}, None),
-        ("config.json", {"size": -1}, "too large"),
-        ("config.json", {"size": None}, "found     no size"),
+        ("config.json", {"size": -1}, "found     the size -1 of config.json"),
+        ("config.json", {"size": None}, "found     no size of config.json"),
         ("model.safetensors", {"size": 2**34}, None),
         ("model.safetensors", {"size": 2**34 + 1}, "too large"),
         ("config.json", {"etag": None}, "the ETag None"),
@@ -780,6 +792,7 @@ def test_what_the_hub_states_of_a_file_is_plausible(
     with pytest.raises(HubError) as refused:
         hub.require_plausible_file(REPO, name)
     assert said in str(refused.value)
+    assert ("too large" in str(refused.value)) == (said == "too large")
 
 
 #: what the look at a file on the Hub raises -> what is said where it is not in the cache
