@@ -15,12 +15,14 @@ Where files come from and go to (``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME`
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
 import os
 import re
 import shlex
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +66,22 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TOKEN = re.compile(r"hf_\w+")
 #: top-level modules whose exceptions mean that the network did not deliver
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "ssl", "socket"}
+#: the system's words for that, where Python has no exception of its own for them
+_LOST = {
+    *(errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.EHOSTUNREACH),
+    getattr(errno, "EHOSTDOWN", errno.EHOSTUNREACH),  # Windows has no such number
+}
+#: why a file cannot be written, also where the system does not say which
+_NO_WRITING = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST),
+}
+#: what is raised where an answer is parsed -> what the answer was
+_MALFORMED: dict[type[Exception], str] = {
+    json.JSONDecodeError: "text that is not JSON",
+    UnicodeDecodeError: "bytes that are no text",
+    RecursionError: "lists in lists without end",
+}
 
 
 def resolve(name: str | Path, revision: str | None = None, dtype: str | None = None) -> Path:
@@ -691,12 +709,21 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
             found=f"the cache {constants.HF_HUB_CACHE}",
             hint="run once without HF_HUB_OFFLINE, or point HF_HOME to the cache that has it",
         )
-    malformed = first(json.JSONDecodeError, UnicodeDecodeError, RecursionError)
-    if malformed is not None:
-        return not_the_hub(f"cannot {doing} {repo_id}", found=str(malformed), expected="JSON")
+    if first(UnicodeDecodeError) and (path := _file_without_text(repo_id)) is not None:
+        return HubError(
+            f"cannot {doing} {repo_id}: {path} holds no text",
+            hint=f"the Hub's client wrote it; remove it with\nrm {shlex.quote(str(path))}\n"
+            "and run the same again (after `hf auth login`, if it is the token)",
+        )
+    malformed = next((e for e in chain if isinstance(e, tuple(_MALFORMED))), None)
+    if malformed is not None and _raised_in(malformed, _NETWORK):
+        found = next(text for kind, text in _MALFORMED.items() if isinstance(malformed, kind))
+        return not_the_hub(f"cannot {doing} {repo_id}", found=found, expected="JSON")
     if first(hub_errors.HFValidationError):
         return HubError(f"{repo_id!r} is no repository name", expected="owner/name")
     lost = next((e for e in chain if type(e).__module__.split(".")[0] in _NETWORK), None)
+    if lost is None:
+        lost = next((e for e in chain if isinstance(e, OSError) and e.errno in _LOST), None)
     if lost is not None or first(ConnectionError, TimeoutError):
         reason = _scrub(str(lost or error)) or type(lost or error).__name__
         return HubError(
@@ -715,14 +742,57 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
             f"cannot {doing} {repo_id}: the connection closed before all had arrived",
             hint="run the same again",
         )
-    if isinstance(error, OSError) and error.strerror is not None:
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _NO_WRITING):
+        found = str(error.filename or constants.HF_HUB_CACHE)
         return HubError(
             f"cannot {doing} {repo_id}: {error.strerror}",
-            found=str(error.filename or constants.HF_HUB_CACHE),
-            hint=f"the Hub's client keeps its files in {constants.HF_HOME}: HF_HOME names another "
-            "folder,\nwhich must be writable and have room",
+            found=found,
+            hint=_hint_for_folder(found),
         )
     return None
+
+
+def _hint_for_folder(path: str) -> str | None:
+    """Which variable says where the client keeps the file at ``path``, if that is its own."""
+    from huggingface_hub import constants
+
+    of_cache = [name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if name in os.environ]
+    for variable, folder in (
+        (next(iter(of_cache), "HF_HOME"), constants.HF_HUB_CACHE),
+        ("HF_HOME", constants.HF_HOME),
+    ):
+        if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+            return (
+                f"the Hub's client keeps its files in {folder}: {variable} names another\n"
+                "folder, which must be writable and have room"
+            )
+    return None
+
+
+def _file_without_text(repo_id: str) -> Path | None:
+    """A file that the client reads as text and that is none: the token, or a branch's commit."""
+    from huggingface_hub import constants
+
+    refs = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "refs")
+    for path in (Path(constants.HF_TOKEN_PATH), *sorted(refs.rglob("*"))):
+        try:
+            read_regular(path, _PAPER_BYTES).decode()
+        except UnicodeDecodeError:
+            return path
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def is_of_another_form(error: Exception) -> bool:
+    """Whether the client raised ``error`` while it made its objects of the JSON of an answer."""
+    return _raised_in(error, {"huggingface_hub"}) and not _raised_in(error, _NETWORK)
+
+
+def _raised_in(error: BaseException, modules: set[str]) -> bool:
+    """Whether a function of one of these top-level modules was being run."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").split(".")[0] in modules for frame in frames)
 
 
 def _explain_answer(answer: Any, repo_id: str, doing: str) -> HubError:

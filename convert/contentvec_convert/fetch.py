@@ -409,11 +409,16 @@ def _in_cache(row: KnownFile) -> Path | None:
     """The file in the Hub's cache, where other programs may have put it."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository_of(row), row.hub_path or "", revision=row.revision)
+    repo_id, name = repository_of(row), row.hub_path or ""
+    with hub.plain_words(repo_id, f"look for {name} of"):
+        found = try_to_load_from_cache(repo_id, name, revision=row.revision)
     if not isinstance(found, str):
         return None
     path = Path(found)
-    return path if row.size in (None, path.stat().st_size) else None
+    with contextlib.suppress(OSError):  # it may be gone by now
+        if row.size in (None, path.stat().st_size):
+            return path
+    return None
 
 
 def _identity(path: Path, progress: Checked | None) -> Identity:

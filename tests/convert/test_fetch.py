@@ -294,6 +294,16 @@ def test_a_file_in_the_cache_is_taken_from_there_even_offline(
     assert len(server.requests) == before
 
 
+def test_a_branch_of_the_cache_that_is_no_text_is_named(fetch: Run, tmp_path: Path) -> None:
+    branch = tmp_path / "home" / "hub" / f"models--{REPO.replace('/', '--')}" / "refs" / "main"
+    branch.parent.mkdir(parents=True)
+    branch.write_bytes(b"\xff")
+    result = fetch()
+    assert result.returncode == 1
+    assert f"cannot look for hubert_base.pt of {REPO}: " in result.stderr
+    assert "refs/main holds no text" in " ".join(result.stderr.split())
+
+
 def test_json_is_one_document(fetch: Run) -> None:
     document = json.loads(fetch("--json").stdout)
     assert document["sha256"] == hashlib.sha256(CONTENT).hexdigest()
@@ -588,7 +598,7 @@ def test_an_error_of_the_client_is_not_one_of_writing(
 
     monkeypatch.setattr(fetch_module, "_in_cache", lambda row: None)
     monkeypatch.setattr(fetch_module, "_download_from", download)
-    with pytest.raises(OSError, match="^odd$"):
+    with pytest.raises(OSError, match=r"^odd$"):
         fetch_module._fetch_file(SMALL, tmp_path / "model.pt", force=False, progress=None)
 
 

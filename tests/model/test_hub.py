@@ -665,6 +665,17 @@ def client_error(kind: str, text: str = "") -> Exception:
     return made
 
 
+def parsing(error: Exception) -> Exception:
+    """``error`` as it is raised while the client's library parses an answer."""
+    names = {"__name__": "httpx._models"}
+    exec("def parse(error): raise error", names)
+    try:
+        names["parse"](error)  # type: ignore[operator]
+    except type(error):
+        pass
+    return error
+
+
 Lost = type("Lost", (Exception,), {"__module__": "httpcore._exceptions"})
 
 #: name -> (error, whether HF_HUB_OFFLINE is set, what is said)
@@ -690,16 +701,25 @@ CLIENT: dict[str, tuple[Callable[[], Exception], bool, str | None]] = {
         "the connection closed before all had arrived",
     ),
     "no JSON": (
-        lambda: json.JSONDecodeError("Expecting value", "<html>", 0),
+        lambda: parsing(json.JSONDecodeError("Expecting value", "<html>", 0)),
         False,
         "what answers is not the Hub",
     ),
     "no text": (
-        lambda: UnicodeDecodeError("utf-8", b"\x80", 0, 1, "invalid start byte"),
+        lambda: parsing(UnicodeDecodeError("utf-8", b"\x80", 0, 1, "invalid start byte")),
         False,
         "what answers is not the Hub",
     ),
-    "lists without end": (lambda: RecursionError("[["), False, "what answers is not the Hub"),
+    "lists without end": (
+        lambda: parsing(RecursionError("[[")),
+        False,
+        "what answers is not the Hub",
+    ),
+    "no JSON of ours": (lambda: json.JSONDecodeError("Expecting value", "x", 0), False, None),
+    "no text of ours": (lambda: UnicodeDecodeError("utf-8", b"\x80", 0, 1, "x"), False, None),
+    "our recursion": (lambda: RecursionError("[["), False, None),
+    "no route": (lambda: OSError(errno.EHOSTUNREACH, "No route"), False, "the connection to"),
+    "another number": (lambda: OSError(errno.EDOM, "out of domain"), False, None),
     "another error": (lambda: OSError("No space left"), False, None),
     "another check": (lambda: ValueError("Consistency check failed"), False, None),
     "offline, another error": (lambda: ValueError("x"), True, None),
@@ -747,6 +767,7 @@ def test_what_the_system_refuses_the_client_is_said() -> None:
         assert explained is not None
         assert explained.problem == f"cannot download {REPO}: No space left on device"
         assert explained.found == found
+        assert (explained.hint is None) == (path is not None)  # that folder is not the client's
 
 
 def test_a_reason_without_words_is_named_by_its_kind() -> None:
@@ -993,7 +1014,7 @@ def test_offline_and_not_cached_says_so(resolved: Run) -> None:
     assert "HF_HUB_OFFLINE is set, and it is not in the cache" in result.stderr
 
 
-@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"])
 def test_a_cache_that_cannot_be_made_is_said(
     server: HubServer, resolved: Run, tmp_path: Path, variable: str
 ) -> None:
@@ -1001,7 +1022,23 @@ def test_a_cache_that_cannot_be_made_is_said(
     (tmp_path / "file").write_text("in the way")
     result = resolved(REPO, token=None, **{variable: str(tmp_path / "file")})
     assert f"error: cannot download {REPO}: Not a directory" in result.stderr, result.stderr
-    assert "HF_HOME names another folder" in result.stderr
+    assert f"{variable} names another" in result.stderr
+
+
+@pytest.mark.parametrize("file", ["token", "hub/models--someone--contentvec-mlx/refs/main"])
+def test_a_file_of_the_client_that_is_no_text_is_named(
+    server: HubServer, resolved: Run, tmp_path: Path, file: str
+) -> None:
+    server.add_repo(REPO, package())
+    path = tmp_path / "home" / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\xff\xfe")
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        result = resolved(REPO, token=None, **env)
+        assert f"error: cannot download {REPO}: {path} holds no text" in result.stderr
+        assert f"rm {path}" in result.stderr
+    path.unlink()
+    assert resolved(REPO, token=None).returncode == 0
 
 
 def test_no_network_and_not_cached_says_so(resolved: Run) -> None:
