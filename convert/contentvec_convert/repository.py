@@ -125,17 +125,23 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
 
     owner, name, *inside = address.split("/")
     repo_id = f"{owner}/{name}"
+    no_repository = hub.not_the_hub(
+        f"cannot look at {repo_id}",
+        found="JSON of another form",
+        expected="the description of a repository",
+    )
     try:
         with hub.plain_words(repo_id, "look at"):
             info = HfApi(library_name="mlx-contentvec").model_info(repo_id, revision=revision)
-        paths = [PurePosixPath(entry.rfilename) for entry in info.siblings or ()]
-        commit = None if info.sha is None else str(info.sha)
-    except (AttributeError, KeyError, TypeError) as error:  # JSON of another form
-        raise hub.not_the_hub(
-            f"cannot look at {repo_id}",
-            found=f"{type(error).__name__}: {error}",
-            expected="the description of a repository",
-        ) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if hub.is_of_another_form(error):
+            raise no_repository from error
+        raise
+    files = [entry.rfilename for entry in info.siblings or ()]
+    if not all(isinstance(file, str) for file in files):
+        raise no_repository
+    paths = [PurePosixPath(file) for file in files]
+    commit = None if info.sha is None else str(info.sha)
     wanted = PurePosixPath(*inside)
     is_file = bool(inside) and wanted in paths
     folder = wanted.parent if is_file else wanted

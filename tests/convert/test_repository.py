@@ -233,6 +233,7 @@ def test_a_disk_that_is_too_full_is_said_before_the_download(
     "answer",
     [
         b"<!DOCTYPE html><title>Log in</title>", b'{"\x80"}', b"[" * 100_000, b"[]", b"null", b"{}",
+        b'{"id": "a/b", "lastModified": "yesterday"}', b'{"id": "a/b", "siblings": ["x"]}',
         b'{"id": "a/b", "siblings": 7}', b'{"id": "a/b", "siblings": [{"rfilename": 7}]}',
     ],
 )  # fmt: skip
@@ -242,7 +243,23 @@ def test_an_answer_that_describes_no_repository_is_said(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     server.add_repo("someone/voice", {})
     server.fail("GET", times=99, alter=lambda _: answer)
-    with pytest.raises(HubError, match="cannot look at someone/voice: what answers is not the Hub"):
+    problem = "cannot look at someone/voice: what answers is not the Hub"
+    with pytest.raises(HubError, match=problem) as caught:
+        repository.find_model("someone/voice")
+    found = ("JSON of another form", "text that is not JSON", "bytes that are no text",
+             "lists in lists without end")  # fmt: skip
+    assert caught.value.found in found
+
+
+@pytest.mark.parametrize("kind", [AttributeError, KeyError, TypeError, ValueError])
+def test_a_fault_of_ours_is_not_blamed_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def model_info(*_: object, **__: object) -> None:
+        raise kind("ours")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    with pytest.raises(kind, match="ours"):
         repository.find_model("someone/voice")
 
 
@@ -350,7 +367,7 @@ def test_a_commit_is_text_or_none(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     monkeypatch.setattr(repository, "stated", lambda row: row)
     server.add_repo("someone/voice", {})
-    server.fail("GET", alter=lambda _: json.dumps(answer).encode())
+    server.fail("GET", times=99, alter=lambda _: json.dumps(answer).encode())
     (row,) = repository.find_model("someone/voice")
     assert (row.hub_path, row.revision, row.beside) == ("a.pt", revision, ())
 
