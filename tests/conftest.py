@@ -39,6 +39,14 @@ if _WORKERS > 1:
 with contextlib.suppress(ImportError):
     importlib.import_module("torch")
 
+# Where the Hub is, whether it may be asked and as whom is each test's to say. Before
+# huggingface_hub is imported, which reads them once.
+for _variable in (
+    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HUB_CACHE"),
+    *("HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+):
+    os.environ.pop(_variable, None)
+
 #: set by scripts/test: an optional package that is missing is a failure, not a skip
 REQUIRE_ALL = os.environ.get("MLX_CONTENTVEC_REQUIRE_ALL") == "1"
 

@@ -98,6 +98,17 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
 
+def test_the_settings_of_whoever_runs_the_tests_do_not_reach_them() -> None:
+    done = run_python(
+        *("-c", "import os, tests.conftest; from huggingface_hub import constants as c\n"
+          "print(c.HF_HUB_OFFLINE, c.ENDPOINT, *(v for v in os.environ if v == 'HF_HUB_CACHE'))"),
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://x", "HF_HUB_CACHE": "/x"},
+        cwd=PROJECT,
+        timeout=60,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", "https://huggingface.co"], done.stderr
+
+
 # files and folders -----------------------------------------------------------
 
 
