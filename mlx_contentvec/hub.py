@@ -505,19 +505,18 @@ def _as_named(path: Path) -> Path:
         return path
     digest = sha256_of(blob)
     if digest != blob.name:
-        fate, hint = (
-            "was thrown away",
-            (
-                "run the same again; if it fails again, something between here and the Hub\n"
-                "changes what it passes on"
-            ),
+        fate = "was thrown away"
+        hint = (
+            "run the same again; if it fails again, something between here and the Hub\n"
+            "changes what it passes on"
         )
         # out of the cache: left there it would be found again, and refused again
         try:
             blob.unlink(missing_ok=True)  # another process may have done it
             path.unlink(missing_ok=True)
         except OSError as error:
-            fate, hint = f"cannot be removed: {error.strerror}", f"remove {blob}"
+            fate = f"cannot be removed: {error.strerror}"
+            hint = f"remove {blob}"
         raise HubError(
             f"the download of {path.name} is damaged, and {fate}",
             found=f"sha256 {digest}",
@@ -649,7 +648,10 @@ def _note_for(path: Path, digest: str) -> Path:
     stat = real.stat()
     about = f"{real}|{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{digest}"
     notes = cached_assets_path(
-        *("mlx-contentvec", "verified", "sha256"), assets_dir=constants.HF_ASSETS_CACHE
+        library_name="mlx-contentvec",
+        namespace="verified",
+        subfolder="sha256",
+        assets_dir=constants.HF_ASSETS_CACHE,
     )
     return notes / hashlib.sha256(os.fsencode(about)).hexdigest()
 
