@@ -81,7 +81,7 @@ def explained(path: Path) -> Iterator[None]:
         raise cannot_write(path, error) from error
 
 
-def in_home(name: str | Path) -> Path:
+def expand_home(name: str | Path) -> Path:
     """``name`` as a path, with ``~`` replaced by a home folder, where that is known."""
     try:
         return Path(name).expanduser()

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ContentvecError, HubError, name_list
-from .files import in_home, is_file, is_folder, is_there, read_regular, similar_name
+from .files import expand_home, is_file, is_folder, is_there, read_regular, similar_name
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
 from .json_text import JsonError, read_object
 
@@ -96,7 +96,7 @@ def resolve(name: str | Path, revision: str | None = None, dtype: str | None = N
     Raises HubError when there is nothing of that name, when the Hub cannot give
     it, or when the file is not the one whose hash is stated.
     """
-    path = in_home(name)
+    path = expand_home(name)
     if not is_file(path):
         return open_package(name, revision).weights(dtype)
     if dtype is not None and dtype not in FLOATS:
@@ -163,7 +163,7 @@ def open_package(name: str | Path, revision: str | None = None) -> PackageFiles:
 
     Raises HubError when there is nothing of that name.
     """
-    path = in_home(name)
+    path = expand_home(name)
     if is_folder(path):
         return FolderFiles(path)
     if is_file(path):

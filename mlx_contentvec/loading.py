@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import HubError, did_you_mean, printable
-from .files import in_home, is_there
+from .files import expand_home, is_there
 from .hub import resolve
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _known(name: str) -> Path | None:
 
     Raises HubError for a bare word that is none of these.
     """
-    if is_there(in_home(name)):
+    if is_there(expand_home(name)):
         return None
     keys = known_keys()
     if name in keys:

@@ -29,7 +29,12 @@ def limited(tmp_path: Path) -> Run:
         return subprocess.run(
             ["bash", "-c", f"ulimit -f {kilobytes}; exec {command}"],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, roots)),
+                # cut by the limit, it would stay for whoever imports the module next
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
             capture_output=True,
             text=True,
             timeout=120,

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_contentvec import hub
 from mlx_contentvec.errors import HubError, name_list
-from mlx_contentvec.files import in_home, is_file
+from mlx_contentvec.files import expand_home, is_file
 from mlx_contentvec.first_release import is_first_release
 from mlx_contentvec.weights import read_safetensors
 
@@ -39,7 +39,7 @@ def replay(
     weights were made from. A failed comparison is a report.
     """
     step(f"opening {name}")
-    path = in_home(name)
+    path = expand_home(name)
     if is_file(path):
         raise _unproven(path, path.name, ["everything that a package has beside the weights"])
     files = hub.open_package(name, revision)
