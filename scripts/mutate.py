@@ -268,7 +268,7 @@ class Source:
             yield Change(node.lineno, start, end, f"({self.text[inner:end]})", "not x -> x")
         elif isinstance(node, ast.Raise):
             yield Change(node.lineno, *self.span(node), "pass", "raise -> pass")
-        elif isinstance(node, ast.If):
+        elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
             for word in ("True", "False"):
                 yield Change(node.lineno, *self.span(node.test), word, f"if -> if {word}")
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
