@@ -89,6 +89,14 @@ def expand_home(name: str | Path) -> Path:
         return Path(name)
 
 
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` is still the name of what is open: another process may have moved it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
 def is_file(path: Path) -> bool:
     """Whether ``path`` is a regular file that can be seen; never an exception."""
     return _kind(path, stat.S_ISREG)

@@ -22,6 +22,7 @@ from .files import (
     appeared,
     explained,
     folder_lock,
+    is_at,
     is_leftover_name,
     is_temporary_name,
     lock_now,
@@ -131,10 +132,8 @@ class Room:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError:
             return -1
-        if lock_now(descriptor):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(path.stat(), os.fstat(descriptor)):
-                    return descriptor
+        if lock_now(descriptor) and is_at(path, descriptor):
+            return descriptor
         os.close(descriptor)
         return -1
 

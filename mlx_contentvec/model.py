@@ -33,7 +33,7 @@ def _rebuilt(
     left: list[str],
 ) -> ContentvecModel:
     """A model out of what ``ContentvecModel.__reduce__`` gives."""
-    require_no_fork()
+    require_no_fork()  # a copy has read no check
     model = cls.__new__(cls)
     model.__dict__.update(private)
     dict.update(model, parts)

@@ -35,6 +35,7 @@ from mlx_contentvec.files import (
     Draft,
     check_target,
     explained,
+    is_at,
     is_folder,
     is_there,
     lock_now,
@@ -163,7 +164,7 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
                 hint="wait for it, or give another --output",
             )
         # one that was locked until now has placed its part: the file is no part any more
-        if not _still_has_name(file, part):
+        if not is_at(part, file.fileno()):
             raise OutputError(
                 f"another process was downloading {path} until now", hint="run the same again"
             )
@@ -211,14 +212,6 @@ def _closed_quietly(file: BinaryIO) -> Iterator[None]:
 
 def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
-
-
-def _still_has_name(file: BinaryIO, path: Path) -> bool:
-    """Whether ``path`` is still the name of ``file``."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except OSError:
-        return False
 
 
 def _target(row: KnownFile, output: str | Path | None) -> Path:

@@ -21,6 +21,7 @@ from ..errors import OutputError, printable
 from ..files import (
     Draft,
     cannot_write,
+    is_at,
     is_folder,
     is_there,
     lock_now,
@@ -234,7 +235,7 @@ def _lock_file(path: Path, share: bool) -> IO[bytes]:
             raise cannot_write(path.parent, error) from error
         free = lock_now(file.fileno(), share=share)
         # a run that was refused may just have taken it away
-        if free and _is_at(path, file.fileno()):
+        if free and is_at(path, file.fileno()):
             return file
         file.close()
         if not free:
@@ -242,13 +243,6 @@ def _lock_file(path: Path, share: bool) -> IO[bytes]:
                 f"another extraction is writing to {path.parent}",
                 hint="wait for it, or give this one another folder",
             )
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except OSError:
-        return False
 
 
 def _remove_unused(folder: Path, made: Iterable[Path]) -> None:
