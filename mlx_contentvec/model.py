@@ -344,11 +344,11 @@ class ContentvecModel(Hubert):
             counts = None if conditions["lengths"] is None else conditions["lengths"].tolist()
             x = front_end(walk, self.config, x, step, lengths=counts)
             chain = chain[chain.index("positional") :]
-        bounded = waveform.size > ops.PIPELINED_SAMPLES
+        waits = ops.waits_between_stages(waveform.size, self.layer_norm.weight.dtype)
         for position, name in enumerate(chain):
             x = stages[name](x)
-            if isinstance(walk, MlxHubert) and (bounded or position % 2):
-                previous = ops.pipelined(x, previous if bounded else None)
+            if isinstance(walk, MlxHubert) and (waits or position % 2):
+                previous = ops.pipelined(x, previous if waits else None)
         return {"x": mx.array(x), "padding_mask": conditions["padding"]}
 
     def _prepare(

@@ -61,9 +61,9 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.001):
-            live, kept = mx.get_active_memory(), mx.get_cache_memory()
-            if live == mx.get_active_memory():
-                self.most = max(self.most, live + kept)
+            held = mx.get_active_memory(), mx.get_cache_memory()
+            if held == (mx.get_active_memory(), mx.get_cache_memory()):
+                self.most = max(self.most, sum(held))
 
 
 def clips(arguments: argparse.Namespace) -> list[np.ndarray]:

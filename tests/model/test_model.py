@@ -616,6 +616,23 @@ class TestWeights:
         stages = len(stage_names(tiny.config)) - ("final_proj" in tiny)
         assert started == [None] * (stages // 2)
 
+    @pytest.mark.parametrize(
+        ("kind", "dtype", "seconds"),
+        [
+            ("cuda", mx.float32, 20),
+            ("cuda", mx.float16, 80),
+            ("cuda", mx.bfloat16, 80),
+            ("metal", mx.float16, 20),
+        ],
+    )
+    def test_the_length_from_which_a_gpu_waits_between_stages(
+        self, kind: str, dtype: mx.Dtype, seconds: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in (ops, mlx_ops):
+            monkeypatch.setattr(module, "device_kind", lambda: kind)
+        assert not ops.waits_between_stages(seconds * 16000, dtype)
+        assert ops.waits_between_stages(seconds * 16000 + 1, dtype)
+
     def test_one_layer_can_be_trained_while_the_rest_is_frozen(self) -> None:
         import mlx.nn as nn
 

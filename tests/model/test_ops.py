@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,10 @@ from mlx_contentvec.backend import mx
 from mlx_contentvec.backend import nn as mlx_nn
 from mlx_contentvec.ops import blas, cpu, cpu_hubert
 from mlx_contentvec.ops import mlx as mlx_ops
+from tests.forks import run_python
 from tests.small_models import TINY, noise, random_model
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 erf = np.vectorize(math.erf)
 
@@ -320,6 +325,15 @@ class TestPreparation:
             (layer.q_proj, layer.k_proj, layer.v_proj), weights, strict=True
         ):
             assert closeness(projection.weight, weight) == 0
+
+
+def test_what_a_gpu_adds_in_a_row_is_short_in_every_form() -> None:
+    """By the worst order of adding, which no BLAS that is loaded here can be asked for."""
+    ran = run_python("-m", "tests.model.worst_order", cwd=PROJECT)
+    assert ran.returncode == 0, ran.stderr
+    losses = json.loads(ran.stdout)
+    assert len(losses) == 5
+    assert max(losses.values()) < 1.05, losses
 
 
 def test_short_runs_lose_less_than_one_long_sum(
