@@ -19,6 +19,7 @@ from .config import ModelConfig
 from .errors import AudioError, BackendError, ConfigError
 from .memory import (
     bounded,
+    held_bytes,
     is_exhausted,
     limit_of,
     plans_in_turn,
@@ -273,10 +274,11 @@ def features_of(
     if not isinstance(max_memory, (Real, NoneType)):
         raise ConfigError(f"max_memory is {max_memory!r}", expected="bytes, a number")
     config = replace(model.config, normalize=False) if normalized else model.config
+    needed = held_bytes(config, len(waveform), 1, model.layer_norm.weight.dtype)
     said = ""
     for plan, limit in plans_in_turn(config, len(waveform), max_memory):
         try:
-            with bounded(limit):
+            with bounded(limit, needed if plan is None else 0):
                 if plan is None:
                     return _in_one_go(model, [waveform], kind, normalized=normalized)[0]
                 walk = model.walk()
@@ -324,7 +326,8 @@ def features_of_batch(
             for features in features_of_batch(model, half, kind, padding, max_memory, progress)
         ]
     try:
-        with bounded(max_memory):
+        dtype = model.layer_norm.weight.dtype
+        with bounded(max_memory, held_bytes(model.config, max(samples), len(samples), dtype)):
             return _in_one_go(model, waveforms, kind, padding)
     except (RuntimeError, MemoryError) as error:
         if not is_exhausted(error):

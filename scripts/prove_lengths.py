@@ -45,6 +45,9 @@ LEAST = 85.0
 #: decibels that MLX may fall behind PyTorch's own half precision: twice the error
 BEHIND = 6.0
 DTYPES = ("float32", "float16", "bfloat16")
+#: bytes that may be live beside the model when a clip begins, its limit counting from there:
+#: the features of the batch before
+FEATURES = 8 << 20
 BATCH_SECONDS = {"alone": 0.0, "batches": None}
 
 
@@ -176,7 +179,7 @@ def main() -> int:
             del model, found
             gc.collect()
             # a CPU keeps no buffers, and a copy of half precision's weights in float32
-            fits = device_kind() == "cpu" or watch.most <= held + limit_of(cap)
+            fits = device_kind() == "cpu" or watch.most <= held + limit_of(cap) + FEATURES
             sound = sound and row["right"] == len(sources) and fits
             print(
                 f"{dtype:9} {way:8} {row['right']:4} of {len(sources)} right   worst "

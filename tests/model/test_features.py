@@ -414,6 +414,7 @@ class FakeGpu:
         self.kept: list[int] = []
         self.most = 0
         self.limits: list[int] = []
+        self.keeps = 1 << 60
         monkeypatch.setattr(memory, "device_kind", lambda: kind)
         monkeypatch.setattr("mlx_contentvec.features.device_kind", lambda: kind)
         monkeypatch.setattr(
@@ -421,12 +422,17 @@ class FakeGpu:
         )
         monkeypatch.setattr(memory.mx, "get_memory_limit", lambda: self.limit)
         monkeypatch.setattr(memory.mx, "set_memory_limit", self.set_limit)
+        monkeypatch.setattr(memory.mx, "set_cache_limit", self.set_cache_limit)
         monkeypatch.setattr(memory.mx, "get_active_memory", lambda: self.live)
         monkeypatch.setattr(memory.mx, "clear_cache", self.kept.clear)
 
     def set_limit(self, limit: int) -> int:
         before, self.limit = self.limit, limit
         self.limits.append(limit)
+        return before
+
+    def set_cache_limit(self, limit: int) -> int:
+        before, self.keeps = self.keeps, limit
         return before
 
     def computes(self, size: int) -> None:
@@ -517,6 +523,45 @@ def test_threads_share_the_lowered_limit_and_the_last_sets_it_again(
     with pytest.raises(KeyError), memory.bounded(100):
         raise KeyError
     assert gpu.limit == 1 << 60
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed", "own", "keeps"),
+    [
+        ("cuda", 67, 1 << 60, 256 << 20),
+        ("cuda", 66, 1 << 60, 1 << 60),
+        ("cuda", 67, 1 << 20, 1 << 20),
+        ("metal", 67, 1 << 60, 1 << 60),
+    ],
+)
+def test_work_that_fills_its_limit_keeps_few_buffers(
+    kind: str, needed: int, own: int, keeps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu(monkeypatch, kind=kind)
+    gpu.keeps = own
+    with memory.bounded(100, needed):
+        assert gpu.keeps == keeps
+        with memory.bounded(100, 99 if kind == "cuda" else 0), memory.bounded(100):
+            assert gpu.keeps == min(own, 256 << 20 if kind == "cuda" else own)
+    assert gpu.keeps == own
+
+
+@pytest.mark.parametrize(
+    ("dtype", "few"), [(mx.float32, True), (mx.float16, False), (mx.bfloat16, False)]
+)
+@pytest.mark.parametrize("clips", [1, 3])
+def test_half_precision_takes_half_of_what_single_takes(
+    dtype: mx.Dtype, few: bool, clips: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu(monkeypatch, kind="cuda")
+    seen: list[int] = []
+    model = Measured(random_model(TINY), gpu, lambda shape: seen.append(gpu.keeps))
+    model.layer_norm = random_model(TINY).layer_norm
+    model.layer_norm.set_dtype(dtype)
+    limit = memory.whole_clip_bytes(TINY, 8000, clips)
+    sources = [noise(8000, seed) for seed in range(clips)]
+    list(extract_many(model, sources, sample_rate=16000, layer=1, max_memory=limit))
+    assert seen == [256 << 20 if few else 1 << 60]
 
 
 @pytest.mark.parametrize("call", ["one clip", "a batch", "hidden states"])

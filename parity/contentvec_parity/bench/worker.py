@@ -114,7 +114,7 @@ def _mlx_on(settings: dict[str, Any]) -> Any:
 
 
 def _mlx(path: str, settings: dict[str, Any]) -> Run:
-    from mlx_contentvec.memory import bounded, limit_of, whole_clip_bytes
+    from mlx_contentvec.memory import bounded, held_bytes, limit_of, whole_clip_bytes
     from mlx_contentvec.model import ContentvecModel
     from mlx_contentvec.ops.host_copy import to_numpy
 
@@ -124,7 +124,9 @@ def _mlx(path: str, settings: dict[str, Any]) -> Run:
     def run(source: Waveform) -> NDArray[np.float32]:
         batch, samples = source.shape
         # in one go whatever it takes, but without the freed buffers of other lengths
-        with bounded(max(limit_of(None), whole_clip_bytes(model.config, samples, batch))):
+        limit = max(limit_of(None), whole_clip_bytes(model.config, samples, batch))
+        dtype = model.layer_norm.weight.dtype
+        with bounded(limit, held_bytes(model.config, samples, batch, dtype)):
             features: Any = model(source)["x"]
             return to_numpy(features.astype(mx.float32))
 
