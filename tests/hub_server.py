@@ -208,6 +208,8 @@ class _HungUp(Exception):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    # an answer is written in two pieces: held back, the second would come 40 ms later
+    disable_nagle_algorithm = True
     protocol_version = "HTTP/1.1"
     server_version = "LocalHub"
 
