@@ -158,12 +158,14 @@ def conv1d(
             (block, time * channels, stride * channels, 1),
         )
         matrices = weight.transpose(1, 2, 0).reshape(-1, 1, block, out)
-        parts = list(by_part @ matrices)
+        # iterating would reshape each part: an operation more, for which a GPU waits
+        parts = mx.split(by_part @ matrices, len(by_part))
     if bias is not None:
         parts.append(bias)
     if len(parts) == 1 and not then_gelu:
         return parts[0]
-    return _in_one_pass(_add_up_and_gelu if then_gelu else _add_up, *parts)
+    y = _in_one_pass(_add_up_and_gelu if then_gelu else _add_up, *parts)
+    return y if y.ndim == 3 else y.squeeze(0)
 
 
 def conv1d_group_norm_gelu(
