@@ -83,9 +83,11 @@ def resolved(server: HubServer, tmp_path: Path) -> Run:
             "PYTHONPATH": str(PROJECT),
             **server.environment(tmp_path / "home", token=token, **env),
         }
-        return run_python(
+        done = run_python(
             "-c", NO_WAITING + RESOLVE, *arguments, env=environment, cwd=tmp_path, timeout=60
         )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
 
     return run
 
@@ -885,6 +887,8 @@ def test_what_a_repository_lacks_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(hub, "download", download)
     files = hub.RepositoryFiles(REPO)
     assert files.missing("config.json", "card.md") == ["card.md"]
+    with pytest.raises(HubError, match=rf"{REPO} has no card\.md"):
+        files.file("card.md")
     with pytest.raises(HubError, match="the connection to"):
         files.missing("lost")
     # nor is a file taken unproven because the list of checksums did not arrive
@@ -1055,7 +1059,6 @@ def test_a_file_of_the_client_that_is_no_text_is_named(
 def test_no_network_and_not_cached_says_so(resolved: Run) -> None:
     result = resolved(REPO, HF_ENDPOINT="http://127.0.0.1:9")
     assert "the connection to http://127.0.0.1:9 failed" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_the_revision_is_honoured(server: HubServer, resolved: Run) -> None:
