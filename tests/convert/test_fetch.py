@@ -566,19 +566,27 @@ def test_only_what_was_begun_before_is_tried_again(
     assert not left
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("contentvec", "hubert_base.pt"), ("contentvec-hf", "hubert_base/pytorch_model.bin")],
+    ids=["size known", "size stated"],
+)
 def test_a_damaged_file_of_the_cache_is_downloaded_instead(
-    fetch: Run, tmp_path: Path, server: HubServer
+    fetch: Run, tmp_path: Path, server: HubServer, key: str, name: str
 ) -> None:
-    cache = f'from huggingface_hub import hf_hub_download as d; d("{REPO}", "hubert_base.pt")\n'
-    assert fetch("--list", before=cache).returncode == 0
+    download = f'from huggingface_hub import hf_hub_download as d; d("{REPO}", "{name}")\n'
+    assert fetch("--list", before=download).returncode == 0
     (blob,) = (tmp_path / "home").rglob(f"blobs/{SMALL.sha256}")
     blob.write_bytes(b"X" + CONTENT[1:])
-    offline = fetch(HF_HUB_OFFLINE="1")
-    assert offline.returncode == 1 and "hubert_base.pt is not contentvec" in offline.stderr
-    assert "served" not in offline.stderr and f"remove {blob}" in offline.stderr.replace("\n", " ")
-    result = fetch()
+    if key == "contentvec":  # of the other, the configuration is not in the cache
+        offline = fetch(key, HF_HUB_OFFLINE="1")
+        assert offline.returncode == 1 and "hubert_base.pt is not contentvec" in offline.stderr
+        assert "served" not in offline.stderr
+        assert f"remove {blob}" in offline.stderr.replace("\n", " ")
+    result = fetch(key)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+    path = tmp_path / ("hubert_base.pt" if key == "contentvec" else f"{key}/pytorch_model.bin")
+    assert path.read_bytes() == CONTENT
 
 
 def test_a_damaged_file_of_the_cache_is_described_as_it_is_after_a_part_was_begun(
