@@ -589,6 +589,20 @@ def test_a_damaged_file_of_the_cache_is_downloaded_instead(
     assert path.read_bytes() == CONTENT
 
 
+def test_a_file_of_the_cache_that_was_cut_off_does_not_cost_the_part(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    download = f'from huggingface_hub import hf_hub_download as d; d("{REPO}", "hubert_base.pt")\n'
+    assert fetch("--list", before=download).returncode == 0
+    (blob,) = (tmp_path / "home").rglob(f"blobs/{SMALL.sha256}")
+    blob.write_bytes(CONTENT[:5000])
+    (tmp_path / "hubert_base.pt.part").write_bytes(CONTENT[:100_000])
+    result = fetch()
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "hubert_base.pt").read_bytes() == CONTENT
+    assert server.asked("GET /storage")[-1].range == "bytes=100000-"
+
+
 def test_a_damaged_file_of_the_cache_is_described_as_it_is_after_a_part_was_begun(
     tmp_path: Path, cached: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
