@@ -678,15 +678,26 @@ def client_error(kind: str, text: str = "") -> Exception:
     return made
 
 
-def parsing(error: Exception) -> Exception:
-    """``error`` as it is raised while the client's library parses an answer."""
-    names = {"__name__": "httpx._models"}
-    exec("def parse(error): raise error", names)
+def raised_in(error: Exception, *modules: str) -> Exception:
+    """``error`` as a function of the last module raises it, called from those before."""
+
+    def act() -> None:
+        raise error
+
+    for module in reversed(modules):
+        names = {"__name__": module, "inner": act}
+        exec("def outer(): inner()", names)
+        act = names["outer"]  # type: ignore[assignment]
     try:
-        names["parse"](error)  # type: ignore[operator]
+        act()
     except type(error):
         pass
     return error
+
+
+def parsing(error: Exception) -> Exception:
+    """``error`` as it is raised while the client's library parses an answer."""
+    return raised_in(error, "huggingface_hub.hf_api", "httpx._models")
 
 
 Lost = type("Lost", (Exception,), {"__module__": "httpcore._exceptions"})
@@ -728,9 +739,21 @@ CLIENT: dict[str, tuple[Callable[[], Exception], bool, str | None]] = {
         False,
         "what answers is not the Hub",
     ),
-    "no JSON of ours": (lambda: json.JSONDecodeError("Expecting value", "x", 0), False, None),
-    "no text of ours": (lambda: UnicodeDecodeError("utf-8", b"\x80", 0, 1, "x"), False, None),
-    "our recursion": (lambda: RecursionError("[["), False, None),
+    "no JSON of ours": (
+        lambda: raised_in(json.JSONDecodeError("Expecting value", "x", 0), "mlx_contentvec.hub"),
+        False,
+        None,
+    ),
+    "no text of ours": (
+        lambda: raised_in(UnicodeDecodeError("utf-8", b"\x80", 0, 1, "x"), "mlx_contentvec.hub"),
+        False,
+        None,
+    ),
+    "our recursion": (
+        lambda: raised_in(RecursionError("[["), "mlx_contentvec.hub"),
+        False,
+        None,
+    ),
     "no route": (lambda: OSError(errno.EHOSTUNREACH, "No route"), False, "the connection to"),
     "another number": (lambda: OSError(errno.EDOM, "out of domain"), False, None),
     "another error": (lambda: OSError("No space left"), False, None),
@@ -761,6 +784,20 @@ def test_every_error_of_the_client_has_its_words(
     else:
         assert explained is not None
         assert said in explained.problem
+
+
+def test_an_answer_of_another_form_is_what_the_client_cannot_make_its_objects_of() -> None:
+    for modules, of_another_form in (
+        (["huggingface_hub.hf_api"], True),
+        (["huggingface_hub.hf_api", "dateutil.parser"], True),
+        (["huggingface_hub.hf_api", "httpx._models"], False),  # it did not arrive as JSON
+        (["httpx._models"], False),
+        (["huggingface_hub_of_another"], False),
+        (["mlx_contentvec.hub"], False),
+        ([], False),
+    ):
+        error = raised_in(KeyError("id"), *modules)
+        assert hub.is_of_another_form(error) == of_another_form, modules
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), HubError("said"), OutputError("full")])
