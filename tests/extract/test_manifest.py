@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mlx_contentvec.extract.manifest import (
     locked,
     prepared,
 )
+from mlx_contentvec.extract.run import Settings
 from mlx_contentvec.files import Draft
 
 SETTINGS = {"weights": "a", "layer": 12}
@@ -40,6 +42,12 @@ def source(tmp_path: Path) -> Path:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
+
+
+def open_files() -> int:
+    """How many files this process has open, where the system says so."""
+    listed = Path("/dev/fd")
+    return len(list(listed.iterdir())) if listed.exists() else 0
 
 
 def keep(folder: Path, source: Path, name: str = "a.npy", **more: Any) -> dict[str, Any]:
@@ -230,7 +238,9 @@ def test_every_process_has_a_file_of_its_own_and_reads_all(folder: Path, source:
     assert found.records("c.npy") == []
 
 
-@pytest.mark.parametrize("torn", [b'{"output": "b', b'{"output": 7}\n', b"[]\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "torn", [b'{"output": "b', b'{"output": 7}\n', b"[]\n", b"7\n", b"\xff\xfe\n"]
+)
 def test_a_torn_line_swallows_no_other(folder: Path, source: Path, torn: bytes) -> None:
     keep(folder, source)
     path = Manifest(folder).path
@@ -260,6 +270,36 @@ def test_a_line_of_too_many_values_is_none(
     for most, there in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(manifests, "_LINE_VALUES", most)
         assert bool(Manifest(folder).records("a.npy")) is there
+
+
+def test_a_line_of_too_many_bytes_is_none(
+    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = len(json.dumps(keep(folder, source))) + len("\n")
+    for most, there in ((needed, True), (needed - 2, False)):
+        monkeypatch.setattr(manifests, "_LINE_BYTES", most)
+        assert bool(Manifest(folder).records("a.npy")) is there
+
+
+def test_a_line_has_room_for_a_folder_of_150_000_clips() -> None:
+    path = f"/data/voices/speaker-12/{'a' * 40}.flac"
+    clip = {
+        "output": f"voices/speaker-12/{'a' * 40}.npy",
+        "source": {"path": path, "bytes": 10**6, "mtime_ns": 10**18, "crc32": "0" * 8},
+        "settings": asdict(Settings("0" * 64, 12, False)),
+        "frames": 999,
+        "width": 768,
+        "bytes": 3_068_928,
+        "crc32": "0" * 8,
+        "seconds": 19.98,
+        "source_rate": 16_000,
+        "channels": 1,
+        "decoder": "soundfile 0.13.1",
+        "resampler": "none",
+    }
+    line = json.dumps({clip["output"]: clip}).encode()
+    assert 150_000 < manifests._LINE_VALUES / manifests.count_values(line) < 200_000
+    assert 150_000 < manifests._LINE_BYTES / len(line) < 250_000
 
 
 def test_a_manifest_that_is_no_file_is_said(folder: Path) -> None:
@@ -324,12 +364,12 @@ def test_a_folder_is_made_to_be_locked(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time_writes(folder: Path) -> None:
-    with (
-        locked(folder),
-        pytest.raises(OutputError, match="another extraction is writing"),
-        locked(folder),
-    ):
-        pass
+    with locked(folder):
+        before = open_files()
+        with pytest.raises(OutputError, match="another extraction is writing") as refused:
+            locked(folder).__enter__()
+        # the error, which is still there, holds no file
+        assert open_files() == before, refused
     with locked(folder):
         pass
 
@@ -412,11 +452,10 @@ def test_a_lock_that_was_taken_away_meanwhile_is_made_again(
         given.append(descriptor)
         return real(descriptor, share=share)
 
-    listed = Path("/proc/self/fd")
-    before = len(list(listed.iterdir())) if listed.exists() else 0
+    before = open_files()
     monkeypatch.setattr(manifests, "lock_now", lost_once)
     with locked(folder):
-        assert not listed.exists() or len(list(listed.iterdir())) == before + 1
+        assert open_files() in (0, before + 1)
         assert (folder / LOCK).exists()
         with pytest.raises(OutputError, match="another extraction"), locked(folder):
             pass
