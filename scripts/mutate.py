@@ -34,6 +34,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 TESTS: dict[str, list[str]] = {
     "parity/contentvec_parity/compare/verdict.py": ["tests/parity/test_parity_comparison.py"],
     "mlx_contentvec/extract/manifest.py": ["tests/extract/test_manifest.py"],
+    "mlx_contentvec/extract/packing.py": ["tests/extract/test_extraction.py"],
     "convert/contentvec_convert/writer.py": ["tests/convert/test_writer.py"],
     "mlx_contentvec/files.py": ["tests/convert/test_writer.py", "tests/test_files.py"],
     "mlx_contentvec/folders.py": ["tests/test_folders.py"],

@@ -223,12 +223,12 @@ def _run(
             ]
             if options["applio"]:
                 check_model_info(folder, embedder, force=options["force"])
-            if part is not None:
-                mine = part.of([source.path for source in sources])
-                sources, outputs = [sources[i] for i in mine], [outputs[i] for i in mine]
             if options["safetensors"]:
                 outputs = [part_of(output) for output in outputs]
                 check_packs(outputs, manifest, asdict(settings), options["force"])
+            if part is not None:
+                mine = part.of([source.path for source in sources])
+                sources, outputs = [sources[i] for i in mine], [outputs[i] for i in mine]
             pending, finished = plan_jobs(
                 sources, outputs, manifest, settings, force=options["force"]
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,13 +19,15 @@ import numpy as np
 
 from ..errors import OutputError, counted, name_list, printable
 from ..files import is_folder, is_there, open_regular
-from ..json_text import JSON_BYTES, parse_object, require
+from ..json_text import JSON_BYTES, JsonError, parse_object, require
 from .manifest import Manifest, Record, holds, prepared
 
 PARTS = ".parts"
 FILE = "features.safetensors"
 _DTYPES = {"float32": "F32", "float16": "F16"}
 _ALIGNMENT = 8
+#: what a safetensors header calls what it says of the whole file
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,26 @@ def pack_of(part: str) -> str:
 
 
 def check_packs(parts: list[str], manifest: Manifest, settings: Record, force: bool) -> None:
-    """Raise OutputError if a file to be packed into is not of this run, unless ``force``."""
+    """Raise OutputError if a file to be packed into is not of this run, unless ``force``.
+
+    Also if one would hold more clips than its header may name, or a clip with a name that
+    the header has for something else.
+    """
     taken = []
-    for pack in sorted({pack_of(part) for part in parts}):
+    packs: dict[str, set[str]] = {}
+    for part in parts:
+        packs.setdefault(pack_of(part), set()).add(part)
+    for pack, clips in sorted(packs.items()):
         records = manifest.records(pack)
         if is_there(manifest.folder / pack) and not force:
             if not records:
                 taken.append(f"{pack}: it was there before and is not in the manifest")
             elif records[-1]["settings"] != settings:
                 taken.append(f"{pack}: it was made with other settings")
+        # what it holds already stays in it
+        there = records[-1].get("clips", {}) if records else {}
+        clips.update(part for part, clip in there.items() if clip["settings"] == settings)
+        _require_header(manifest.folder / pack, clips, settings)
     if taken:
         raise OutputError(
             f"{counted(len(taken), 'file')} in {manifest.folder} "
@@ -73,6 +86,25 @@ def check_packs(parts: list[str], manifest: Manifest, settings: Record, force: b
             found=name_list(taken, limit=3),
             hint="choose another folder, or replace them with --force",
         )
+
+
+def _require_header(path: Path, parts: set[str], settings: Record) -> None:
+    """Raise OutputError unless clips of these names fit into one file that can be read again."""
+    for key in map(_key, parts):
+        if key == _METADATA or key != key.encode("utf-8", "ignore").decode():
+            raise OutputError(
+                f"{printable(str(path))} cannot hold a clip called {printable(key)}",
+                hint="give it another name, or leave --safetensors out",
+            )
+    longest = _Tensor(path, 0, 10**10, (10**8, 10**4))
+    try:
+        parse_object(_header(dict.fromkeys(parts, longest), settings))
+    except JsonError as error:
+        raise OutputError(
+            f"{printable(str(path))} cannot hold so many clips",
+            found=f"a header for {counted(len(parts), 'clip')}: {error}",
+            hint="sort the audio into several folders, or leave --safetensors out",
+        ) from error
 
 
 def pack(parts: list[str], manifest: Manifest, settings: Record) -> list[str]:
@@ -91,7 +123,7 @@ def pack(parts: list[str], manifest: Manifest, settings: Record) -> list[str]:
             for part, record in manifest.packed(target).items()
             if record["settings"] == settings
         }
-        tensors = {part: _in_pack(manifest.folder / target, part) for part in clips}
+        tensors = _in_pack(manifest.folder / target, clips) if clips else {}
         clips.update(present)
         for part, record in present.items():
             tensors[part] = _in_part(manifest.folder / part, record)
@@ -115,29 +147,39 @@ def _in_part(path: Path, record: Record) -> _Tensor:
     return _Tensor(path, record["bytes"] - size, size, shape)
 
 
-def _in_pack(path: Path, part: str) -> _Tensor:
+def _in_pack(path: Path, parts: Iterable[str]) -> dict[str, _Tensor]:
+    """Where the features of clips lie in the file that they were packed into."""
+    found: dict[str, _Tensor] = {}
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = parse_object(file.read(min(length, JSON_BYTES + 1)))
-        require(header, {_key(part): {"data_offsets": [int], "shape": [int]}})
-        entry = header[_key(part)]
-        start, stop = entry["data_offsets"]
+        for part in parts:
+            entry: Any = header.get(_key(part))
+            require(entry, {"data_offsets": [int], "shape": [int]}, _key(part))
+            start, stop = entry["data_offsets"]
+            found[part] = _Tensor(path, 8 + length + start, stop - start, tuple(entry["shape"]))
     except (OSError, ValueError) as error:
         raise OutputError(
             f"{printable(str(path))} is not a file of features", found=str(error)
         ) from error
-    return _Tensor(path, 8 + length + start, stop - start, tuple(entry["shape"]))
+    return found
 
 
 def _file(tensors: dict[str, _Tensor], settings: Record) -> Iterator[bytes]:
     """A safetensors file, piece by piece: (frames, width) for each clip, by its name."""
+    text = _header(tensors, settings)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in sorted(tensors.items()):
+        yield from tensor.data()
+
+
+def _header(tensors: dict[str, _Tensor], settings: Record) -> bytes:
     header: dict[str, Any] = {
-        "__metadata__": {"format": "mlx", "settings": json.dumps(settings, sort_keys=True)}
+        _METADATA: {"format": "mlx", "settings": json.dumps(settings, sort_keys=True)}
     }
     offset = 0
-    ordered = sorted(tensors.items())
-    for part, tensor in ordered:
+    for part, tensor in sorted(tensors.items()):
         header[_key(part)] = {
             "dtype": _DTYPES[settings["dtype"]],
             "shape": list(tensor.shape),
@@ -145,10 +187,7 @@ def _file(tensors: dict[str, _Tensor], settings: Record) -> Iterator[bytes]:
         }
         offset += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        yield from tensor.data()
+    return text + b" " * (-len(text) % _ALIGNMENT)
 
 
 def _remove_empty(folder: Path) -> None:

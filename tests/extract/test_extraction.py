@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -16,7 +17,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import AudioError, ConfigError, OutputError
+from mlx_contentvec.errors import AudioError, ConfigError, OutputError, printable
+from mlx_contentvec.extract import packing
 from mlx_contentvec.extract.applio import check_model_info, write_model_info
 from mlx_contentvec.extract.manifest import (
     LOCK,
@@ -37,6 +39,7 @@ from mlx_contentvec.extract.sources import (
 )
 from mlx_contentvec.extract.windows import cut_windows, windowed
 from mlx_contentvec.features import FeatureKind
+from mlx_contentvec.json_text import parse_object
 from mlx_contentvec.model import ContentvecModel
 from tests.small_models import TINY, in_one_go, noise, random_model
 
@@ -744,6 +747,88 @@ def test_a_pack_of_other_settings_is_not_replaced(model: ContentvecModel, tmp_pa
     other = dataclasses.replace(SETTINGS, layer=2)
     with pytest.raises(OutputError, match="made with other settings"):
         packed_run(model, tmp_path / "out", [tmp_path / "in"], other)
+
+
+def test_a_pack_is_looked_into_once_however_many_clips_stay_in_it(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        write_clip(tmp_path / f"in/{i}.wav", seed=i)
+    packed_run(model, tmp_path / "out", [tmp_path / "in"])
+    parsed: list[int] = []
+
+    def parse(text: bytes) -> dict[str, Any]:
+        parsed.append(len(text))
+        return parse_object(text)
+
+    monkeypatch.setattr(packing, "parse_object", parse)
+    write_clip(tmp_path / "in/3.wav", seed=3)
+    packed_run(model, tmp_path / "out", [tmp_path / "in"])
+    assert len(parsed) == 2  # the header that will be needed, and the one that is there
+
+
+#: clips, bytes of their names -> whether one file can hold them: a header may have a million
+#: values, 12 for each clip, and 16 MiB
+PACKS = [(83_000, 6, True), (84_000, 6, False), (40_000, 250, True), (50_000, 250, False)]
+
+
+@pytest.mark.parametrize(("clips", "length", "fits"), PACKS)
+def test_more_clips_than_a_header_may_name_are_refused_before_the_work(
+    tmp_path: Path, clips: int, length: int, fits: bool
+) -> None:
+    wanted = dataclasses.asdict(SETTINGS)
+    parts = [part_of(f"in/{i:0{length}}.npy") for i in range(clips)]
+    if not fits:
+        with pytest.raises(OutputError, match=r"in/features\.safetensors cannot hold so many"):
+            check_packs(parts, Manifest(tmp_path), wanted, force=True)
+        return
+    check_packs(parts, Manifest(tmp_path), wanted, force=False)
+    # and what is written of them can be read again
+    size = 10**6 * 768 * 4
+    tensors = {part: packing._Tensor(tmp_path, 0, size, (10**6, 768)) for part in parts}
+    header = parse_object(next(packing._file(tensors, wanted))[8:])
+    assert len(header) == clips + 1
+
+
+def test_the_clips_that_a_pack_has_already_count(tmp_path: Path) -> None:
+    wanted = dataclasses.asdict(SETTINGS)
+    manifest = Manifest(tmp_path)
+    parts = [part_of(f"{i:06}.npy") for i in range(84_000)]
+    for settings, fits in (({**wanted, "layer": 2}, True), (wanted, False)):
+        clips = {part: {"settings": settings} for part in parts[1:]}
+        manifest._records[FILE] = [{"output": FILE, "settings": settings, "clips": clips}]
+        if fits:
+            check_packs(parts[:1], manifest, wanted, force=True)
+        else:
+            with pytest.raises(OutputError, match="cannot hold so many clips"):
+                check_packs(parts[:1], manifest, wanted, force=True)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "caf\udce9"])
+def test_a_clip_whose_name_no_header_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    parts = [part_of("a.npy"), part_of(f"{name}.npy")]
+    said = f"cannot hold a clip called {printable(name)}"
+    with pytest.raises(OutputError, match=re.escape(said)):
+        check_packs(parts, Manifest(tmp_path), dataclasses.asdict(SETTINGS), force=False)
+
+
+def test_a_file_that_is_not_in_the_manifest_is_not_packed_into(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"mine")
+    wanted = dataclasses.asdict(SETTINGS)
+    with pytest.raises(OutputError, match=r"1 file .* is not of this run") as refused:
+        check_packs([part_of("a.npy")], Manifest(tmp_path), wanted, force=False)
+    assert "was there before and is not in the manifest" in str(refused.value.found)
+    check_packs([part_of("a.npy")], Manifest(tmp_path), wanted, force=True)
+
+
+def test_the_features_of_a_pack_begin_at_a_multiple_of_eight_bytes(
+    model: ContentvecModel, tmp_path: Path
+) -> None:
+    for length in range(1, 9):
+        write_clip(tmp_path / f"in{length}" / f"{'x' * length}.wav")
+        packed_run(model, tmp_path / f"out{length}", [tmp_path / f"in{length}"])
+        written = (tmp_path / f"out{length}" / FILE).read_bytes()
+        assert int.from_bytes(written[:8], "little") % 8 == 0
 
 
 # ---- shares -----------------------------------------------------------------------
