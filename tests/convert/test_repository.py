@@ -403,6 +403,51 @@ def test_what_the_hub_states_of_weights_is_plausible(
     assert (stated.size, stated.sha256, stated.revision) == (found["size"], "0" * 64, "1" * 40)
 
 
+@pytest.mark.parametrize(
+    ("known", "etag", "right"),
+    [
+        ("1" * 64, "1" * 64, True),
+        ("1" * 64, "2" * 64, False),
+        ("1" * 64, "2" * 40, True),  # a mirror may name its files by something else
+        (None, "2" * 64, True),
+    ],
+)
+def test_a_size_is_taken_from_a_hub_that_states_the_checksum_that_is_known(
+    monkeypatch: pytest.MonkeyPatch, known: str | None, etag: str, right: bool
+) -> None:
+    found = SimpleNamespace(etag=etag, commit_hash="1" * 40, size=9)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: found)
+    row = KnownFile("k", ("a.pt",), "", "https://huggingface.co/a/b", hub_path="a.pt", sha256=known)
+    if right:
+        assert repository.with_stated_size(row) == dataclasses.replace(row, size=9)
+        return
+    with pytest.raises(IdentityError, match="what a/b serves is not k") as refused:
+        repository.with_stated_size(row)
+    assert etag in str(refused.value.found) and refused.value.expected == f"sha256 {known}"
+
+
+@pytest.mark.parametrize(("size", "said"), [(2**26, None), (2**26 + 1, "config.json is too large")])
+def test_a_configuration_that_is_stated_to_be_large_is_not_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int, said: str | None
+) -> None:
+    stated = SimpleNamespace(etag="0" * 40, commit_hash="1" * 40, size=size)
+    asked: list[tuple[str | None, ...]] = []
+
+    def download(*arguments: str | None) -> Path:
+        asked.append(arguments)
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: stated)
+    monkeypatch.setattr(repository.hub, "download", download)
+    if said is None:
+        assert repository.small_file("a/b", "x/config.json", "v1") == tmp_path
+        assert asked == [("a/b", "x/config.json", "v1")]
+        return
+    with pytest.raises(HubError, match=said):
+        repository.small_file("a/b", "x/config.json", "v1")
+    assert not asked
+
+
 def test_a_revision_is_one_of_a_repository(
     server: HubServer, command: Convert, files: dict[str, bytes], tmp_path: Path
 ) -> None:
