@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import os
 import shutil
@@ -339,14 +340,16 @@ def tests_notice(tree: Path, tests: list[str], seconds: float) -> bool:
         finally:
             os._exit(status)
     give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status != 0
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while not ended and time.monotonic() < give_up:
         time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return True
+        ended, status = os.waitpid(child, os.WNOHANG)
+    # also where it ended: a test that failed leaves the processes that it had begun
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    if not ended:
+        os.waitpid(child, 0)
+    return not ended or status != 0
 
 
 def survivors(tree: Path, name: str, options: argparse.Namespace, end: float) -> list[str]:
