@@ -812,6 +812,20 @@ def test_a_clip_whose_name_no_header_can_have_is_refused(tmp_path: Path, name: s
         check_packs(parts, Manifest(tmp_path), dataclasses.asdict(SETTINGS), force=False)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [{}, {"a": {"shape": [1, 1]}}, {"a": {"shape": [1, 1], "data_offsets": ["0", "4"]}}],
+)
+def test_a_pack_that_does_not_say_where_a_clip_lies_is_refused(
+    tmp_path: Path, header: dict[str, Any]
+) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(OutputError, match="is not a file of features") as refused:
+        packing._in_pack(tmp_path / FILE, [part_of("a.npy")])
+    assert refused.value.found is not None and refused.value.found.startswith("a")
+
+
 def test_a_file_that_is_not_in_the_manifest_is_not_packed_into(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"mine")
     wanted = dataclasses.asdict(SETTINGS)
