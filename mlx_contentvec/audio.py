@@ -77,8 +77,9 @@ _DEMUXER_OPTIONS = {
 _WAV_OPTIONS = {"max_size": "32768", "max_probe_packets": "1"}
 #: integers, floating point, and either with a channel mask
 _PCM_TAGS = (1, 3, 0xFFFE)
-#: demuxers that read frames of a known size, and mark one that the file's end cut
-_FLAGS_CUT_PACKETS = frozenset({"amr", "amrnb", "amrwb"})
+#: demuxers that read frames of a known size, and mark one that the file's end cut or of which
+#: a part was lost
+_FLAGS_CUT_PACKETS = frozenset({"amr", "amrnb", "amrwb", "avi", "flv", "mpeg", "mpegts", "voc"})
 #: codecs of which each packet is sound; what the begin or the end of a stream skips lies in
 #: a packet or two. A damaged page in the middle makes the demuxer skip all that follows
 _ALWAYS_SOUND, _MOST_SILENT = frozenset({"opus", "libopus"}), 8
@@ -373,11 +374,13 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
         stated = stated_samples(file)
         with _open_container(file, where) as container:
             if not container.streams.audio:
+                kinds = sorted({str(s.type) for s in container.streams})
                 raise AudioError(
                     f"{where} has no sound",
-                    found=", ".join(sorted({str(s.type) for s in container.streams}))
-                    or "no streams",
-                    hint="a video without an audio track; leave it out",
+                    found=", ".join(kinds) or "no streams",
+                    hint="a video without an audio track; leave it out"
+                    if "video" in kinds
+                    else "what it holds is of no kind that FFmpeg names; convert it first",
                 )
             if container.streams.audio[0].codec_context is None:
                 raise AudioError(
@@ -474,7 +477,13 @@ def _decoded(av: Any, stream: Any, packet: Any, data: bytes) -> Iterator[Any]:
 
 def _rows(frame: Any) -> npt.NDArray[Any]:
     """A decoded frame as (samples, channels), in the type that it was decoded to."""
-    array: npt.NDArray[Any] = frame.to_ndarray()
+    array: npt.NDArray[Any]
+    if frame.format.name == "s64":  # PyAV has no array of it
+        array = np.frombuffer(frame.planes[0], np.int64)[
+            : frame.samples * len(frame.layout.channels)
+        ]
+    else:
+        array = frame.to_ndarray()
     return array.T if frame.format.is_planar else array.reshape(-1, len(frame.layout.channels))
 
 
@@ -535,6 +544,17 @@ def _steady_frame_size(frame: bytes, before: bytes) -> int:
     return len(before) if len(frame) < len(before) - 2 else len(frame)
 
 
+def _eac3_frame_size(frame: bytes, _: bytes) -> int:
+    """Bytes of an E-AC-3 frame, and of those of dependent streams in the same packet.
+
+    Source: ETSI TS 102 366, E.1.3.1.3: the number of 16-bit words less one, of 11 bits.
+    """
+    at = 0
+    while frame[at : at + 2] == b"\x0b\x77":
+        at += 2 * (int.from_bytes(frame[at + 2 : at + 4].ljust(2, b"\xff"), "big") & 0x7FF) + 2
+    return at
+
+
 #: codec -> the bytes that a frame of it should have, from the frame and the one before
 _FRAME_SIZES: dict[str, Callable[[bytes, bytes], int]] = {
     "mp3": _mp3_frame_size,
@@ -542,6 +562,7 @@ _FRAME_SIZES: dict[str, Callable[[bytes, bytes], int]] = {
     "mp2": _steady_frame_size,
     "mp2float": _steady_frame_size,
     "ac3": _steady_frame_size,
+    "eac3": _eac3_frame_size,
 }
 
 

@@ -11,6 +11,7 @@ nothing is concluded from those, and the decoder reads to the end of the file.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable
 from typing import BinaryIO, Literal
 
@@ -21,14 +22,31 @@ from .errors import AudioError
 _PLACEHOLDERS = (range(0x7FFFF000 - 64, 0x80001000), range(0xFFFFFFFF - 4096, 0x100000000))
 #: RIFF forms and AIFF, by which a second file that follows the first is known
 _CHUNKED = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM")
+#: the packets of an AVI, groups of them, and a further form
+_AVI_LISTS = (b"movi", b"rec ", b"AVIX")
 _W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
 _W64_DATA = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 _EBML = bytes.fromhex("1a45dfa3")
 _SEGMENT = 0x18538067
 _CLUSTER = 0x1F43B675
+#: what a file, a segment and a cluster hold. Source: RFC 9559, section 5.1, and RFC 8794
+_MATROSKA_PARTS = frozenset(
+    {
+        *(0x1A45DFA3, _SEGMENT, 0xEC, 0xBF),
+        *(0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367),
+        *(_CLUSTER, 0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF),
+    }
+)
+#: bytes of the longest identity and size
+_MOST_EBML_HEAD = 12
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _OGG_END_OF_STREAM = 4
+#: each byte with its bits in reverse: zlib's CRC is Ogg's of reversed bits
+_REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+#: sound, pictures, data. Source: Adobe Flash Video File Format Specification 10.1, E.4.1
+_FLV_TAGS = (8, 9, 18)
+_VOC = b"Creative Voice File\x1a"
 #: parts of one file that are looked at; more than hours of audio have
 _MOST_PARTS = 4_000_000
 
@@ -87,6 +105,14 @@ def _cut(where: str, found: int, expected: int, what: str = "its header says") -
     )
 
 
+def _damaged(where: str, at: int, found: str) -> AudioError:
+    return AudioError(
+        f"{where} is damaged",
+        found=f"{found}, at byte {at:,}",
+        hint="copy or download it again",
+    )
+
+
 def _joined(where: str, at: int) -> AudioError:
     return AudioError(
         f"{where} holds several files, of which only the first would be decoded",
@@ -101,26 +127,35 @@ def _is_placeholder(size: int) -> bool:
 
 
 def _require_riff(file: BinaryIO, size: int, where: str) -> None:
-    """Wav, RF64 and AIFF: chunks of a name and a size, padded to even."""
+    """Wav, RF64, AIFF and AVI: chunks of a name and a size, padded to even.
+
+    AVI has its packets in lists, which are entered, and goes on in a second form after 1 GB.
+    """
     file.seek(0)
     form = file.read(4)
     order: Literal["big", "little"] = "big" if form in (b"FORM", b"RIFX") else "little"
     whole = int.from_bytes(file.read(4), order)
-    if file.read(4) == b"AVI " and whole + 8 > size and not _is_placeholder(whole):
+    is_avi = file.read(4) == b"AVI "
+    if is_avi and whole + 8 > size and not _is_placeholder(whole):
         raise _cut(where, size, whole + 8)
     wide_size: int | None = None
     at = 12
     for _ in range(_MOST_PARTS):
         file.seek(at)
-        head = file.read(8)
+        head = file.read(12)
         if len(head) < 8:
             return
-        name, length = head[:4], int.from_bytes(head[4:], order)
+        name, length = head[:4], int.from_bytes(head[4:8], order)
         body = at + 8
+        if is_avi and head[8:] in _AVI_LISTS and name in (b"LIST", b"RIFF"):
+            at = body + 4
+            continue
+        if is_avi and not name.replace(b" ", b"").isalnum() and name.strip(b"\0"):
+            raise _damaged(where, at, f"a chunk named {name!r}")
         if name in _CHUNKED:
             raise _joined(where, at)
         if name == b"ds64":
-            wide_size = int.from_bytes(file.read(16)[8:], "little")
+            wide_size = int.from_bytes(file.read(12)[4:], "little")
         if name in (b"data", b"SSND"):
             if wide_size is not None and length == 0xFFFFFFFF:
                 if not wide_size and size > body:
@@ -191,7 +226,7 @@ def _require_w64(file: BinaryIO, size: int, where: str) -> None:
 
 
 def _require_ogg(file: BinaryIO, size: int, where: str) -> None:
-    """Ogg: pages, numbered in each logical stream, the last one marked as its end."""
+    """Ogg: pages with a checksum, numbered in each logical stream, the last marked as its end."""
     at = 0
     pages: dict[bytes, tuple[int, bool]] = {}
     for _ in range(_MOST_PARTS):
@@ -208,6 +243,9 @@ def _require_ogg(file: BinaryIO, size: int, where: str) -> None:
         end = at + 27 + head[26] + sum(segments)
         if len(segments) < head[26] or end > size:
             raise _cut(where, size, max(end, size + 1), "its last page says")
+        file.seek(at)
+        if not _is_sound_page(file.read(end - at)):
+            raise _damaged(where, at, "a page whose checksum differs")
         begins = bool(head[5] & 2)
         if serial in pages and head[27 + head[26] :].startswith(b"OpusHead"):
             # one Opus file after itself: FFmpeg takes the second for what is trimmed at the end
@@ -229,6 +267,16 @@ def _require_ogg(file: BinaryIO, size: int, where: str) -> None:
             expected="a last page that is marked as the end of the stream",
             hint="if nothing is missing, rewrite it: ffmpeg -i FILE -c copy NEW.ogg",
         )
+
+
+def _is_sound_page(page: bytes) -> bool:
+    """Whether an Ogg page has its checksum: FFmpeg drops one that has not.
+
+    Source: RFC 3533, section 6: polynomial 0x04c11db7, bits not reversed, begun at 0.
+    """
+    blank = page[:22] + bytes(4) + page[26:]
+    reverse = zlib.crc32(blank.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{reverse:032b}"[::-1], 2) == int.from_bytes(page[22:26], "little")
 
 
 def _require_mp4(file: BinaryIO, size: int, where: str) -> None:
@@ -255,29 +303,30 @@ def _require_mp4(file: BinaryIO, size: int, where: str) -> None:
 
 
 def _require_matroska(file: BinaryIO, size: int, where: str) -> None:
-    """Matroska and WebM: elements of an identity and a size, which may be unknown."""
+    """Matroska and WebM: elements of an identity and a size, which may be unknown.
+
+    The segment and its clusters are entered, so that every packet's element is seen: FFmpeg
+    passes over a damaged one, and what follows it up to the next cluster.
+    """
     at = 0
     for _ in range(_MOST_PARTS):
+        if at >= size:
+            return
         element = _ebml_element(file, at)
-        if element is None:
-            return
+        if element is None and size - at < _MOST_EBML_HEAD:
+            raise _cut(where, size, size + 1, "its last part says")
+        if element is None or element[0] not in _MATROSKA_PARTS:
+            raise _damaged(where, at, "no part of a Matroska file")
         identity, body, length = element
-        if length is None:
-            if identity != _SEGMENT:
-                return
-            at = body  # recorded or piped: its clusters may still state their sizes
-            continue
-        if body + length > size:
-            if identity in (_SEGMENT, _CLUSTER):
-                raise _cut(where, size, body + length, "its parts say")
-            return
-        at = body + length
+        if length is not None and body + length > size:
+            raise _cut(where, size, body + length, "its parts say")
+        at = body if length is None or identity in (_SEGMENT, _CLUSTER) else body + length
 
 
 def _ebml_element(file: BinaryIO, at: int) -> tuple[int, int, int | None] | None:
     """(identity, where its content begins, content's length or None) of the element at ``at``."""
     file.seek(at)
-    head = file.read(12)
+    head = file.read(_MOST_EBML_HEAD)
     if len(head) < 2 or not head[0] & 0xF0:
         return None
     width = 9 - head[0].bit_length()
@@ -326,11 +375,57 @@ def _require_tta(file: BinaryIO, size: int, where: str) -> None:
         raise _joined(where, end + at)
 
 
+def _require_flv(file: BinaryIO, size: int, where: str) -> None:
+    """Flash video: tags of a kind and a size, each followed by its whole size."""
+    file.seek(5)
+    at = int.from_bytes(file.read(4), "big") + 4
+    for _ in range(_MOST_PARTS):
+        if at >= size:
+            break
+        file.seek(at)
+        head = file.read(4)
+        if head[:3] == b"FLV":
+            raise _joined(where, at)
+        if head[0] & 0x1F not in _FLV_TAGS:
+            raise _damaged(where, at, f"a tag of kind {head[0]}")
+        at += 11 + int.from_bytes(head[1:], "big") + 4
+    # some programs leave out what follows the last tag
+    if at - 4 > size:
+        raise _cut(where, size, at, "its parts say")
+
+
+def _require_voc(file: BinaryIO, size: int, where: str) -> None:
+    """Creative Voice: blocks of a kind and a size, and one byte of 0 as its end."""
+    file.seek(20)
+    at = int.from_bytes(file.read(2), "little")
+    for _ in range(_MOST_PARTS):
+        file.seek(at)
+        head = file.read(4)
+        if not head:
+            return
+        if not head[0]:
+            break
+        at += 4 + int.from_bytes(head[1:], "little")
+        if at > size:
+            raise _cut(where, size, at, "its parts say")
+    file.seek(at)
+    rest = file.read(1 << 16).lstrip(b"\0\x1a")
+    if rest.startswith(_VOC):
+        raise _joined(where, size - len(rest))
+    if rest:
+        raise _damaged(where, at, "an end that more follows")
+
+
 def _require_mpegts(file: BinaryIO, size: int, where: str) -> None:
-    """An MPEG transport stream: packets of 188 bytes, each beginning with 0x47."""
-    file.seek(188)
-    if file.read(1) == b"\x47" and size % 188:
-        raise _cut(where, size, size + 188 - size % 188, "its packets of 188 bytes say")
+    """An MPEG transport stream: packets of 188 bytes, or of 192 on Blu-ray and from cameras."""
+    file.seek(0)
+    start = file.read(197)
+    for length, sync in ((188, 0), (192, 4)):
+        if len(start) > sync + length and start[sync] == start[sync + length] == 0x47:
+            if size % length:
+                whole = size + length - size % length
+                raise _cut(where, size, whole, f"its packets of {length} bytes say")
+            return
 
 
 _CHECKS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO, int, str], None]], ...] = (
@@ -343,5 +438,7 @@ _CHECKS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO, int, str], Non
     (lambda start: start[:4] == _EBML, _require_matroska),
     (lambda start: start == _ASF, _require_asf),
     (lambda start: start[:4] == b"TTA1", _require_tta),
-    (lambda start: start[:1] == b"\x47", _require_mpegts),
+    (lambda start: start[:3] == b"FLV", _require_flv),
+    (lambda start: start == _VOC[:16], _require_voc),
+    (lambda start: 0x47 in (start[:1] + start[4:5]), _require_mpegts),
 )

@@ -28,6 +28,7 @@ FORMATS = {
     "s32.wav": ("-c:a pcm_s32le", "wav"),
     "f32.wav": ("-c:a pcm_f32le", "wav"),
     "f64.wav": ("-c:a pcm_f64le", "wav"),
+    "s64.wav": ("-c:a pcm_s64le -ac 2", "wav"),
     "alaw.wav": ("-c:a pcm_alaw", "wav"),
     "mulaw.wav": ("-c:a pcm_mulaw -ac 2", "wav"),
     "adpcm.wav": ("-c:a adpcm_ms", "wav"),
@@ -71,12 +72,18 @@ FORMATS = {
     "a.webm": ("-c:a libopus", "webm"),
     "a.aac": ("", "adts"),
     "a.ts": ("-c:a aac", "mpegts"),
+    "blu-ray.ts": ("-c:a ac3 -mpegts_m2ts_mode 1", "mpegts"),
     "a.ac3": ("", "ac3"),
+    "a.eac3": ("-ac 6", "eac3"),
     "a.wma": ("", "asf"),
     "v1.wma": ("-c:a wmav1 -ac 2", "asf"),
     "a.tta": ("", "tta"),
     "a.wv": ("", "wv"),
     "a.avi": ("-c:a pcm_s16le", "avi"),
+    "a.flv": ("-c:a pcm_s16le -ar 22050", "flv"),
+    "mp3.flv": ("-c:a mp3", "flv"),
+    "a.voc": ("-c:a pcm_u8", "voc"),
+    "stereo.voc": ("-c:a pcm_s16le -ac 2", "voc"),
 }
 #: written to a pipe, these do not state their length and ffmpeg itself reads none of them
 NOT_PIPED = {
@@ -307,6 +314,30 @@ def test_a_lost_page_of_an_ogg_is_noticed(folder: Path) -> None:
         read_audio(folder / "lost.ogg")
 
 
+@pytest.mark.parametrize("fill", [b"\0", b"\x9d"])
+@pytest.mark.parametrize(
+    "name", ["a.ogg", "flac.ogg", "a.opus", "a.mka", "a.webm", "a.flv", "a.voc", "a.avi"]
+)
+def test_a_file_damaged_in_the_middle_is_refused(folder: Path, name: str, fill: bytes) -> None:
+    """FFmpeg leaves out what its containers show to be damaged, and decodes the rest."""
+    data = bytearray(made(folder, name).read_bytes())
+    middle, length = len(data) // 2, len(data) // 6
+    data[middle : middle + length] = fill * length
+    path = folder / f"damaged-{name}"
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match=r"is damaged|cut short|to its end|more follows"):
+        read_audio(path)
+
+
+def test_an_avi_that_goes_on_in_a_second_form_is_read_whole(folder: Path) -> None:
+    """As every AVI of more than 1 GB does. Source: OpenDML AVI File Format Extensions, 1.02."""
+    data = made(folder, "a.avi").read_bytes()
+    packets = data[data.index(b"movi") - 8 : data.index(b"idx1")]
+    more = folder / "more.avi"
+    more.write_bytes(data + struct.pack("<4sI4s", b"RIFF", 4 + len(packets), b"AVIX") + packets)
+    assert read_count(more) == counted(more) > read_count(folder / "a.avi") + 44100
+
+
 def test_a_short_opus_joined_to_itself_is_refused_and_to_another_read(folder: Path) -> None:
     """Each is one page of sound; a file of a few pages gives all of both."""
     short = [
@@ -321,12 +352,25 @@ def test_a_short_opus_joined_to_itself_is_refused_and_to_another_read(folder: Pa
     assert read_count(folder / "both.opus") == pytest.approx(0.6 * 48000, abs=100)
 
 
-def test_opus_that_falls_silent_after_a_damaged_page_is_refused(folder: Path) -> None:
+def with_its_checksum(page: bytes) -> bytes:
+    """An Ogg page with the checksum of RFC 3533, bit by bit."""
+    crc = 0
+    for byte in page[:22] + bytes(4) + page[26:]:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1) ^ (0x104C11DB7 if crc & 0x80000000 else 0)
+    return page[:22] + struct.pack("<I", crc) + page[26:]
+
+
+def test_opus_that_falls_silent_after_an_unknown_page_is_refused(folder: Path) -> None:
     short = ffmpeg("-i", f"{folder / 'voice.wav'}", "-t", "0.3", "-f", "ogg", "-c:a", "libopus",
                    "pipe:1")  # fmt: skip
     second = bytearray(short)
     second[second.index(b"OpusHead") : second.index(b"OpusHead") + 8] = b"OpusHeat"
-    (folder / "silent.opus").write_bytes(short + second)
+    head = second.index(b"OggS", 4)
+    (folder / "silent.opus").write_bytes(
+        short + with_its_checksum(bytes(second[:head])) + second[head:]
+    )
     with pytest.raises(AudioError, match=r"no sound any more|to its end"):
         read_audio(folder / "silent.opus")
 
