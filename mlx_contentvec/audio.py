@@ -221,14 +221,16 @@ def as_waveform(
             if array.ndim == 2
             else "one clip at a time, without the axis of the batch",
         )
-    if array.dtype.kind == "i" and array.dtype.itemsize == 4:
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 4:
         peak = max(int(array.max()), -int(array.min()))
-        if 0 < peak <= 1 << 15:
+        # unsigned samples lie about the middle of their range
+        narrow = np.dtype(f"{array.dtype.kind}2")
+        if 0 < peak <= np.iinfo(narrow).max + 1:
             raise AudioError(
                 f"{where} is out of scale",
                 found=f"{array.dtype} with a peak of {peak:,}",
-                expected="a peak near 2,147,483,648",
-                hint="16-bit numbers: np.asarray(samples, np.int16)",
+                expected=f"a peak near {np.iinfo(array.dtype).max:,}",
+                hint=f"16-bit numbers: np.asarray(samples, np.{narrow})",
             )
     frames = _scaled(array.reshape(len(array), -1))
     mono = _checked_mono([frames], where)
@@ -570,7 +572,7 @@ def _require_rate(rate: Any, where: str) -> None:
     if (
         isinstance(rate, bool)
         or not isinstance(rate, numbers.Real)
-        or not RATES[0] <= float(rate) <= RATES[1]
+        or not RATES[0] <= cast(float, rate) <= RATES[1]
     ):
         raise AudioError(
             f"{where} has an impossible sample rate",

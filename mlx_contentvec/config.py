@@ -10,6 +10,7 @@ import functools
 import json
 import reprlib
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from .errors import ConfigError
@@ -30,6 +31,15 @@ MAX_SIZE = 2**24
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < MAX_SIZE
+
+
+def require_layer(layer: object, layers: int) -> None:
+    """Raise ConfigError unless ``layer`` is a whole number from 1 to ``layers``."""
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 1 <= int(layer) <= layers:
+        raise ConfigError(
+            f"this model has no layer {_shown(layer)} to take features from",
+            expected=f"1 to {layers}, counted from 1 as in fairseq",
+        )
 
 
 def _shown(value: object) -> str:

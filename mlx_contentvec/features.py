@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from numbers import Integral, Real
-from types import NoneType
+from numbers import Real
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .audio import SAMPLE_RATE, Clip, Waveform, as_waveform, read_audio
 from .backend import device_kind, mx
-from .config import ModelConfig
+from .config import ModelConfig, require_layer
 from .errors import AudioError, BackendError, ConfigError
 from .memory import (
     bounded,
@@ -79,11 +79,7 @@ class FeatureKind:
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError if a model of this configuration has no such output."""
-        if not isinstance(self.layer, Integral) or not 1 <= self.layer <= config.encoder_layers:
-            raise ConfigError(
-                f"this model has no layer {self.layer!r} to take features from",
-                expected=f"1 to {config.encoder_layers}, counted from 1 as in fairseq",
-            )
+        require_layer(self.layer, config.encoder_layers)
         if self.project and config.final_dim is None:
             raise ConfigError(
                 "this model has no final_proj",
@@ -116,9 +112,11 @@ def feature_kind(
             "a projection of which layer?",
             hint="name the layer as well; RVC v1 is layer 9 with the projection",
         )
-    if (version or "v2") not in VERSIONS:
+    if version is None:
+        version = "v2"
+    if not isinstance(version, str) or version not in VERSIONS:
         raise ConfigError(f"no version {version!r}", expected=" or ".join(VERSIONS))
-    return VERSIONS[version or "v2"]
+    return VERSIONS[version]
 
 
 def extract(
@@ -183,12 +181,16 @@ def extract_many(
     """
     kind = feature_kind(version, layer, project)
     kind.check(model.config)
-    if isinstance(sources, (str, bytes, os.PathLike, Clip)):
+    if isinstance(sources, (str, bytes, os.PathLike, Clip)) or not isinstance(sources, Iterable):
         raise ConfigError(
             "extract_many takes several clips", hint="one clip: extract(path), or [path] here"
         )
-    if not isinstance(batch_seconds, (Real, NoneType)):
-        raise ConfigError(f"batch_seconds is {batch_seconds!r}", expected="seconds, a number")
+    if batch_seconds is not None and (
+        not isinstance(batch_seconds, Real) or not 0 <= batch_seconds < math.inf
+    ):
+        raise ConfigError(
+            f"batch_seconds is {batch_seconds!r}", expected="seconds, a number from 0"
+        )
     if padding not in get_args(Padding):
         raise ConfigError(f"no padding {padding!r}", expected=" or ".join(get_args(Padding)))
     if batch_seconds is None:
@@ -271,7 +273,7 @@ def features_of(
 
     Raises BackendError if the device has not enough memory for the smallest pieces either.
     """
-    if not isinstance(max_memory, (Real, NoneType)):
+    if max_memory is not None and (not isinstance(max_memory, Real) or math.isnan(max_memory)):
         raise ConfigError(f"max_memory is {max_memory!r}", expected="bytes, a number")
     config = replace(model.config, normalize=False) if normalized else model.config
     needed = held_bytes(config, len(waveform), 1, model.layer_norm.weight.dtype)

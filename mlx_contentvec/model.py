@@ -10,7 +10,7 @@ from typing import Any
 
 from . import features, first_release, inputs, live, ops, weights
 from .backend import device_kind, mx, require_no_fork
-from .config import ModelConfig, stage_input, stage_names
+from .config import ModelConfig, require_layer, stage_input, stage_names
 from .errors import ConfigError, WeightsError, name_list
 from .hub import how_to_convert, resolve_pretrained
 from .hubert import Hubert
@@ -320,10 +320,8 @@ class ContentvecModel(Hubert):
         Source: fairseq/models/hubert/hubert.py, ``HubertModel.forward``.
         """
         layers = len(self.encoder.layers)
-        if output_layer is not None and not 1 <= output_layer <= layers:
-            raise ConfigError(
-                f"no layer {output_layer}", expected=f"1 to {layers}, counted from 1 as in fairseq"
-            )
+        if output_layer is not None:
+            require_layer(output_layer, layers)
         if project and self.config.final_dim is None:
             raise ConfigError(
                 "this model has no final_proj",

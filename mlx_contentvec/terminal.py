@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shutil
 import sys
@@ -26,6 +27,19 @@ _HANGING = re.compile(r"(?:error: |hint: | *\S+ {2,}| *)")
 
 #: called with what is being done, the part that is done, and the whole
 Progress = Callable[[str, int, int], None]
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds: neither infinite nor NaN, which no bound refuses."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As ``click.FloatRange`` does."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
 
 
 def say(text: str, *, err: bool = False) -> None:

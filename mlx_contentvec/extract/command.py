@@ -17,7 +17,7 @@ import click
 
 from ..audio import AUDIO_SUFFIXES, require_decoders
 from ..errors import ConfigError, counted, printable
-from ..terminal import Status, say
+from ..terminal import FiniteRange, Status, say
 from .applio import check_model_info, write_model_info
 from .manifest import Manifest, ignores_case, locked
 from .run import (
@@ -41,7 +41,7 @@ from .sources import (
 )
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMG]?)(?:i?B)?", re.IGNORECASE)
 
 
 def size(text: str) -> int:
@@ -103,15 +103,15 @@ def shard(text: str) -> Shard | str:
     "longer clips are streamed, exactly.",
 )  # fmt: skip
 @click.option(
-    "--window", type=float, metavar="SECONDS",
+    "--window", type=FiniteRange(min=0, min_open=True), metavar="SECONDS",
     help="Cut clips into windows of this length instead: faster for hours of audio, not exact.",
 )  # fmt: skip
 @click.option(
-    "--overlap", type=float, metavar="SECONDS",
+    "--overlap", type=FiniteRange(min=0), metavar="SECONDS",
     help="What neighbouring windows share.  [default: 2 with --window]",
 )  # fmt: skip
 @click.option(
-    "--batch-seconds", type=click.FloatRange(min=0), metavar="SECONDS",
+    "--batch-seconds", type=FiniteRange(min=0), metavar="SECONDS",
     help="Audio in one batch.  [default: 30 on a GPU, 16 on a CPU]",
 )  # fmt: skip
 @click.option(
@@ -186,6 +186,7 @@ def _run(
     from ..loading import find_weights
     from ..model import ContentvecModel
     from .packing import check_packs, pack, part_of
+    from .windows import cut_windows
 
     kind = feature_kind(options["version"], options["layer"], options["project"])
     folder, prefix = training_root(folder)
@@ -198,7 +199,9 @@ def _run(
         model = ContentvecModel.from_file(weights_file)
         kind.check(model.config)
         window = options["window"]
-        overlap = options["overlap"] or 2.0
+        overlap = 2.0 if options["overlap"] is None else options["overlap"]
+        if window is not None:
+            cut_windows(model.config, 1, window, overlap)
         settings = Settings(
             weights=sha256_of(weights_file),
             layer=kind.layer,

@@ -354,14 +354,27 @@ def test_an_array_must_say_its_sample_rate_and_what_has_one_need_not(tmp_path: P
 
 def test_arguments_that_mean_nothing_are_errors_of_this_project() -> None:
     model = random_model(TINY)
-    for arguments in ({"layer": "3"}, {"layer": 2.0}, {"version": 2}):
-        with pytest.raises(ConfigError):
-            model.extract(noise(16000), sample_rate=16000, **arguments)
-    for arguments in ({"max_memory": "800M"}, {"batch_seconds": "10"}):
+    layers: list[Any] = ["3", 2.0, True, 0, 4, float("nan"), 10**30]
+    for layer in layers:
+        with pytest.raises(ConfigError, match="no layer"):
+            model.extract(noise(16000), sample_rate=16000, layer=layer)
+        with pytest.raises(ConfigError, match="no layer"):
+            model(noise(16000)[None], output_layer=layer)
+    versions: list[Any] = [2, 0, "", ["v2"]]
+    for version in versions:
+        with pytest.raises(ConfigError, match="no version"):
+            model.extract(noise(16000), sample_rate=16000, version=version)
+    nan = float("nan")
+    for arguments in (
+        *({"max_memory": "800M"}, {"max_memory": nan}, {"batch_seconds": "10"}),
+        *({"batch_seconds": nan}, {"batch_seconds": float("inf")}, {"batch_seconds": -1}),
+    ):
         with pytest.raises(ConfigError, match="a number"):
             next(model.extract_many([noise(16000)], layer=3, sample_rate=16000, **arguments))
-    with pytest.raises(ConfigError, match="several"):
-        next(model.extract_many("song.wav", layer=3))
+    several: list[Any] = ["song.wav", None, 3]
+    for sources in several:
+        with pytest.raises(ConfigError, match="several"):
+            next(model.extract_many(sources, layer=3))
     with pytest.raises(AudioError, match=r"array\.T"):
         model.extract(noise(32000).reshape(2, -1), layer=3, sample_rate=16000)
     with pytest.raises(ConfigError, match="exact or fairseq"):

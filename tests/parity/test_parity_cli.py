@@ -196,6 +196,8 @@ def test_usage_errors_exit_with_2(run_cli: RunCli, tmp_path: Path) -> None:
         ("a.pt", "b.safetensors", "c"),
         ("a.pt", "b.safetensors", "--quick", "--thorough"),
         ("a.pt", "b.safetensors", "--ratio", "0"),
+        ("a.pt", "b.safetensors", "--ratio", "nan"),
+        ("a.pt", "b.safetensors", "--min-snr", "inf"),
         ("a.safetensors", "--reference", "r.safetensors", "--quick"),
     ):
         done = run_cli("parity", *arguments)

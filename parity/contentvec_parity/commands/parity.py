@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mlx_contentvec.files import write_text
+from mlx_contentvec.terminal import FiniteRange
 
 from ..compare.verdict import RATIO, Gates
 
@@ -48,24 +49,24 @@ _FILE = click.Path(path_type=Path)
 _GATES = (
     click.option(
         "--ratio",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
         default=RATIO,
         show_default=True,
         help="Largest allowed error of MLX, as a multiple of PyTorch's.",
     ),
     click.option(
         "--max-abs",
-        type=click.FloatRange(min=0),
+        type=FiniteRange(min=0),
         help="Largest allowed difference of any feature from the truth.",
     ),
     click.option(
         "--min-cosine",
-        type=click.FloatRange(-1, 1),
+        type=FiniteRange(-1, 1),
         help="Smallest allowed cosine of any frame with the truth.",
     ),
     click.option(
         "--min-snr",
-        type=float,
+        type=FiniteRange(),
         metavar="DB",
         help="Smallest allowed signal-to-noise ratio of any features.",
     ),
