@@ -427,15 +427,47 @@ def place(temporary: Path, final: Path, *, force: bool) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put a text into the file ``path``, whole or not at all, replacing what is there.
+    """Put a text into the file ``path``, as :func:`write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put ``content`` into the file ``path``, whole or not at all, replacing what is there.
 
     Raises OutputError, also where a folder, a pipe or a device has that name.
     """
     check_target(path, force=True)
     with Draft(path) as draft:
-        draft.write(0, text.encode("utf-8"))
+        draft.write(0, content)
         draft.sync()
         draft.rename(force=True)
+
+
+def check_reports(reports: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise OutputError if a report cannot be written where it should be: before it is made.
+
+    It may replace an earlier one, but neither what it reports about nor another of ``reports``.
+
+    inputs: files, and folders whose files are inputs
+    """
+    taken = {path.resolve(): f"{path} is what the report is about" for path in inputs}
+    for report in reports:
+        check_target(report, force=True)
+        place = report.resolve()
+        problem = taken.get(place)
+        if problem is None and is_file(report):
+            problem = next((taken[folder] for folder in place.parents if folder in taken), None)
+        if problem is None and report.exists():
+            problem = next((why for path, why in taken.items() if _same(path, place)), None)
+        if problem is not None:
+            raise OutputError(f"cannot write {report}: {problem}", hint="name another file")
+        taken[place] = "another report goes there"
+
+
+def _same(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return one.samefile(other)
+    return False
 
 
 def appeared(final: Path) -> OutputError:

@@ -292,6 +292,44 @@ def test_a_report_that_cannot_be_written_is_an_error_not_a_traceback(
     assert "Traceback" not in done.stderr
 
 
+def test_a_report_never_replaces_what_it_is_about(
+    run_cli: RunCli, tiny_checkpoint: Path, passed: tuple[Any, Path], tmp_path: Path
+) -> None:
+    from contentvec_convert.conversion import convert
+
+    checkpoint, converted = tmp_path / "a.pt", tmp_path / "a.safetensors"
+    shutil.copy(tiny_checkpoint, checkpoint)
+    convert(checkpoint, converted, allow_unknown=True)
+    saved = tmp_path / "run.json"
+    shutil.copy(passed[1] / "run.json", saved)
+    (tmp_path / "link.html").symlink_to(checkpoint)
+    (tmp_path / "hard.md").hardlink_to(converted)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments in (
+        ("parity", checkpoint, converted, "--json", converted),
+        ("parity", checkpoint, converted, "--html", tmp_path / "link.html"),
+        ("parity", checkpoint, converted, "--markdown", tmp_path / "hard.md"),
+        ("parity", checkpoint, converted, "--markdown", tmp_path / "a.ledger.json"),
+        ("parity", checkpoint, converted, "--html", tmp_path / "x", "--json", tmp_path / "x"),
+        ("parity", "judge", saved, "--html", saved),
+        ("bench", checkpoint, converted, "--json", converted),
+        ("bench", checkpoint, converted, "--plot", tmp_path / "a.pt"),
+    ):
+        done = run_cli(*arguments)
+        assert done.returncode == 1, arguments
+        assert re.search("is what the report is about|another report|cannot draw", done.stderr)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_place_for_reports_is_looked_at_before_the_run(
+    run_cli: RunCli, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for command in (("parity", tiny_checkpoint, tmp_path / "none.safetensors"), ("doctor",)):
+        done = run_cli(*command, "--json", tmp_path / "no" / "x.json")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "cannot write x.json: the folder" in done.stderr
+
+
 # ---- Hugging Face folders, other precisions, TF32 ------------------------------------------
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_contentvec.errors import MissingDependency, install_hint
+from mlx_contentvec.errors import MissingDependency, OutputError, install_hint
+from mlx_contentvec.files import write_bytes
 
 Document = Mapping[str, Any]
 
@@ -150,11 +152,20 @@ def _errors(document: Document) -> Any:
     return table
 
 
-def plot(document: Document, path: Path) -> None:
-    """Time and memory against the length of the audio, one line an engine, batch 1.
+#: what a plot may end in
+_PLOT_SUFFIXES = (".svg", ".png", ".pdf")
 
-    Raises MissingDependency without matplotlib.
+
+def require_plot(path: Path) -> Any:
+    """matplotlib's pyplot: ``path`` can be drawn with it.
+
+    Raises MissingDependency without matplotlib, OutputError for a suffix of no known format.
     """
+    if path.suffix.lower() not in _PLOT_SUFFIXES:
+        raise OutputError(
+            f"cannot draw {path.name}: its suffix says in which format",
+            expected=f"a name that ends in {', '.join(_PLOT_SUFFIXES)}",
+        )
     try:
         import matplotlib
 
@@ -164,7 +175,15 @@ def plot(document: Document, path: Path) -> None:
         raise MissingDependency(
             "drawing a plot needs matplotlib", hint=install_hint("report")
         ) from None
+    return pyplot
 
+
+def plot(document: Document, path: Path) -> None:
+    """Time and memory against the length of the audio, one line an engine, batch 1.
+
+    Raises what :func:`require_plot` does, and OutputError if it cannot be written.
+    """
+    pyplot = require_plot(path)
     figure, (time, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for engine in (engine["label"] for engine in document["engines"]):
         label = "floor: the matrix products alone" if engine == "floor" else engine
@@ -186,5 +205,7 @@ def plot(document: Document, path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     time.legend()
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.lower().removeprefix("."))
     pyplot.close(figure)
+    write_bytes(path, drawn.getvalue())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
-from mlx_contentvec.files import write_text
+from mlx_contentvec.files import check_reports, write_text
 
 
 def numbers(kind: type[float] | type[int]) -> Callable[[str], tuple[float, ...]]:
@@ -20,7 +21,7 @@ def numbers(kind: type[float] | type[int]) -> Callable[[str], tuple[float, ...]]
             found = tuple(kind(part) for part in text.split(","))
         except ValueError:
             found = ()
-        if not found or min(found) <= 0:
+        if not found or not all(0 < number < math.inf for number in found):
             raise click.BadParameter(f"{text!r} is no list of positive numbers such as 1,5,10")
         return found
 
@@ -136,6 +137,17 @@ def bench(
             if source(option) is not ParameterSource.DEFAULT:
                 name = option.partition("_")[0]
                 raise click.UsageError(f"--live has a window of its own: leave out --{name}")
+
+    from contentvec_convert.conversion import ledger_path
+
+    from ..bench.report import require_plot
+
+    reports = [Path(str(json_file))] if json_file not in (None, "-") else []
+    if plot_file is not None:
+        require_plot(plot_file)
+        reports.append(plot_file)
+    ledgers = map(ledger_path, converted)
+    check_reports(reports, [checkpoint, *converted, *ledgers])
 
     from rich.console import Console
 

@@ -22,11 +22,13 @@ def doctor(measure: bool, json_file: str | None) -> None:
     from pathlib import Path
 
     from mlx_contentvec.errors import ContentvecError
-    from mlx_contentvec.files import write_text
+    from mlx_contentvec.files import check_reports, write_text
     from mlx_contentvec.terminal import Status, say
 
     from .. import doctor as examination
 
+    report = None if json_file in (None, "-") else Path(str(json_file))
+    check_reports([report] if report else [], [])
     document = examination.facts()
     if measure and document["device"] is not None:
         with Status() as status:
@@ -40,8 +42,8 @@ def doctor(measure: bool, json_file: str | None) -> None:
             if not outcome["passed"]:
                 document["troubles"].append(f"the comparison failed, {sums} sums")
     text = json.dumps(document, indent=2)
-    if json_file is not None and json_file != "-":
-        write_text(Path(json_file), text + "\n")
+    if report is not None:
+        write_text(report, text + "\n")
     if json_file == "-":
         click.echo(text)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlx_contentvec.files import write_text
+from mlx_contentvec.files import check_reports, write_text
 from mlx_contentvec.terminal import FiniteRange
 
 from ..compare.verdict import RATIO, Gates
@@ -130,10 +130,16 @@ def run(
         raise click.UsageError("--quick and --thorough exclude each other")
     # read by MLX when it starts: float32 products must be float32
     os.environ["MLX_ENABLE_TF32"] = "1" if tf32 else "0"
+    from contentvec_convert.conversion import ledger_path
+
     from ..harness import compare_files, reference_named, replay
 
     _require_page(delivery)
     name, recording = reference_named(reference)
+    ledgers = map(ledger_path, files)
+    check_reports(
+        _reports(**delivery), [*files, *ledgers, *audio, *([recording] if recording else [])]
+    )
     if len(files) > 2 or (len(files) == 1 and recording is None):
         raise click.UsageError("give CHECKPOINT and CONVERTED")
     if len(files) == 2 and files[0].suffix == ".safetensors" != files[1].suffix:
@@ -201,6 +207,7 @@ def judge_command(saved: Path, **delivery: Any) -> None:
 
     _require_page(delivery)
     document = read(saved)
+    check_reports(_reports(**delivery), [saved])
     document["verdict"] = judge(document, _gates(delivery))
     _deliver(document, **delivery)
 
@@ -210,6 +217,14 @@ def _require_page(options: dict[str, Any]) -> None:
         from ..report.page import require_packages
 
         require_packages()
+
+
+def _reports(
+    json_file: str | None, markdown: Path | None, html: Path | None, **_: Any
+) -> list[Path]:
+    """The files that the options name."""
+    named = [None if json_file in (None, "-") else Path(str(json_file)), markdown, html]
+    return [path for path in named if path is not None]
 
 
 def _gates(options: dict[str, Any]) -> Gates:
