@@ -450,7 +450,7 @@ def check_reports(reports: Iterable[Path], inputs: Iterable[Path]) -> None:
 
     inputs: files, and folders whose files are inputs
     """
-    taken = {path.resolve(): f"{path} is what the report is about" for path in inputs}
+    taken = {path.resolve(): f"{path} is what it is made from" for path in inputs}
     for report in reports:
         check_target(report, force=True)
         place = report.resolve()
@@ -461,7 +461,7 @@ def check_reports(reports: Iterable[Path], inputs: Iterable[Path]) -> None:
             problem = next((why for path, why in taken.items() if _same(path, place)), None)
         if problem is not None:
             raise OutputError(f"cannot write {report}: {problem}", hint="name another file")
-        taken[place] = "another report goes there"
+        taken[place] = "another one goes there"
 
 
 def _same(one: Path, other: Path) -> bool:

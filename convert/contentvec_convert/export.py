@@ -97,7 +97,7 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
     source, output = Path(source), Path(output)
     if to not in _WRITERS:
         raise ConfigError(f"there is no export to {to!r}", expected=" or ".join(FORMATS))
-    _check_output(source, output, force)
+    _check_output(source, output, to, force)
     with open_checkpoint(source) as converted:
         if not mlx.matches(converted):
             raise UnsupportedCheckpoint(
@@ -329,7 +329,12 @@ def _array(stored: StoredTensor) -> Array:
     return stored.float32() if stored.dtype == "bfloat16" else stored.array()
 
 
-def _check_output(source: Path, output: Path, force: bool) -> None:
+def _check_output(source: Path, output: Path, to: str, force: bool) -> None:
+    if to == "rvc-mlx" and output.suffix != ".safetensors":
+        raise OutputError(
+            f"cannot write {output.name}: MLX tells formats by their suffix",
+            expected="a name that ends in .safetensors",
+        )
     if not is_folder(output.absolute().parent):
         raise OutputError(
             f"cannot write {output}: there is no folder {output.absolute().parent}",

@@ -271,6 +271,12 @@ def test_what_exists_is_replaced_by_force_alone(converted_tiny: Path, room: Path
     assert [entry.name for entry in room.iterdir()] == ["out"]
 
 
+def test_a_name_that_mlx_could_not_read_is_refused(converted_tiny: Path, room: Path) -> None:
+    with pytest.raises(OutputError, match=r"suffix[\s\S]*ends in \.safetensors"):
+        export(converted_tiny, room / "out.pt", to="rvc-mlx")
+    assert list(room.iterdir()) == []
+
+
 def test_a_folder_with_something_else_in_it_is_never_replaced(
     converted_tiny: Path, room: Path
 ) -> None:

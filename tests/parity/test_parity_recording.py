@@ -260,6 +260,16 @@ def test_an_existing_recording_is_kept_unless_told_otherwise(
     assert path.read_bytes() == recording.read_bytes()
 
 
+def test_a_recording_never_replaces_its_own_source(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "a.pt"
+    checkpoint.write_bytes(tiny_checkpoint.read_bytes())
+    (tmp_path / "link").symlink_to(checkpoint)
+    for output in (checkpoint, tmp_path / "link"):
+        with pytest.raises(OutputError, match="is what it is made from"):
+            record(checkpoint, output, force=True)
+    assert checkpoint.read_bytes() == tiny_checkpoint.read_bytes()
+
+
 def test_a_folder_that_cannot_be_written_to_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from contentvec_convert.writer import Entry, header, lay_out
 from mlx_contentvec.config import ModelConfig, stage_input, stage_names
 from mlx_contentvec.errors import OutputError, ParityError
-from mlx_contentvec.files import Draft, check_target
+from mlx_contentvec.files import Draft, check_reports, check_target
 from mlx_contentvec.json_text import JsonError, parse_object
 
 from .. import machine
@@ -97,12 +97,13 @@ def record(
 
     clips: each with the name of a selection of stages; ``small()`` by default
 
-    Raises OutputError if ``output`` exists and ``force`` is not given.
+    Raises OutputError if ``output`` exists and ``force`` is not given, or is the checkpoint.
     """
     from ..identity import identify_checkpoint
     from . import choose, open_reference
 
     check_target(output, force=force)
+    check_reports([output], [checkpoint])
     progress(f"loading {checkpoint.name}")
     original = open_reference(reference or choose(checkpoint), checkpoint)
     source = identify_checkpoint(checkpoint)
