@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -446,3 +447,21 @@ def test_the_command_refuses_lengths_that_are_none(
     done = run_cli("bench", tiny_checkpoint, tiny_checkpoint, f"--lengths={lengths}")
     assert done.returncode == 2
     assert "positive numbers" in done.stderr
+
+
+@pytest.mark.parametrize("lengths", ["nan", "1,inf", "0", "-1", "a", ""])
+def test_a_length_that_is_none_is_refused(
+    run_cli: Callable[..., Any], tiny_checkpoint: Path, converted_tiny: Path, lengths: str
+) -> None:
+    done = run_cli("bench", tiny_checkpoint, converted_tiny, "--lengths", lengths)
+    assert done.returncode == 2
+    assert "no list of positive numbers" in done.stderr
+
+
+def test_a_pipe_is_no_checkpoint(
+    run_cli: Callable[..., Any], converted_tiny: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = run_cli("bench", tmp_path / "pipe", converted_tiny)
+    assert done.returncode == 1
+    assert "pipe is not a checkpoint" in done.stderr

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from mlx_contentvec.files import check_reports, write_text
+from mlx_contentvec.errors import ParityError, printable
+from mlx_contentvec.files import check_reports, is_file, is_folder, write_text
 
 
 def numbers(kind: type[float] | type[int]) -> Callable[[str], tuple[float, ...]]:
@@ -142,6 +143,11 @@ def bench(
 
     from ..bench.report import require_plot
 
+    if not is_file(checkpoint) and not is_folder(checkpoint):
+        raise ParityError(
+            f"{printable(str(checkpoint))} is not a checkpoint",
+            expected="a regular file, or a folder in the Hugging Face layout",
+        )
     reports = [Path(str(json_file))] if json_file not in (None, "-") else []
     if plot_file is not None:
         require_plot(plot_file)
