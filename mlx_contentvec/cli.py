@@ -148,6 +148,11 @@ def _unexpected(error: Exception) -> ContentvecError:
         return ContentvecError(f"results cannot be written: {error.strerror}")
     if isinstance(error, MemoryError):
         return ContentvecError("there is not enough memory for this")
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return ContentvecError(
+            "the system starts no further thread",
+            hint="a limit of this session (ulimit -u, ulimit -v) or of its container is reached",
+        )
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "contentvec" in Path(f.filename).parent.as_posix()]
     last = (ours or frames)[-1]

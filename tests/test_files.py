@@ -447,3 +447,17 @@ def test_a_name_too_long_for_the_system_is_an_error_like_others(
     assert "rror: " in done.output
     assert "a fault in" not in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_of_threads_is_no_fault_of_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")  # as CPython does
+
+    (tmp_path / "a.pt").write_bytes(b"anything")
+    monkeypatch.setattr(threading.Thread, "start", start)
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "a.pt")])
+    assert done.exit_code == 1
+    assert "the system starts no further thread" in done.output
+    assert "a fault in" not in done.output
