@@ -380,3 +380,11 @@ def test_a_model_of_another_form_is_recorded_and_compared(
     record(folder, tmp_path / "m.recording.safetensors")
     document = harness.replay(tmp_path / "m.recording.safetensors", weights)
     assert document["verdict"]["passed"], document["verdict"]["reason"]
+
+
+def test_the_group_norm_of_a_single_convolution_is_no_layer_norm(
+    torch: Any, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(TINY_BASE, conv_layers=((48, 400, 320),))
+    save_transformers(transformers_hubert(config), config, tmp_path / "hub")
+    assert open_reference("transformers", tmp_path / "hub").config.extractor_norm == "group"

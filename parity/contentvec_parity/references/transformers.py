@@ -159,6 +159,8 @@ def _listed(expression: str) -> list[tuple[int, int, int]]:
 
 def _config(model: Any, normalize: bool) -> ModelConfig:
     """What the loaded model is, read from its modules where they say it."""
+    from torch.nn import LayerNorm
+
     blocks = model.feature_extractor.conv_layers
     convolutions = [block.conv for block in blocks]
     layer = model.encoder.layers[0]
@@ -167,7 +169,10 @@ def _config(model: Any, normalize: bool) -> ModelConfig:
     return ModelConfig(
         conv_layers=tuple((c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions),
         conv_bias=convolutions[0].bias is not None,
-        extractor_norm="layer" if hasattr(blocks[-1], "layer_norm") else "group",
+        # the group norm of the first block goes by the same name
+        extractor_norm=(
+            "layer" if isinstance(getattr(blocks[-1], "layer_norm", None), LayerNorm) else "group"
+        ),
         encoder_embed_dim=layer.attention.embed_dim,
         encoder_ffn_embed_dim=layer.feed_forward.intermediate_dense.out_features,
         encoder_layers=len(model.encoder.layers),
