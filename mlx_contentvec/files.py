@@ -450,10 +450,11 @@ def check_reports(reports: Iterable[Path], inputs: Iterable[Path]) -> None:
 
     inputs: files, and folders whose files are inputs
     """
-    taken = {path.resolve(): f"{path} is what it is made from" for path in inputs}
+    # unlike Path.resolve, realpath does not fail at a link to itself
+    taken = {Path(os.path.realpath(path)): f"{path} is what it is made from" for path in inputs}
     for report in reports:
         check_target(report, force=True)
-        place = report.resolve()
+        place = Path(os.path.realpath(report))
         problem = taken.get(place)
         if problem is None and is_file(report):
             problem = next((taken[folder] for folder in place.parents if folder in taken), None)

@@ -449,6 +449,13 @@ def test_a_name_too_long_for_the_system_is_an_error_like_others(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_report_may_be_written_beside_an_input_that_links_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    files.check_reports([tmp_path / "report"], [tmp_path / "loop"])
+    with pytest.raises(OutputError, match="is what it is made from"):
+        files.check_reports([tmp_path / "loop"], [tmp_path / "loop"])
+
+
 def test_a_limit_of_threads_is_no_fault_of_the_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
