@@ -355,7 +355,9 @@ def _is_own(name: str) -> bool:
 
 def _require_replaceable(source: Path, output: Path) -> None:
     """OutputError unless what is at ``output`` is a file, or a folder that an export wrote."""
-    if output.resolve() in (source.resolve(), *source.resolve().parents):
+    # unlike Path.resolve, realpath does not fail at a link to itself
+    given = Path(os.path.realpath(source))
+    if Path(os.path.realpath(output)) in (given, *given.parents):
         raise OutputError(
             f"{output} is the source itself, or holds it", hint="name another place with -o"
         )

@@ -271,6 +271,15 @@ def test_what_exists_is_replaced_by_force_alone(converted_tiny: Path, room: Path
     assert [entry.name for entry in room.iterdir()] == ["out"]
 
 
+def test_a_link_to_itself_is_replaced_by_force(converted_tiny: Path, room: Path) -> None:
+    (room / "out").symlink_to(room / "out")
+    with pytest.raises(OutputError, match="exists"):
+        export(converted_tiny, room / "out", to="fairseq")
+    export(converted_tiny, room / "out", to="fairseq", force=True)
+    assert (room / "out").is_file()
+    assert not (room / "out").is_symlink()
+
+
 def test_a_name_that_mlx_could_not_read_is_refused(converted_tiny: Path, room: Path) -> None:
     with pytest.raises(OutputError, match=r"suffix[\s\S]*ends in \.safetensors"):
         export(converted_tiny, room / "out.pt", to="rvc-mlx")
