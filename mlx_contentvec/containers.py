@@ -150,7 +150,7 @@ def _require_riff(file: BinaryIO, size: int, where: str) -> None:
         if is_avi and head[8:] in _AVI_LISTS and name in (b"LIST", b"RIFF"):
             at = body + 4
             continue
-        if is_avi and not name.replace(b" ", b"").isalnum() and name.strip(b"\0"):
+        if is_avi and name.strip(b"\0") and not all(0x20 <= letter < 0x7F for letter in name):
             raise _damaged(where, at, f"a chunk named {name!r}")
         if name in _CHUNKED:
             raise _joined(where, at)

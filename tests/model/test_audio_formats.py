@@ -329,6 +329,16 @@ def test_a_file_damaged_in_the_middle_is_refused(folder: Path, name: str, fill: 
         read_audio(path)
 
 
+def test_an_avi_may_hold_a_chunk_of_a_programs_own(folder: Path) -> None:
+    """Adobe's programs write their metadata into one called ``_PMX``."""
+    data = made(folder, "a.avi").read_bytes()
+    own = b"_PMX" + (6).to_bytes(4, "little") + b"<x/>\n\0"
+    whole = (int.from_bytes(data[4:8], "little") + len(own)).to_bytes(4, "little")
+    with_own = folder / "own.avi"
+    with_own.write_bytes(data[:4] + whole + data[8:] + own)
+    assert read_count(with_own) == read_count(folder / "a.avi")
+
+
 def test_an_avi_that_goes_on_in_a_second_form_is_read_whole(folder: Path) -> None:
     """As every AVI of more than 1 GB does. Source: OpenDML AVI File Format Extensions, 1.02."""
     data = made(folder, "a.avi").read_bytes()
