@@ -434,6 +434,13 @@ def _frames(
                 silent += 1
                 if codec in _ALWAYS_SOUND and silent > _MOST_SILENT:
                     raise _cut_at(where, samples, stream, "its packets give no sound any more")
+    except IndexError as error:
+        # PyAV knows the streams that it found at the beginning, and looks up each packet's
+        raise AudioError(
+            f"{where} has a stream that begins after its first packets",
+            found=f"{samples:,} samples{_seconds(samples, stream)} before it",
+            hint="take the sound out of it: ffmpeg -i FILE -map 0:a:0 -c copy NEW.mka",
+        ) from error
     # a header that sends the demuxer to an impossible place: the file's own seek refuses
     except (av.error.FFmpegError, OSError, OverflowError, ValueError) as error:
         raise _cut_at(where, samples, stream, _reason(error)) from error

@@ -384,6 +384,8 @@ def _require_flv(file: BinaryIO, size: int, where: str) -> None:
             break
         file.seek(at)
         head = file.read(4)
+        if not head:  # it was shortened meanwhile
+            raise _cut(where, at, size)
         if head[:3] == b"FLV":
             raise _joined(where, at)
         if head[0] & 0x1F not in _FLV_TAGS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_contentvec import containers
 from mlx_contentvec.audio import read_audio
 from mlx_contentvec.errors import AudioError
 
@@ -443,6 +445,29 @@ def test_a_wav_of_a_wrong_alignment_is_read_whole(
     got = read_audio(path).waveform
     expected = np.frombuffer(samples, "<i2").reshape(-1, channels).mean(axis=1) / 32768
     assert np.abs(got - expected).max() < 1e-6
+
+
+def test_a_transport_stream_with_a_track_that_begins_later_is_refused(folder: Path) -> None:
+    """As of a broadcast that goes on in two languages: PyAV fails at the new one's packets."""
+    voice = f"{folder / 'voice.wav'}"
+    two = ffmpeg("-i", voice, "-i", voice, "-map", "0:a", "-map", "1:a", "-c:a", "mp2",
+                 "-f", "mpegts", "pipe:1")  # fmt: skip
+    one = ffmpeg("-i", voice, "-c:a", "mp2", "-f", "mpegts", "pipe:1") * 10
+    path = folder / "broadcast.ts"
+    path.write_bytes(one + two + one)
+    with pytest.raises(AudioError, match="begins after its first packets") as caught:
+        read_audio(path)
+    hint = re.search(r"ffmpeg (-i .*)", str(caught.value))
+    assert hint is not None
+    sound = folder / "sound.mka"
+    ffmpeg(*hint[1].replace("FILE", f"{path}").replace("NEW.mka", f"{sound}").split())
+    assert read_count(sound) == counted(path)
+
+
+def test_a_flash_video_that_is_shortened_while_it_is_read_is_cut(folder: Path) -> None:
+    data = made(folder, "a.flv").read_bytes()
+    with pytest.raises(AudioError, match="is cut short"):
+        containers._require_flv(io.BytesIO(data[:13]), len(data), "a.flv")
 
 
 @pytest.mark.parametrize("alignment", [1, 2, 4])
