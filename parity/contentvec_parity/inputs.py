@@ -155,8 +155,17 @@ def thorough() -> list[Clip]:
     ]
 
 
+def least_samples(config: ModelConfig) -> int:
+    """The shortest clip that can be compared: one frame, of two windows of the first convolution.
+
+    PyTorch's group norm refuses a single window, which a model of one convolution would give.
+    """
+    _, kernel, stride = config.conv_layers[0]
+    return max(config.receptive_field, kernel + stride)
+
+
 def lengthened(clip: Clip, samples: int) -> Clip:
-    """``clip``, repeated if any of it is shorter than ``samples``: what one frame needs.
+    """``clip``, repeated if any of it is shorter than ``samples``: see ``least_samples``.
 
     400 samples are the shortest clip of the usual models; those of fewer frames per second
     need more.

@@ -388,3 +388,15 @@ def test_the_group_norm_of_a_single_convolution_is_no_layer_norm(
     config = dataclasses.replace(TINY_BASE, conv_layers=((48, 400, 320),))
     save_transformers(transformers_hubert(config), config, tmp_path / "hub")
     assert open_reference("transformers", tmp_path / "hub").config.extractor_norm == "group"
+
+
+def test_a_model_of_a_single_convolution_is_given_two_windows_at_least(
+    torch: Any, tmp_path: Path
+) -> None:
+    """PyTorch's group norm refuses one, which the shortest clip would be."""
+    config = dataclasses.replace(TINY_BASE, conv_layers=((48, 400, 320),))
+    folder, weights = tmp_path / "hub", tmp_path / "m.safetensors"
+    save_transformers(transformers_hubert(config), config, folder)
+    convert(folder, weights, allow_unknown=True)
+    document = harness.compare_files(folder, weights, inputs="standard", compare_tf32=False)
+    assert min(clip["samples"] for clip in document["clips"]) == 720

@@ -47,7 +47,7 @@ from mlx_contentvec.json_text import JsonError, parse_object
 from .. import machine
 from ..compare.fingerprints import Fingerprint, computed_fingerprint, fingerprint
 from ..compare.naming import LAYOUTS, ROUNDED_LAYOUTS, outputs, rows
-from ..inputs import Clip, lengthened, padded_batch, spoken
+from ..inputs import Clip, least_samples, lengthened, padded_batch, spoken
 from . import Reference
 from . import recording_checks as checks
 from .original import TorchOriginal, frame_mask
@@ -135,7 +135,7 @@ def write(
     }
     for number, (clip, selection) in enumerate(clips, 1):
         progress(f"clip {clip.name}, {number} of {len(clips)}")
-        clip = lengthened(clip, original.config.receptive_field)
+        clip = lengthened(clip, least_samples(original.config))
         kept = SELECTIONS[selection](original.config)
         found, exact = original.stages(clip), original.truth(clip)
         outputs = {stage: found[stage] for stage in kept}
