@@ -13,6 +13,8 @@ from click.core import ParameterSource
 from mlx_contentvec.errors import ParityError, printable
 from mlx_contentvec.files import check_reports, is_file, is_folder, write_text
 
+from . import file_of
+
 
 def numbers(kind: type[float] | type[int]) -> Callable[[str], tuple[float, ...]]:
     """The type of an option that takes positive numbers separated by commas."""
@@ -148,10 +150,10 @@ def bench(
             f"{printable(str(checkpoint))} is not a checkpoint",
             expected="a regular file, or a folder in the Hugging Face layout",
         )
-    reports = [Path(str(json_file))] if json_file not in (None, "-") else []
+    report = file_of(json_file)
     if plot_file is not None:
         require_plot(plot_file)
-        reports.append(plot_file)
+    reports = [path for path in (report, plot_file) if path is not None]
     ledgers = map(ledger_path, converted)
     check_reports(reports, [checkpoint, *converted, *ledgers])
 
@@ -186,8 +188,8 @@ def bench(
     if json_file == "-":
         click.echo(json.dumps(document, indent=2))
     else:
-        if json_file is not None:
-            write_text(Path(json_file), json.dumps(document, indent=2) + "\n")
+        if report is not None:
+            write_text(report, json.dumps(document, indent=2) + "\n")
         console = Console()
         if not console.is_terminal:
             console.width = 120

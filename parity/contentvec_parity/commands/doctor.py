@@ -6,6 +6,8 @@ import json
 
 import click
 
+from . import file_of
+
 
 @click.command()
 @click.option(
@@ -19,15 +21,13 @@ def doctor(measure: bool, json_file: str | None) -> None:
 
     Exit status: 0, or 1 if a known trouble was found or a comparison failed.
     """
-    from pathlib import Path
-
     from mlx_contentvec.errors import ContentvecError
     from mlx_contentvec.files import check_reports, write_text
     from mlx_contentvec.terminal import Status, say
 
     from .. import doctor as examination
 
-    report = None if json_file in (None, "-") else Path(str(json_file))
+    report = file_of(json_file)
     check_reports([report] if report else [], [])
     document = examination.facts()
     if measure and document["device"] is not None:

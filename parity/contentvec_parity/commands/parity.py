@@ -13,6 +13,7 @@ from mlx_contentvec.files import check_reports, write_text
 from mlx_contentvec.terminal import FiniteRange
 
 from ..compare.verdict import RATIO, Gates
+from . import file_of
 
 
 class RunByDefault(click.Group):
@@ -223,8 +224,7 @@ def _reports(
     json_file: str | None, markdown: Path | None, html: Path | None, **_: Any
 ) -> list[Path]:
     """The files that the options name."""
-    named = [None if json_file in (None, "-") else Path(str(json_file)), markdown, html]
-    return [path for path in named if path is not None]
+    return [path for path in (file_of(json_file), markdown, html) if path is not None]
 
 
 def _gates(options: dict[str, Any]) -> Gates:
@@ -246,8 +246,8 @@ def _deliver(
     from ..report.screen import print_screen
 
     written = []
-    if json_file is not None and json_file != "-":
-        written.append((Path(json_file), to_json(document) + "\n"))
+    if (report := file_of(json_file)) is not None:
+        written.append((report, to_json(document) + "\n"))
     if markdown is not None:
         written.append((markdown, to_markdown(document)))
     if html is not None:
