@@ -26,10 +26,10 @@ def check_waveform(source: Any, config: ModelConfig) -> mx.array:
     Raises AudioError for another rank or type, a clip that is too short, NaN, another
     scale, or more than this machine can hold.
     """
+    in_memory = None
     if isinstance(source, np.ndarray):
-        if source.dtype == np.float64:
-            source = as_float32(source)
-        source = mx.array(source)
+        in_memory = as_float32(source) if source.dtype == np.float64 else source
+        source = mx.array(in_memory)
     if not isinstance(source, mx.array):
         raise AudioError(
             "the waveform must be an array",
@@ -66,7 +66,8 @@ def check_waveform(source: Any, config: ModelConfig) -> mx.array:
     source = source.astype(mx.float32)
     if is_traced(source):  # nothing to look at yet
         return source
-    peak = float(mx.abs(source).max())
+    # a GPU's answer would take 0.5 ms, a tenth of a pass over 1 s (H200)
+    peak = float(mx.abs(source).max() if in_memory is None else np.abs(in_memory).max())
     if not np.isfinite(peak):
         raise AudioError(
             "the waveform holds NaN or infinity",

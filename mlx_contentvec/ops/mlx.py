@@ -76,24 +76,20 @@ def _gelu(x: mx.array) -> mx.array:
     return x * (1 + mx.erf(x * 0.7071067811865476)) * 0.5
 
 
-def _normalize_and_gelu(x: mx.array, mean: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
-    return _gelu((x - mean) * scale + bias)
+def _add_and_gelu(x: mx.array, bias: mx.array) -> mx.array:
+    return _gelu(x + bias)
 
 
-def _add_up(*parts: mx.array) -> mx.array:
-    """Neighbours first, then sums of neighbours."""
-    if len(parts) == 1:
-        return parts[0]
-    half = (len(parts) + 1) // 2
-    return _add_up(*parts[:half]) + _add_up(*parts[half:])
-
-
-def _add_up_and_gelu(*parts: mx.array) -> mx.array:
-    return _gelu(_add_up(*parts))
+def _scale_and_gelu(x: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
+    return _gelu(x * scale + bias)
 
 
 def _add_up_squares(*parts: mx.array) -> mx.array:
-    return _add_up(*(part * part for part in parts))
+    """Neighbours first, then sums of neighbours."""
+    if len(parts) == 1:
+        return parts[0] * parts[0]
+    half = (len(parts) + 1) // 2
+    return _add_up_squares(*parts[:half]) + _add_up_squares(*parts[half:])
 
 
 @functools.cache
@@ -147,9 +143,9 @@ def conv1d(
     block = CONV_SHORT_K_BLOCK if inputs <= FEW_INPUTS else CONV_K_BLOCK
     single = x.dtype == mx.float32
     if device_kind() == "cpu" or (device_kind() == "metal" and not single):
-        parts = [mx.conv1d(x, weight, stride)]
+        y = mx.conv1d(x, weight, stride)
     elif not (SHORT_SUMS and single) or inputs % block:
-        parts = [windows(x, kernel, stride) @ weight.transpose(1, 2, 0).reshape(inputs, out)]
+        y = windows(x, kernel, stride) @ weight.transpose(1, 2, 0).reshape(inputs, out)
     else:
         batch, time, _ = x.shape
         by_part = mx.as_strided(
@@ -157,15 +153,13 @@ def conv1d(
             (inputs // block, batch, (time - kernel) // stride + 1, block),
             (block, time * channels, stride * channels, 1),
         )
-        matrices = weight.transpose(1, 2, 0).reshape(-1, 1, block, out)
-        # iterating would reshape each part: an operation more, for which a GPU waits
-        parts = mx.split(by_part @ matrices, len(by_part))
-    if bias is not None:
-        parts.append(bias)
-    if len(parts) == 1 and not then_gelu:
-        return parts[0]
-    y = _in_one_pass(_add_up_and_gelu if then_gelu else _add_up, *parts)
-    return y if y.ndim == 3 else y.squeeze(0)
+        parts = by_part @ weight.transpose(1, 2, 0).reshape(-1, 1, block, out)
+        if len(parts) % SUM_BLOCK == 0:
+            parts = parts.reshape(-1, SUM_BLOCK, *parts.shape[1:]).sum(axis=1)
+        y = parts.sum(axis=0)
+    if bias is None:
+        return gelu(y) if then_gelu else y
+    return _in_one_pass(_add_and_gelu, y, bias) if then_gelu else y + bias
 
 
 def conv1d_group_norm_gelu(
@@ -182,78 +176,91 @@ def conv1d_group_norm_gelu(
     waveform: (batch, samples)    weight: (channels, kernel, 1)    scale, shift: (channels,)
     lengths:  (batch,) samples of each clip that its norm counts, or None for all
     moments:  each clip's, where this is a piece of it
-    returns:  (batch, (samples - kernel) // stride + 1, channels), float32
+    returns:  (batch, (samples - kernel) // stride + 1, channels), float32; of windows that
+              do not count, any numbers
 
     On a CPU the norm follows from the moments of the windows. A GPU would wait for
-    that; it has the bandwidth to look at the channels themselves, in two passes.
+    that; it has the bandwidth to look at the channels themselves.
     A bias of the convolution shifts a channel's mean and nothing else: it cancels.
     """
     kernel = weight.shape[1]
     weight, scale, shift = (w.astype(mx.float32) for w in (weight[..., 0], scale, shift))
     if moments is None:
-        offset, mean, variance = _channel_statistics(waveform, weight, stride, lengths)
+        rows, counted = _centred_windows(waveform, kernel, stride, lengths)
+        y = rows @ weight.T
+        variance = _sum_of_squares(y) / counted
+        y = y[:, : (waveform.shape[1] - kernel) // stride + 1]
     else:
         of_channels = [moment.of_channels(np.array(weight)) for moment in moments]
         offset = mx.array([[float(moment.offset)] for moment in moments])
         mean, variance = (mx.array(np.stack(values)) for values in zip(*of_channels, strict=True))
+        y = windows((waveform - offset)[..., None], kernel, stride) @ weight.T - mean[:, None]
     factor = scale / mx.sqrt(variance + EPS)
-    y = windows((waveform - offset)[..., None], kernel, stride) @ mx.contiguous(weight.T)
-    return _in_one_pass(_normalize_and_gelu, y, mean[:, None], factor[:, None], shift)
+    return _in_one_pass(_scale_and_gelu, y, factor[:, None], shift)
 
 
-def _channel_statistics(
-    waveform: mx.array, weight: mx.array, stride: int, lengths: mx.array | None
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Mean and variance over time of each channel of a convolution of a waveform.
+def _centred_windows(
+    waveform: mx.array, kernel: int, stride: int, lengths: mx.array | None
+) -> tuple[mx.array, Any]:
+    """The windows of a waveform without their mean over time, and how many of each clip count.
 
-    waveform: (batch, samples)    weight: (channels, kernel)
-    returns:  offset (batch, 1), to be subtracted from the waveform first, mean and
-              variance (batch, channels) of what is convolved then
+    waveform: (batch, samples)
+    returns:  (batch, windows, kernel) with rows of zeros up to a multiple of SUM_BLOCK, and
+              in the place of those that do not count; an integer or (batch, 1)
     """
-    kernel, samples = weight.shape[1], waveform.shape[1]
+    samples = waveform.shape[1]
     valid_samples: Any = samples
     valid_windows: Any = (samples - kernel) // stride + 1
     if lengths is not None:
         waveform = mx.where(mx.arange(samples)[None] < lengths[:, None], waveform, 0.0)
         valid_samples = lengths[:, None]
         valid_windows = ((lengths - kernel) // stride + 1)[:, None]
-    offset = _sum_over_time(waveform)[:, None] / valid_samples
+    # any number near the mean: what is left of it goes with the mean of the windows
+    offset = waveform.sum(axis=1, keepdims=True) / valid_samples
     rows = windows((waveform - offset)[..., None], kernel, stride)
     if lengths is not None:
         counted = mx.arange(rows.shape[1])[None, :, None] < valid_windows[..., None]
         rows = mx.where(counted, rows, 0.0)
-    row_mean = _sum_over_time(rows) / valid_windows
-    centred = rows - row_mean[:, None]
+    rows = rows - (_sum_over_time(rows) / valid_windows)[:, None]
     if lengths is not None:
-        centred = mx.where(counted, centred, 0.0)
-    channels = centred @ weight.T
-    return offset, row_mean @ weight.T, _sum_of_squares(channels) / valid_windows
+        rows = mx.where(counted, rows, 0.0)
+    return _padded(rows, SUM_BLOCK), valid_windows
+
+
+def _padded(x: mx.array, multiple: int) -> mx.array:
+    """``x`` with zeros behind axis 1 up to a multiple of so many."""
+    rest = -x.shape[1] % multiple
+    return mx.pad(x, ((0, 0), (0, rest), (0, 0))) if rest else x
 
 
 def _sum_over_time(x: mx.array) -> mx.array:
-    """The sum over axis 1 in short sums of short sums.
+    """The sum over axis 1 of (batch, time, channels) in short sums of short sums.
 
     A clip has millions of samples, and silence in it adds a small number over and over,
     which a long float32 sum loses: a variance was off by 3e-6 in blocks of 128.
     """
-    while SHORT_SUMS and x.shape[1] > SUM_BLOCK:
-        whole = x.shape[1] - x.shape[1] % SUM_BLOCK
-        blocks = x[:, :whole].reshape(len(x), -1, SUM_BLOCK, *x.shape[2:]).sum(axis=2)
-        if whole < x.shape[1]:
-            blocks = mx.concatenate([blocks, x[:, whole:].sum(axis=1, keepdims=True)], axis=1)
-        x = blocks
-    return x.sum(axis=1)
+    if not SHORT_SUMS:
+        return x.sum(axis=1)
+    levels = 0
+    while SUM_BLOCK ** (levels + 1) < x.shape[1]:
+        levels += 1
+    x = _padded(x, SUM_BLOCK**levels)
+    x = x.reshape(len(x), -1, *[SUM_BLOCK] * levels, x.shape[2])
+    for axis in range(levels, -1, -1):
+        x = x.sum(axis=1 + axis)
+    return x
 
 
 def _sum_of_squares(x: mx.array) -> mx.array:
-    """The sum of the squares over axis 1, whose first short sums take one pass over ``x``."""
-    if not SHORT_SUMS or x.shape[1] < SUM_BLOCK:
+    """The sum of the squares over axis 1, whose first short sums take one pass over ``x``.
+
+    x: (batch, time, channels), time being a multiple of SUM_BLOCK
+    """
+    if not SHORT_SUMS:
         return (x * x).sum(axis=1)
-    whole = x.shape[1] - x.shape[1] % SUM_BLOCK
-    rest = x[:, whole:]
-    rows = [x[:, start:whole:SUM_BLOCK] for start in range(SUM_BLOCK)]
-    blocks = _sum_over_time(_in_one_pass(_add_up_squares, *rows))
-    return blocks + (rest * rest).sum(axis=1)
+    batch, _, channels = x.shape
+    rows = mx.split(x.reshape(batch, -1, SUM_BLOCK, channels), SUM_BLOCK, axis=2)
+    return _sum_over_time(_in_one_pass(_add_up_squares, *rows).squeeze(2))
 
 
 def grouped_conv1d(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
@@ -280,26 +287,25 @@ def grouped_conv1d(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
 def _grouped_as_products(
     x: mx.array, weight: mx.array, left: int, right: int, taps: int
 ) -> mx.array:
-    """A grouped convolution as a few batched products, ``taps`` taps unfolded at a time.
+    """A grouped convolution as one batched product, a matrix for each ``taps`` taps of a group.
 
-    0.30 ms instead of cuDNN's 0.59 at 10 s, 1.2 instead of 2.3 at 60 s (H100,
-    float32); 0.2 instead of 0.8 and 0.5 instead of 2.4 in float16.
+    0.33 ms at 10 s and 0.74 at 30 s, where a product for each block of taps takes 0.53 and
+    0.96 (float32, H200), and cuDNN twice that (H100).
     """
     batch, frames, channels = x.shape
     kernel, per_group = weight.shape[1:]
-    groups = channels // per_group
+    groups, blocks = channels // per_group, kernel // taps
     padded = mx.pad(x, ((0, 0), (left, right), (0, 0)))
     by_group = padded.reshape(batch, -1, groups, per_group).transpose(0, 2, 1, 3)
-    rows = windows(by_group.reshape(batch * groups, -1, per_group), taps, 1)
-    rows = rows.reshape(batch, groups, -1, taps * per_group)
-    blocks = kernel // taps
-    matrices = weight.reshape(groups, per_group, blocks, taps * per_group)
-    out: Any = None
-    for block in range(blocks):
-        start = block * taps
-        part = rows[:, :, start : start + frames] @ matrices[:, :, block].swapaxes(1, 2)
-        out = part if out is None else out + part
-    return out.transpose(0, 2, 1, 3).reshape(batch, frames, channels)
+    of_group = padded.shape[1] * per_group
+    rows = mx.as_strided(
+        mx.contiguous(by_group),
+        (blocks, batch, groups, frames, taps * per_group),
+        (taps * per_group, groups * of_group, of_group, per_group, 1),
+    )
+    matrices = weight.transpose(1, 2, 0).reshape(blocks, 1, taps * per_group, groups, per_group)
+    y = (rows @ matrices.swapaxes(2, 3)).sum(axis=0)
+    return y.transpose(0, 2, 1, 3).reshape(batch, frames, channels)
 
 
 def plans_attention(dtype: mx.Dtype) -> bool:
