@@ -346,7 +346,7 @@ class ContentvecModel(Hubert):
         for position, name in enumerate(chain):
             x = stages[name](x)
             if isinstance(walk, MlxHubert) and (waits or position % 2):
-                previous = ops.pipelined(x, previous if waits else None)
+                previous = ops.pipelined(x, previous, waits)
         return {"x": mx.array(x), "padding_mask": conditions["padding"]}
 
     def _prepare(

@@ -54,8 +54,11 @@ BATCH_SECONDS = {"alone": 0.0, "batches": None}
 class Watch(threading.Thread):
     """The most that MLX holds, live and kept, looked at every millisecond.
 
-    What is let go or taken again between two looks would count twice.
+    The two numbers are read one after the other: what is let go or taken again in between
+    counts twice, and may even look the same a moment later. So many looks must agree.
     """
+
+    LOOKS = 8
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -64,9 +67,9 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.001):
-            held = mx.get_active_memory(), mx.get_cache_memory()
-            if held == (mx.get_active_memory(), mx.get_cache_memory()):
-                self.most = max(self.most, sum(held))
+            looks = {(mx.get_active_memory(), mx.get_cache_memory()) for _ in range(self.LOOKS)}
+            if len(looks) == 1:
+                self.most = max(self.most, sum(looks.pop()))
 
 
 def clips(arguments: argparse.Namespace) -> list[np.ndarray]:

@@ -601,10 +601,10 @@ class TestWeights:
     def test_a_gpu_starts_before_all_of_a_short_clip_is_described(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        started: list[Any] = []
+        started: list[bool] = []
 
-        def note(x: mx.array, previous: mx.array | None) -> mx.array:
-            started.append(previous)
+        def note(x: mx.array, previous: mx.array | None, waits: bool) -> mx.array:
+            started.append(waits)
             return x
 
         monkeypatch.setattr(ops, "pipelined", note)
@@ -614,7 +614,20 @@ class TestWeights:
         tiny = model()
         tiny(waveform()[None])
         stages = len(stage_names(tiny.config)) - ("final_proj" in tiny)
-        assert started == [None] * (stages // 2)
+        assert started == [False] * (stages // 2)
+
+    @pytest.mark.parametrize(("waits", "held"), [(False, 100), (True, 0), (False, 101)])
+    def test_a_stage_waits_for_an_earlier_one_where_memory_is_nearly_full(
+        self, waits: bool, held: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waited: list[mx.array] = []
+        monkeypatch.setattr(mx, "get_active_memory", lambda: held)
+        monkeypatch.setattr(mx, "get_memory_limit", lambda: 150)
+        monkeypatch.setattr(mx, "eval", waited.append)
+        before, x = mx.zeros(1), mx.ones(1)
+        assert ops.pipelined(x, before, waits) is x
+        assert [one is before for one in waited] == [True] * (waits or held > 100)
+        assert ops.pipelined(x, None, waits) is x
 
     @pytest.mark.parametrize(
         ("kind", "dtype", "seconds"),
