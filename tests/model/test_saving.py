@@ -209,11 +209,12 @@ def test_a_quantisation_that_is_none_is_refused(stored: str, tmp_path: Path) -> 
 def test_lazy_weights_are_the_same_weights(tmp_path: Path) -> None:
     path = random_weights_file(tmp_path / "a.safetensors", TINY)
     eager = features(ContentvecModel.from_file(path))
+    # a GPU's product may add in another order where weights are stored otherwise
     np.testing.assert_allclose(
-        features(ContentvecModel.from_file(path, lazy=True)), eager, atol=1e-6
+        features(ContentvecModel.from_file(path, lazy=True)), eager, atol=1e-5
     )
     built = ContentvecModel(TINY).load_weights(path, lazy=True)
-    np.testing.assert_allclose(features(built), eager, atol=1e-6)
+    np.testing.assert_allclose(features(built), eager, atol=1e-5)
 
 
 def test_lazy_weights_stay_in_the_file(tmp_path: Path) -> None:
