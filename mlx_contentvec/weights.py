@@ -19,6 +19,7 @@ from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
 from .ops.mlx import in_gemm_layout, to_gemm_layout
+from .safetensors_header import HeaderError, check_file
 
 Arrays = dict[str, mx.array]
 
@@ -50,6 +51,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
             f"no such file: {path}", hint=similar_name(path) or how_to_convert("hubert_base.pt")
         )
     require_no_fork()
+    _check_header(path)
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
@@ -62,6 +64,22 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
     if rvc_mlx.is_rvc_mlx(metadata):
         return rvc_mlx.translated(arrays, metadata, path.name)
     return arrays, metadata
+
+
+def _check_header(path: Path) -> None:
+    """Raise WeightsError unless every byte of a safetensors file belongs to one tensor."""
+    try:
+        check_file(path)
+    except HeaderError as error:
+        raise WeightsError(
+            f"{path.name} is damaged: {error.problem}",
+            found=error.found,
+            expected=error.expected,
+            hint="copy or download the file again, or convert its checkpoint again",
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise WeightsError(f"{path} cannot be read: {reason}") from error
 
 
 #: how files begin that are taken for weights

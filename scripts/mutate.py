@@ -41,6 +41,10 @@ TESTS: dict[str, list[str]] = {
     "mlx_contentvec/folders.py": ["tests/test_folders.py"],
     "mlx_contentvec/hub.py": ["tests/model/test_hub.py"],
     "mlx_contentvec/json_text.py": ["tests/test_json_text.py"],
+    "mlx_contentvec/safetensors_header.py": [
+        "tests/checkpoint",
+        "tests/model/test_safetensors_header.py",
+    ],
     "convert/contentvec_convert/fetch.py": [
         "tests/convert/test_fetch.py",
         "tests/convert/test_repository.py",
@@ -96,7 +100,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "<= -> <",
     ): "a field that begins in the last four bytes holds nothing",
     (
-        "convert/contentvec_convert/checkpoint/safetensors_file.py",
+        "mlx_contentvec/safetensors_header.py",
         'f"it lacks {missing:,} bytes at its end" if missing > 0 else "it goes on past its end",',
         "> -> >=",
     ): "the number is not zero there",

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_contentvec.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from mlx_contentvec.safetensors_header import DIMENSIONS
 
-from .limits import DIMENSIONS
 from .records import GlobalName, InertRecord
 from .source_file import SourceFile
 
