@@ -177,7 +177,8 @@ class ContentvecModel(Hubert):
             arrays, metadata = weights.read_safetensors(file_or_weights)
             self._load(arrays, metadata, Path(file_or_weights).name, strict, lazy)
         else:
-            self._load(dict(file_or_weights), {}, "the given weights", strict, lazy)
+            pairs = weights.named_arrays(file_or_weights)
+            self._load(pairs, {}, "the given weights", strict, lazy)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:

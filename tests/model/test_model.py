@@ -484,6 +484,45 @@ class TestWeights:
         with pytest.raises(WeightsError, match=r"layer_norm.bias \(31,\) instead of \(32,\)"):
             ContentvecModel(TINY).load_weights(list(arrays.items()), strict=False)
 
+    @pytest.mark.parametrize("name", ["encoder.layers.1.fc1.weight", "layer_norm.bias"])
+    @pytest.mark.parametrize("dtype", [mx.int32, mx.uint32, mx.bool_, mx.complex64])
+    def test_a_tensor_that_is_not_floating_point_is_named(self, name: str, dtype: Any) -> None:
+        arrays = random_weights(TINY)
+        arrays[name] = arrays[name].astype(dtype)
+        with pytest.raises(WeightsError, match=f"1 of another type: {name} {dtype}"):
+            ContentvecModel(TINY).load_weights(list(arrays.items()), strict=False)
+
+    def test_a_quantised_weight_is_taken_for_nothing_else(self, tmp_path: Path) -> None:
+        quantised = random_model(small_models.QUANTISABLE)
+        nn.quantize(quantised, group_size=32, bits=8)
+        path = tmp_path / "saved.safetensors"
+        quantised.save(path)
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        name = "encoder.layers.1.fc1.weight"
+        for dtype in (mx.float32, mx.int32):
+            changed = {**arrays, name: arrays[name].view(dtype)}
+            mx.save_safetensors(str(path), changed, metadata)
+            with pytest.raises(WeightsError, match=f"1 of another type: {name} {dtype}"):
+                ContentvecModel.from_file(path)
+        mx.save_safetensors(str(path), arrays, metadata)
+        ContentvecModel.from_file(path)
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            None,
+            3,
+            ["layer_norm.bias"],
+            [("layer_norm.bias", np.zeros(32, np.float32))],
+            [("layer_norm.bias", [0.0] * 32)],
+            [(3, mx.zeros(32))],
+        ],
+        ids=["nothing", "a number", "names", "numpy", "lists", "numbers for names"],
+    )
+    def test_what_are_no_weights_is_refused(self, given: Any) -> None:
+        with pytest.raises(WeightsError, match="weights are a file, or names with arrays"):
+            ContentvecModel(TINY).load_weights(given, strict=False)
+
     def test_plain_mlx_loading_fills_the_model_too(self, converted_tiny: Path) -> None:
         import mlx.nn as nn
 
