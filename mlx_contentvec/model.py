@@ -449,12 +449,14 @@ class ContentvecModel(Hubert):
         lengths: (batch,) samples of each clip that count, for ``conv.0`` and ``positional``
         spk_emb: (batch, speaker_dim), for speaker-conditioned layers
 
-        Raises ConfigError if there is no such stage.
+        Raises ConfigError if there is no such stage, AudioError for an input that it does
+        not read.
         """
         require_no_fork()
-        x = mx.array(x)
+        known = stage_names(self.config)
+        if name not in known:
+            raise ConfigError(f"no stage {name!r}", expected=", ".join(known))
+        x = inputs.check_stage_input(name, x, self.config)
         walk = self.walk(x, spk_emb)
         stages = dict(walk.stages(padding=padding_mask, lengths=lengths, speaker=spk_emb))
-        if name not in stages:
-            raise ConfigError(f"no stage {name!r}", expected=", ".join(stages))
         return mx.array(stages[name](walk.waveform(x)))

@@ -397,6 +397,18 @@ class TestSpeakerConditioning:
         assert caught[0].filename == __file__
 
 
+#: what a library or a file may give in the place of a plain array of float32
+LAYOUTS: dict[str, Any] = {
+    "big-endian": lambda array: array.astype(">f4"),
+    "big-endian float64": lambda array: array.astype(">f8"),
+    "long double": lambda array: array.astype(np.longdouble),
+    "backwards": lambda array: np.ascontiguousarray(array[:, ::-1])[:, ::-1],
+    "strided": lambda array: np.repeat(array, 2, axis=1)[:, ::2],
+    "by columns": np.asfortranarray,
+    "masked nowhere": np.ma.masked_array,
+}
+
+
 class TestRefusedInput:
     @pytest.mark.parametrize(
         ("source", "message"),
@@ -413,6 +425,11 @@ class TestRefusedInput:
             (np.where(np.arange(4000) == 3999, np.inf, 0).astype(np.float32)[None], "NaN or inf"),
             (32768 * waveform()[None], "out of scale"),
             ([[0.0] * 4000], "must be an array"),
+            (np.zeros((1, 4000), object), "no numbers"),
+            (np.full((1, 4000), "a"), "no numbers"),
+            (np.zeros((1, 4000), "f4,f4"), "no numbers"),
+            (np.zeros((1, 4000), complex), "not floating point"),
+            (np.ma.masked_less(waveform()[None], 0), "masked values"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -420,6 +437,57 @@ class TestRefusedInput:
     def test_each_says_what_is_wrong(self, source: Any, message: str) -> None:
         with pytest.raises(AudioError, match=message):
             model()(source)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_every_layout_of_an_array_is_read(self, layout: str) -> None:
+        tiny, given = model(VARIANTS["speaker"]), LAYOUTS[layout]
+        source, embedding = np.stack([waveform(), waveform(seed=2)]), np.ones((2, 8), np.float32)
+        mask = np.arange(4000)[None] >= np.array([[4000], [3000]])
+        wanted = tiny(source, mx.array(embedding), mx.array(mask))
+        got = tiny(given(source), given(embedding), given(mask.astype(np.float32)))
+        assert bool((got["x"] == wanted["x"]).all())
+        lengths = np.array([4000, 3000])
+        wanted = tiny(source, mx.array(embedding), lengths=lengths)
+        got = tiny(given(source), given(embedding), lengths=lengths.astype(">i4")[::-1][::-1])
+        assert bool((got["x"] == wanted["x"]).all())
+        stage = np.array(tiny.stage_outputs(source, spk_emb=mx.array(embedding))["conv.6"])
+        wanted = tiny.run_stage("projection", mx.array(stage))
+        assert bool((tiny.run_stage("projection", given(stage)) == wanted).all())
+
+    @pytest.mark.parametrize("options", [{"padding_mask": "a"}, {"padding_mask": [[0], [0, 1]]}])
+    def test_a_mask_that_is_no_array_is_refused(self, options: dict[str, Any]) -> None:
+        with pytest.raises(AudioError, match="the padding mask cannot be read as an array"):
+            model()(waveform()[None], **options)
+
+    @pytest.mark.parametrize("lengths", [[[1], [2, 3]], ["a"], [None], {}, [2**70]])
+    def test_lengths_that_are_no_array_are_refused(self, lengths: Any) -> None:
+        with pytest.raises(AudioError, match="lengths cannot be read as an array"):
+            model()(waveform()[None], lengths=lengths)
+
+    @pytest.mark.parametrize("values", [np.nan, np.inf, np.float64(1e300)])
+    def test_a_speaker_that_is_not_finite_is_refused(self, values: float) -> None:
+        with pytest.raises(ConfigError, match="spk_emb holds NaN or infinity"):
+            model(VARIANTS["speaker"])(waveform()[None], np.full((1, 8), values))
+
+    @pytest.mark.parametrize(
+        ("stage", "shape"),
+        [
+            ("conv.0", (4000,)),
+            ("conv.0", (1, 9)),
+            ("conv.1", (1, 2, 32)),
+            ("conv.1", (1, 100, 31)),
+            ("projection", (1, 12, 48)),
+            ("positional", (0, 12, 48)),
+            ("layer.1", (1, 4000)),
+            ("layer.1", (1, 0, 48)),
+            ("final_proj", (1, 12, 16)),
+        ],
+    )
+    def test_a_stage_names_the_input_that_it_reads(
+        self, stage: str, shape: tuple[int, ...]
+    ) -> None:
+        with pytest.raises(AudioError, match=f"{stage} cannot read this input"):
+            model().run_stage(stage, np.zeros(shape, np.float32))
 
     def test_float64_and_half_precision_input_are_fine(self) -> None:
         tiny, source = model(), waveform()[None]

@@ -397,6 +397,9 @@ BAD_SOURCES = {
         "NaN",
     ),
     "not a number": (np.full((1, 8000), np.nan, np.float32), "NaN"),
+    "texts": (np.full((1, 8000), "a"), "must be an array"),
+    "objects": (noise(8000)[None].astype(object), "must be an array"),
+    "masked": (np.ma.masked_less(noise(8000)[None], 0), "masked values"),
 }
 
 
@@ -415,6 +418,36 @@ def test_a_waveform_that_cannot_be_used_is_refused_by_every_call(hubert: Hubert,
     ):
         with pytest.raises(AudioError, match=reason):
             call()
+
+
+@pytest.mark.parametrize("form", ["sparse", "without values"])
+def test_a_tensor_that_numpy_cannot_read_is_refused(torch: Any, hubert: Hubert, form: str) -> None:
+    plain = torch.zeros(1, 8000)
+    given = plain.to_sparse() if form == "sparse" else plain.to("meta")
+    for call in (
+        lambda: hubert.extract_features(given),
+        lambda: hubert.extract_features(plain, given),
+        lambda: hubert(given),
+        lambda: hubert(plain, given),
+        lambda: hubert.final_proj(given),
+    ):
+        with pytest.raises(AudioError, match="cannot be read as an array"):
+            call()
+
+
+def test_a_mask_of_texts_is_refused(hubert: Hubert) -> None:
+    source = noise(8000)[None]
+    for call in (hubert.extract_features, hubert):
+        with pytest.raises(AudioError, match="must be an array"):
+            call(source, np.full((1, 8000), "1"))
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 96), (0, 5, 96)])
+def test_final_proj_gives_no_frames_for_none(
+    torch: Any, hubert: Hubert, shape: tuple[int, ...]
+) -> None:
+    given = torch.zeros(shape)
+    assert hubert.final_proj(given).shape == torch.nn.Linear(96, 32)(given).shape
 
 
 def test_what_only_training_asks_is_refused(hubert: Hubert) -> None:
