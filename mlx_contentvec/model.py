@@ -93,20 +93,21 @@ class ContentvecModel(Hubert):
 
         Raises WeightsError if the file is not one that this project converted.
         """
-        arrays, metadata = weights.read_safetensors(path)
-        if "config" in metadata:
-            config = weights.stored_config(path, metadata)
-        elif first_release.is_first_release(arrays):
-            config = first_release.config_of(arrays, Path(path).name)
-        else:
-            raise WeightsError(
-                f"{Path(path).name} does not say what model it holds",
-                found="safetensors without a 'config' in its metadata",
-                expected="a file written by mlx-contentvec convert",
-                hint="a checkpoint is converted first:\n" + how_to_convert(path),
-            )
-        model = cls(config)
-        model._load(arrays, metadata, Path(path).name, lazy=lazy)
+        with weights.unchanged(path):
+            arrays, metadata = weights.read_safetensors(path)
+            if "config" in metadata:
+                config = weights.stored_config(path, metadata)
+            elif first_release.is_first_release(arrays):
+                config = first_release.config_of(arrays, Path(path).name)
+            else:
+                raise WeightsError(
+                    f"{Path(path).name} does not say what model it holds",
+                    found="safetensors without a 'config' in its metadata",
+                    expected="a file written by mlx-contentvec convert",
+                    hint="a checkpoint is converted first:\n" + how_to_convert(path),
+                )
+            model = cls(config)
+            model._load(arrays, metadata, Path(path).name, lazy=lazy)
         return model
 
     @classmethod
@@ -174,8 +175,9 @@ class ContentvecModel(Hubert):
         Raises WeightsError.
         """
         if isinstance(file_or_weights, (str, os.PathLike)):
-            arrays, metadata = weights.read_safetensors(file_or_weights)
-            self._load(arrays, metadata, Path(file_or_weights).name, strict, lazy)
+            with weights.unchanged(file_or_weights):
+                arrays, metadata = weights.read_safetensors(file_or_weights)
+                self._load(arrays, metadata, Path(file_or_weights).name, strict, lazy)
         else:
             pairs = weights.named_arrays(file_or_weights)
             self._load(pairs, {}, "the given weights", strict, lazy)

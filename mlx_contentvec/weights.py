@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ from . import first_release, ops, rvc_mlx
 from .backend import mx, nn, require_no_fork
 from .config import ModelConfig, parameter_shapes
 from .errors import OutputError, WeightsError, name_list
-from .files import Draft, check_target, is_file, is_folder, is_there, similar_name
+from .files import (
+    Draft,
+    check_target,
+    file_state,
+    is_file,
+    is_folder,
+    is_there,
+    require_unchanged,
+    similar_name,
+)
 from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
@@ -65,6 +75,19 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
     if rvc_mlx.is_rvc_mlx(metadata):
         return rvc_mlx.translated(arrays, metadata, path.name)
     return arrays, metadata
+
+
+@contextlib.contextmanager
+def unchanged(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise WeightsError if a file changes while the block reads it: half of it would be another's.
+
+    A file that is not there is for the block to refuse.
+    """
+    states = {}
+    with contextlib.suppress(OSError, ValueError):
+        states[Path(path)] = file_state(Path(path))
+    yield
+    require_unchanged(states, WeightsError)
 
 
 def _check_header(path: Path) -> None:

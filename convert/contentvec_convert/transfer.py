@@ -232,15 +232,16 @@ def _row_counts(shape: Shape) -> Iterator[int]:
 def _whole(rule: Rule, stored: list[StoredTensor]) -> Array:
     """The target of a rule as one float32 array.
 
-    A transform that computes widens its sources itself, a few rows at a time;
-    they come as views on the mapped file, but for bfloat16, which numpy has not.
+    A transform that computes widens its sources itself, a few rows at a time, but for
+    bfloat16, which numpy has not. They are read, not mapped: a file that is cut short
+    meanwhile would end the process.
     """
     transform = TRANSFORMS[rule.transform]
     if transform.lossless:
         arrays = [widen(stored[0].read(), stored[0].dtype)]
     else:
         arrays = [
-            widen(tensor.read(), tensor.dtype) if tensor.dtype == "bfloat16" else tensor.array()
+            widen(tensor.read(), tensor.dtype) if tensor.dtype == "bfloat16" else tensor.read()
             for tensor in stored
         ]
     return np.ascontiguousarray(transform.apply(*arrays))

@@ -185,6 +185,7 @@ def _run(
     from ..hub import sha256_of
     from ..loading import find_weights
     from ..model import ContentvecModel
+    from ..weights import unchanged
     from .packing import check_packs, pack, part_of
     from .windows import cut_windows
 
@@ -196,14 +197,16 @@ def _run(
     name = None if part is None else f"shard-{part.index}-of-{part.count}"
     with locked(folder, name) if ranks.rank == 0 else contextlib.nullcontext():
         weights_file = find_weights(weights)
-        model = ContentvecModel.from_file(weights_file)
+        with unchanged(weights_file):
+            model = ContentvecModel.from_file(weights_file)
+            digest = sha256_of(weights_file)
         kind.check(model.config)
         window = options["window"]
         overlap = 2.0 if options["overlap"] is None else options["overlap"]
         if window is not None:
             cut_windows(model.config, 1, window, overlap)
         settings = Settings(
-            weights=sha256_of(weights_file),
+            weights=digest,
             layer=kind.layer,
             project=kind.project,
             dtype=options["dtype"],

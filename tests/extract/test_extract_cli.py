@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from mlx_contentvec import hub
+from mlx_contentvec.cli import main
+from tests.checkpoint_files import change_in_place
 from tests.small_models import DEEP, noise, random_weights_file
 
 soundfile = pytest.importorskip(
@@ -118,6 +122,27 @@ def test_one_safetensors_for_each_folder(run_cli: RunCli, weights: Path, tmp_pat
     assert done.returncode == 0
     assert sorted(load_file(out / "a/features.safetensors")) == ["000", "001"]
     assert outputs(out) == []
+
+
+def test_weights_that_change_before_they_are_named_in_the_manifest_are_refused(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "model.safetensors"
+    copied.write_bytes(weights.read_bytes())
+    sha256_of = hub.sha256_of
+
+    def changing(path: Path) -> str:
+        change_in_place(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr(hub, "sha256_of", changing)
+    folder, out = write_clips(tmp_path / "in", 1), tmp_path / "out"
+    done = CliRunner().invoke(
+        main, ["extract", str(folder), "-o", str(out), "-w", str(copied), "--layer", "2"]
+    )
+    assert done.exit_code == 1
+    assert "model.safetensors changed while it was being read" in done.output.replace("\n", " ")
+    assert not outputs(out)
 
 
 @pytest.mark.parametrize(
