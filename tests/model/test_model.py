@@ -353,15 +353,33 @@ class TestPaddedBatchesOfNormalisedInput:
         for features, row, padded in zip(batched, expected, frames, strict=True):
             np.testing.assert_allclose(features, row[~padded].numpy(), atol=5e-5, rtol=0)
 
-    def test_the_reference_of_a_parity_run_is_given_the_same(self, normalising: Any) -> None:
+    @pytest.mark.parametrize("name", ["fairseq", "transformers"])
+    def test_every_reference_of_a_parity_run_is_given_the_same(
+        self, normalising: Any, name: str
+    ) -> None:
         from contentvec_parity.inputs import Clip
-        from contentvec_parity.references import fairseq as reference
+        from contentvec_parity.references import open_reference
 
         _, checkpoint, _ = normalising
         clips, batch, mask = self.padded()
         source, _ = fairseq_batch(clips)
-        given = reference.open(checkpoint).model_input(Clip("batch", batch, "", {}, mask))
+        given = open_reference(name, checkpoint).model_input(Clip("batch", batch, "", {}, mask))
         np.testing.assert_array_equal(given, source.numpy())
+
+    def test_the_reference_asks_fairseqs_own_loader(
+        self, normalising: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from fairseq.data.audio.raw_audio_dataset import RawAudioDataset
+
+        from contentvec_parity.inputs import Clip
+        from contentvec_parity.references import fairseq as reference
+
+        clip = Clip("one", waveform()[None], "")
+        original = reference.open(normalising[1])
+        before = original.model_input(clip)
+        postprocess = RawAudioDataset.postprocess
+        monkeypatch.setattr(RawAudioDataset, "postprocess", lambda *given: 2 * postprocess(*given))
+        np.testing.assert_array_equal(original.model_input(clip), 2 * before)
 
     def test_padding_before_or_between_samples_is_refused(self) -> None:
         large = model(VARIANTS["large"])

@@ -7,13 +7,16 @@ import ast
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError, name_list
 from mlx_contentvec.files import is_file, is_folder
 from mlx_contentvec.json_text import read_object
 
 from ..compare.naming import UNREAD, rows
-from .original import TorchOriginal, first_line, frame_mask, quiet
+from .original import TorchOriginal, first_line, frame_mask, quiet, without_padding
 
 Tensor = Any
 
@@ -205,6 +208,17 @@ class TransformersOriginal(TorchOriginal):
         model.encoder(
             self._batch_first(hidden), attention_mask=~torch.from_numpy(frames).to(source.device)
         )
+
+    def _normalized(self, waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> Tensor:
+        """As fairseq does it, whose models these are.
+
+        ``Wav2Vec2FeatureExtractor`` adds 1e-7 to the variance, where they were trained with 1e-5.
+        """
+        from torch.nn.functional import layer_norm
+        from torch.nn.utils.rnn import pad_sequence
+
+        clips = without_padding(waveforms, padding_mask)
+        return pad_sequence([layer_norm(x, x.shape) for x in clips], batch_first=True)
 
     def _projection(self, model: Any) -> Any:
         return model.feature_projection.projection
