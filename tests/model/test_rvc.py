@@ -295,6 +295,25 @@ def test_normalising_is_left_to_the_caller(torch: Any, original: originals.Origi
 # masks and inputs that cannot be used ------------------------------------------
 
 
+def test_what_an_extractor_of_transformers_made_is_used_as_it_is(
+    torch: Any, original: originals.Original
+) -> None:
+    """Of quiet audio it is not what the model makes of it: docs/embedders.md."""
+    import transformers
+
+    config = original.hubert.model.config
+    quiet = 1e-3 * noise(8000)
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=config.normalize)
+    given = extractor(quiet, sampling_rate=16000, return_tensors="np").input_values
+    reference, truth = (
+        hidden_states(torch, model, given)[0] for model in (original.model, original.truth)
+    )
+    features = original.hubert.model(given, normalized=True)["x"]
+    originals.assert_within_gate(np.array(features), reference, truth)
+    by_the_model = np.array(original.hubert.model(quiet[None])["x"])
+    assert (np.abs(by_the_model - reference).max() > 1e-2) == config.normalize
+
+
 def rows(*lengths: int, samples: int = 8000) -> np.ndarray:
     """(clips, samples), true where padded."""
     return np.arange(samples) >= np.array(lengths)[:, None]
