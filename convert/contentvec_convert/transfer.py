@@ -264,9 +264,13 @@ def _require_finite(block: Array, dtype: str, rule: Rule, stored: list[StoredTen
             found=damage,
             hint="the checkpoint is damaged: get it again from where it came from",
         )
+    fit = dtype != "F32" and all(np.isfinite(tensor.float32()).all() for tensor in stored)
     raise MappingError(
         f"{rule.target} has weights too large for the output format",
-        hint="--dtype float32 holds them",
+        hint="--dtype float32 holds them"
+        if fit
+        else "no weights of a model are so large: the checkpoint is damaged, or its training had\n"
+        "diverged",
     )
 
 

@@ -34,6 +34,7 @@ ARCHITECTURE = (
     "conv_pos_groups",
     "conv_pos_batch_norm",
     "normalize",
+    "sample_rate",
 )
 
 #: other ways to ask for the same features are tried on clips of at most this length

@@ -210,6 +210,7 @@ def _config(model: Any, cfg: Any) -> ModelConfig:
         conv_pos_batch_norm=batch_norm,
         final_dim=final.out_features,
         normalize=bool(cfg.task.normalize),
+        sample_rate=int(cfg.task.sample_rate),
     )
 
 
