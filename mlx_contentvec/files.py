@@ -428,8 +428,20 @@ class Draft:
         with explained(self.final):
             sync(self._descriptor)
 
+    def require_kept(self) -> None:
+        """Raise OutputError unless the temporary file is still the one that was written."""
+        if not is_at(self._temporary, self._descriptor):
+            raise OutputError(
+                f"cannot write {self.final}",
+                found=f"{self._temporary.name}, which was to become it, was moved, removed or "
+                "replaced",
+                hint="leave the folder and files that end in "
+                f"{TEMPORARY_SUFFIX} alone until it is done",
+            )
+
     def rename(self, *, force: bool) -> None:
         """Give the file its own name in one step; without ``force`` only if that name is free."""
+        self.require_kept()
         with explained(self.final):
             place(self._temporary, self.final, force=force)
             self._temporary = self.final

@@ -21,6 +21,7 @@ from mlx_contentvec import __version__, rvc_mlx
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import (
     ConfigError,
+    ContentvecError,
     IdentityError,
     OutputError,
     UnsupportedCheckpoint,
@@ -344,7 +345,6 @@ def _undone(converted: Checkpoint, rules: Iterable[Rule]) -> dict[str, Array]:
 
 
 def _array(stored: StoredTensor) -> Array:
-    # read, not mapped: a file that is cut short meanwhile would end the process
     return stored.float32() if stored.dtype == "bfloat16" else stored.read()
 
 
@@ -394,17 +394,23 @@ def _require_replaceable(source: Path, output: Path) -> None:
 
 def _verify(draft: Path, config: ModelConfig, written: dict[str, Array]) -> None:
     """Read ``draft`` back, recognise it, and compare everything with what was to be written."""
-    with open_checkpoint(draft) as back:
-        plan = plan_for(back)
-        same = plan.config == config and back.tensors.keys() == written.keys()
-        if not same or any(
-            back.tensors[name].array().tobytes() != array.tobytes()
-            for name, array in written.items()
-        ):
-            raise OutputError(
-                f"{draft.name} did not come back from the disk as it was written",
-                hint="the disk or the memory is failing; try again on another one",
+    try:
+        with open_checkpoint(draft) as back:
+            same = plan_for(back).config == config and back.tensors.keys() == written.keys()
+            same = same and all(
+                back.tensors[name].read().tobytes() == array.tobytes()
+                for name, array in written.items()
             )
+            found = None
+    except ContentvecError as error:
+        same, found = False, error.problem
+    if not same:
+        raise OutputError(
+            f"{draft.name} did not come back from the disk as it was written",
+            found=found,
+            hint="if nothing else moved, removed or changed it meanwhile, the disk or the memory\n"
+            "is failing; try again on another one",
+        )
 
 
 def _flush(stream: Any) -> None:

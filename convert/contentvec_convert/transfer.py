@@ -233,8 +233,7 @@ def _whole(rule: Rule, stored: list[StoredTensor]) -> Array:
     """The target of a rule as one float32 array.
 
     A transform that computes widens its sources itself, a few rows at a time, but for
-    bfloat16, which numpy has not. They are read, not mapped: a file that is cut short
-    meanwhile would end the process.
+    bfloat16, which numpy has not.
     """
     transform = TRANSFORMS[rule.transform]
     if transform.lossless:

@@ -360,6 +360,33 @@ def test_bytes_changed_in_place_are_noticed(
     assert list(room.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("to", ["transformers", "fairseq"])
+@pytest.mark.parametrize("change", ["moved", "damaged"])
+def test_a_draft_that_is_moved_or_damaged_is_not_taken_for_a_bad_download(
+    converted_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, change: str
+) -> None:
+    import contentvec_convert.export as module
+
+    place, write = tmp_path / "place", module._WRITERS[to]
+    place.mkdir()
+
+    def changing(*arguments: Any) -> Any:
+        written = write(*arguments)
+        if change == "moved":
+            place.rename(tmp_path / "moved")
+        else:
+            for path in place.rglob("*"):
+                if path.is_file():
+                    path.write_bytes(b"another's")
+        return written
+
+    monkeypatch.setitem(module._WRITERS, to, changing)
+    with pytest.raises(OutputError, match="did not come back from the disk") as refused:
+        export(converted_tiny, place / "out", to=to)
+    assert refused.value.found and "download" not in str(refused.value)
+    assert not (place / "out").exists()
+
+
 def test_a_file_that_is_cut_short_meanwhile_is_refused(
     converted_tiny: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
