@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
-from ..errors import AudioError, ContentvecError, OutputError, counted, name_list, printable
+from ..errors import (
+    AudioError,
+    ContentvecError,
+    OutputError,
+    WeightsError,
+    counted,
+    name_list,
+    printable,
+)
 from ..files import Draft, is_file
 from .manifest import Manifest, Record, State, identity, prepared
 from .sharding import Ranks, shares
@@ -352,14 +360,18 @@ class Extraction:
 
         Raises OutputError if one cannot be written; those before it are kept.
         """
+        from ..features import require_finite
+
         failed: OutputError | None = None
         with contextlib.ExitStack() as drafts:
             whole: list[tuple[Job, Draft, Record]] = []
             for job, decoded, features in made:
                 with np.errstate(over="ignore"):
                     features = features.astype(self.settings.dtype, copy=False)
-                if not np.isfinite(features).all():
-                    self._fail(job, AudioError("its features are not finite numbers"))
+                try:
+                    require_finite(features)
+                except WeightsError as error:
+                    self._fail(job, error)
                     continue
                 path = self.manifest.folder / job.output
                 try:

@@ -82,7 +82,6 @@ def assert_same(torch: ModuleType, stored: dict[str, StoredTensor], truth: dict[
         assert found.shape == tuple(expected.shape)
         assert found.read().shape == found.shape
         assert found.read().tobytes() == bits(torch, expected), name
-        assert found.read().tobytes() == bits(torch, expected), name
         if expected.dtype.is_floating_point and expected.element_size() > 1:
             assert bits(torch, torch.from_numpy(found.float32())) == bits(torch, expected.float())
             assert bits(torch, torch.from_numpy(found.float64())) == bits(torch, expected.double())
