@@ -53,6 +53,8 @@ _HINTS = {
     errno.EPERM: "write to another folder with -o",
     errno.ENOENT: "make the folder first, or write to another one with -o",
     errno.ENOTDIR: "write to another folder with -o",
+    errno.EISDIR: "a folder has that name: move it away, or write to another folder with -o",
+    errno.EEXIST: "something else has that name: move it away, or write to another folder with -o",
     errno.ENAMETOOLONG: "give it a shorter name with -o",
 }
 

@@ -176,7 +176,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a packed file is hashed again, with the same result",
     (
         "mlx_contentvec/extract/manifest.py",
-        'if (str(source), stat.st_mtime_ns) == (recorded["path"], recorded["mtime_ns"]):',
+        'if str(source) == recorded["path"] and (stat.st_mtime_ns, stat.st_ctime_ns) == times:',
         "if -> if False",
     ): "the checksum gives the same answer for a file whose time stamp tells the truth",
     (
