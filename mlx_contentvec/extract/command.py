@@ -270,7 +270,10 @@ def _run(
         summary.failed = sorted([*summary.failed, *missing], key=lambda failure: failure.source)
         # what belongs to no single shard is left to the summary
         if ranks.rank == 0 and options["safetensors"] and part is None:
-            pack(outputs, Manifest(folder), asdict(settings))
+            made = Manifest(folder)
+            # again: what was put there meanwhile is not of this run either
+            check_packs(outputs, made, asdict(settings), options["force"])
+            pack(outputs, made, asdict(settings))
         if ranks.rank == 0 and options["applio"] and part is None:
             write_model_info(folder, embedder)
         return summary

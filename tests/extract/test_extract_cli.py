@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file
 
 from mlx_contentvec import hub
 from mlx_contentvec.cli import main
+from mlx_contentvec.extract.run import Extraction
 from tests.checkpoint_files import change_in_place
 from tests.small_models import DEEP, noise, random_weights_file
 
@@ -111,6 +113,28 @@ def test_bad_files_are_named_and_the_status_is_one(
     assert again.returncode == 1
     assert (summary["extracted"], summary["skipped"]) == (0, 2)
     assert [Path(failure["source"]).name for failure in summary["failed"]] == ["bad.wav"]
+
+
+def test_a_file_that_appears_where_a_folder_is_to_be_packed_is_kept(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = write_clips(tmp_path / "in", 2), tmp_path / "out"
+    theirs, features = out / "features.safetensors", Extraction._features
+
+    def appearing(extraction: Extraction, *given: Any) -> Any:
+        theirs.write_bytes(b"another's")
+        return features(extraction, *given)
+
+    monkeypatch.setattr(Extraction, "_features", appearing)
+    command = ["extract", str(folder), "-o", str(out), "-w", str(weights), "--safetensors"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1 and "features.safetensors" in done.output
+    assert theirs.read_bytes() == b"another's"
+    monkeypatch.undo()
+    theirs.unlink()
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0 and "2 finished before" in done.output
+    assert sorted(load_file(theirs)) == ["000", "001"]
 
 
 def test_one_safetensors_for_each_folder(run_cli: RunCli, weights: Path, tmp_path: Path) -> None:
