@@ -173,6 +173,22 @@ def test_weights_that_no_format_holds_are_sent_to_none(copy: Path, dtype: str) -
         assert told in str(caught.value)
 
 
+def test_a_kernel_in_the_order_of_mlx_is_told_from_one_that_fits(copy: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path, name = copy / "model.safetensors", "feature_extractor.conv_layers.0.conv.weight"
+    tensors = load_file(path)
+    turned = np.ascontiguousarray(tensors[name].transpose(0, 2, 1))
+    save_file({**tensors, name: turned}, path)
+    out, kernel, inputs = turned.shape
+    with pytest.raises(MappingError) as caught:
+        _convert(copy)
+    assert (
+        f"{name} {turned.shape}, which makes {(out, inputs, kernel)}, for {name} {turned.shape}"
+        in str(caught.value)
+    )
+
+
 def test_two_files_of_a_feature_extractor_must_agree(copy: Path) -> None:
     fields = json.loads((copy / "preprocessor_config.json").read_text())
     processor = copy / "processor_config.json"
