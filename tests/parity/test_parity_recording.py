@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from contentvec_convert.conversion import convert
 from contentvec_parity import harness, references
 from contentvec_parity.compare.fingerprints import hash_values
+from contentvec_parity.compare.soundness import require_sound
 from contentvec_parity.compare.verdict import summarise
 from contentvec_parity.harness import replay
 from contentvec_parity.references import open_reference
@@ -31,6 +34,7 @@ from mlx_contentvec.errors import IdentityError, OutputError, ParityError
 from mlx_contentvec.hub import sha256_of
 from tests import attack_corpus
 from tests.checkpoint_files import change_in_place, safetensors
+from tests.originals import TINY_BASE, fairseq_hubert, save_fairseq
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -154,6 +158,24 @@ def test_normalised_models_are_recorded_with_their_input(
     document = replay(tmp_path / "large.safetensors", converted_tiny_large)
     assert document["verdict"]["passed"], document["verdict"]["reason"]
     assert {row["name"] for row in document["stages"]} >= {"final_norm", "final norm", "conv.0"}
+
+
+def test_a_model_of_another_sample_rate_is_compared_and_recorded(
+    fairseq: Any, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(TINY_BASE, sample_rate=8000)
+    checkpoint = save_fairseq(fairseq_hubert(config), config, tmp_path / "a.pt")
+    converted, recorded = tmp_path / "a.safetensors", tmp_path / "a.recording.safetensors"
+    convert(checkpoint, converted, allow_unknown=True)
+    soundfile = pytest.importorskip("soundfile", reason="pip install 'mlx-contentvec[audio]'")
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    document = harness.compare_files(
+        checkpoint, converted, inputs="built-in", audio=[tmp_path / "a.wav"]
+    )
+    require_sound(document)
+    assert (document["clips"][-1]["samples"], document["clips"][-1]["seconds"]) == (8000, 1.0)
+    record(checkpoint, recorded)
+    assert replay(recorded, converted)["config"]["sample_rate"] == 8000
 
 
 def test_the_other_original_can_be_recorded_too(
