@@ -191,6 +191,15 @@ def as_waveform(
     """
     where = "the waveform"
     _require_rate(source_rate, where)
+    require_unmasked(samples, where)
+    if isinstance(samples, (bytes, bytearray, memoryview)) and memoryview(samples).itemsize == 1:
+        raise AudioError(
+            f"{where} is bytes, which do not say what numbers they hold",
+            found=type(samples).__name__,
+            expected="an array of samples",
+            hint="16-bit samples: np.frombuffer(data, np.int16)\n"
+            "8-bit samples: np.frombuffer(data, np.uint8)",
+        )
     try:
         array = np.asarray(samples)
     except Exception as error:  # whatever the object raises that is asked to become an array
@@ -600,6 +609,17 @@ def _scaled(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     else:
         scaled = as_float32(array)
     return np.ascontiguousarray(scaled)
+
+
+def require_unmasked(array: Any, where: str) -> None:
+    """Raise AudioError for a numpy array that declares some of its values invalid."""
+    if np.ma.is_masked(array):
+        raise AudioError(
+            f"{where} has masked values",
+            found=f"{int(np.sum(array.mask)):,} of {array.size:,}",
+            expected="a value for every one",
+            hint="array.filled(0) puts 0 in their place",
+        )
 
 
 def as_float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from .audio import SAMPLE_RATE, Clip, Waveform, as_waveform, read_audio
 from .backend import device_kind, mx
 from .config import ModelConfig, require_layer
-from .errors import AudioError, BackendError, ConfigError
+from .errors import AudioError, BackendError, ConfigError, WeightsError
 from .memory import (
     bounded,
     held_bytes,
@@ -148,12 +148,12 @@ def extract(
     Raises AudioError for audio that cannot be read or used, and for an array without
     ``sample_rate``; ConfigError for features the model does not have or a ``max_memory``
     that is too small; BackendError if the device has too little memory for the smallest
-    pieces.
+    pieces; WeightsError for features that are not finite.
     """
     kind = feature_kind(version, layer, project)
     kind.check(model.config)
     samples = _as_waveform(model, source, sample_rate)
-    return features_of(model, samples, kind, max_memory)
+    return require_finite(features_of(model, samples, kind, max_memory))
 
 
 def extract_many(
@@ -204,7 +204,20 @@ def extract_many(
                 model, [taken[i] for i in batch], kind, padding, max_memory
             )
             results.update(zip(batch, features, strict=True))
-        yield from (results[i] for i in range(len(taken)))
+        yield from (require_finite(results[i]) for i in range(len(taken)))
+
+
+def require_finite(features: Features) -> Features:
+    """The same features. Raises WeightsError if some are no numbers."""
+    if not (finite := np.isfinite(features)).all():
+        frames = np.count_nonzero(~finite.all(axis=1))
+        raise WeightsError(
+            "the features are not finite numbers",
+            found=f"NaN or infinity in {frames:,} of {len(features):,} frames",
+            hint="the weights hold such numbers, or are in float16 and too large for it:\n"
+            "convert the checkpoint with --dtype float32, and compare: mlx-contentvec parity",
+        )
+    return features
 
 
 def stacks(model: FeatureModel, padding: Padding) -> bool:

@@ -17,7 +17,7 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows has no advisory locks of this kind; leftovers then stay
     fcntl = None  # type: ignore[assignment]
 
-from .errors import OutputError, did_you_mean
+from .errors import ContentvecError, OutputError, did_you_mean
 
 _PREFIX, TEMPORARY_SUFFIX = ".mlx-contentvec-", ".partial"
 #: no link at the path itself is followed, no pipe blocks, no child process inherits
@@ -53,6 +53,8 @@ _HINTS = {
     errno.EPERM: "write to another folder with -o",
     errno.ENOENT: "make the folder first, or write to another one with -o",
     errno.ENOTDIR: "write to another folder with -o",
+    errno.EISDIR: "a folder has that name: move it away, or write to another folder with -o",
+    errno.EEXIST: "something else has that name: move it away, or write to another folder with -o",
     errno.ENAMETOOLONG: "give it a shorter name with -o",
 }
 
@@ -151,6 +153,37 @@ def read_regular(path: Path, most: int) -> bytes:
     """
     with os.fdopen(open_regular(path), "rb") as file:
         return file.read(most)
+
+
+#: size, time of modification, time of change of status, device, inode
+FileState = tuple[int, int, int, int, int]
+
+
+def file_state(path: Path) -> FileState:
+    """What changes when a file does: size, times, device and inode.
+
+    The time of the last change of status is among them, because a program that
+    writes into a file can put the modification time back and not this one.
+    Raises OSError; ValueError for what is no regular file or no path at all.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError("not a regular file")
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino
+
+
+def require_unchanged(states: Mapping[Path, FileState], kind: type[ContentvecError]) -> None:
+    """Raise an error of ``kind`` if a file is no longer the one whose state was taken before."""
+    for path, before in states.items():
+        try:
+            now = file_state(path)
+        except (OSError, ValueError):
+            now = None
+        if now != before:
+            raise kind(
+                f"{path} changed while it was being read",
+                hint="wait until nothing writes to it any more, then try again",
+            )
 
 
 def open_own(path: Path, flags: int = os.O_RDWR) -> int:
@@ -397,8 +430,20 @@ class Draft:
         with explained(self.final):
             sync(self._descriptor)
 
+    def require_kept(self) -> None:
+        """Raise OutputError unless the temporary file is still the one that was written."""
+        if not is_at(self._temporary, self._descriptor):
+            raise OutputError(
+                f"cannot write {self.final}",
+                found=f"{self._temporary.name}, which was to become it, was moved, removed or "
+                "replaced",
+                hint="leave the folder and files that end in "
+                f"{TEMPORARY_SUFFIX} alone until it is done",
+            )
+
     def rename(self, *, force: bool) -> None:
         """Give the file its own name in one step; without ``force`` only if that name is free."""
+        self.require_kept()
         with explained(self.final):
             place(self._temporary, self.final, force=force)
             self._temporary = self.final

@@ -10,14 +10,45 @@ import numpy as np
 import numpy.typing as npt
 
 from . import memory
-from .audio import LOUDEST_PEAK, as_float32
+from .audio import LOUDEST_PEAK, as_float32, require_unmasked
 from .backend import device_kind, mx
-from .config import EPS, ModelConfig
+from .config import EPS, ModelConfig, stage_input
 from .errors import AudioError, ConfigError
 from .first_release import ignore_speaker
 from .ops import is_traced
 
 Buffer = npt.NDArray[np.float32]
+
+
+def to_mlx(x: Any, name: str) -> mx.array:
+    """``x`` as an MLX array: one already, or numbers in any layout and byte order.
+
+    Raises AudioError, which calls it ``name``, for anything else.
+    """
+    if isinstance(x, mx.array):
+        return x
+    require_unmasked(x, name)
+    try:
+        if isinstance(x, np.ndarray):
+            x = _native(x)
+        return mx.array(x)
+    except Exception as error:  # whatever the object raises that is asked to become an array
+        kind = f"numpy, {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise AudioError(
+            f"{name} cannot be read as an array",
+            found=f"{kind}: {error}",
+            expected="an array of numbers",
+            hint="make it a numpy array first: np.asarray(values)",
+        ) from error
+
+
+def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Numbers in the form that MLX takes: floats as float32, this machine's byte order, by rows."""
+    if array.dtype.kind == "f":
+        array = as_float32(array)
+    elif array.dtype.kind not in "biuc":
+        raise TypeError("these are no numbers")
+    return np.asarray(array, array.dtype.newbyteorder("="), order="C")
 
 
 def check_waveform(source: Any, config: ModelConfig) -> mx.array:
@@ -26,10 +57,9 @@ def check_waveform(source: Any, config: ModelConfig) -> mx.array:
     Raises AudioError for another rank or type, a clip that is too short, NaN, another
     scale, or more than this machine can hold.
     """
-    in_memory = None
-    if isinstance(source, np.ndarray):
-        in_memory = as_float32(source) if source.dtype == np.float64 else source
-        source = mx.array(in_memory)
+    in_memory = source if isinstance(source, np.ndarray) else None
+    if in_memory is not None:
+        source = to_mlx(in_memory, "the waveform")
     if not isinstance(source, mx.array):
         raise AudioError(
             "the waveform must be an array",
@@ -102,7 +132,7 @@ def check_lengths(lengths: Any, source: mx.array, config: ModelConfig) -> mx.arr
     Raises AudioError.
     """
     batch, samples = source.shape
-    counts = np.array(lengths)
+    counts = np.asarray(to_mlx(lengths, "lengths"))
     if counts.shape != (batch,) or not np.issubdtype(counts.dtype, np.integer):
         raise AudioError(
             "lengths must be one whole number of samples a clip",
@@ -129,18 +159,21 @@ def check_speaker(speaker: Any, source: mx.array, config: ModelConfig) -> mx.arr
             ignore_speaker(speaker, source)
         return None
     expected = (len(source), config.speaker_dim)
-    if speaker is None or tuple(speaker.shape) != expected:
+    embedding = None if speaker is None else to_mlx(speaker, "spk_emb")
+    if embedding is None or tuple(embedding.shape) != expected:
         raise ConfigError(
             "this model needs a speaker embedding",
-            found="none" if speaker is None else f"shape {tuple(speaker.shape)}",
+            found="none" if embedding is None else f"shape {tuple(embedding.shape)}",
             expected=f"spk_emb= of shape {expected}",
         )
-    return mx.array(speaker)
+    if not is_traced(embedding) and not bool(mx.isfinite(embedding).all()):
+        raise ConfigError("spk_emb holds NaN or infinity", expected="finite numbers")
+    return embedding
 
 
 def check_padding_mask(padding_mask: Any, source: mx.array) -> mx.array:
     """(batch, samples), true where padded. Raises AudioError for what does not fit ``source``."""
-    given = mx.array(padding_mask)
+    given = to_mlx(padding_mask, "the padding mask")
     if tuple(given.shape) != tuple(source.shape):
         raise AudioError(
             "the padding mask does not fit the waveform",
@@ -155,6 +188,33 @@ def check_padding_mask(padding_mask: Any, source: mx.array) -> mx.array:
             expected="true where padded, else false",
         )
     return padding
+
+
+def check_stage_input(stage: str, x: Any, config: ModelConfig) -> mx.array:
+    """``x`` as the input of a stage: the waveform, or (batch, frames, channels).
+
+    Raises AudioError for another shape, or for too few frames.
+    """
+    given = to_mlx(x, f"the input of {stage}")
+    before = stage_input(config, stage)
+    kind, _, number = stage.partition(".")
+    least = config.conv_layers[int(number)][1] if kind == "conv" else 1
+    if before is None:
+        fits, expected = given.ndim == 2 and given.shape[1] >= least, "(batch, samples)"
+    else:
+        earlier, _, number = before.partition(".")
+        channels = (
+            config.conv_layers[int(number)][0] if earlier == "conv" else config.encoder_embed_dim
+        )
+        fits = given.ndim == 3 and given.shape[1] >= least and given.shape[2] == channels
+        expected = f"(batch, frames, {channels})"
+    if not fits or not given.shape[0]:
+        raise AudioError(
+            f"{stage} cannot read this input",
+            found=f"shape {tuple(given.shape)}",
+            expected=f"{expected}, at least {least} of the second",
+        )
+    return given
 
 
 def padded_frames(

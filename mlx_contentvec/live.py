@@ -25,7 +25,14 @@ import numpy as np
 from .audio import Waveform, as_waveform
 from .config import ModelConfig
 from .errors import ConfigError
-from .features import FeatureKind, FeatureModel, Features, feature_kind, features_of
+from .features import (
+    FeatureKind,
+    FeatureModel,
+    Features,
+    feature_kind,
+    features_of,
+    require_finite,
+)
 
 #: seconds of the past in RVC's real-time window, and from one window to the next: what
 #: its settings extra_time and block_time are at first. Source: RVC, gui_v1.py
@@ -130,7 +137,7 @@ class Live:
         self._samples = self._samples[first - self._start :]
         self._start, self._returned = first, complete
         window = self._samples[: self.window.samples]
-        yield features_of(self._model, window, self._kind)[-new:]
+        yield require_finite(features_of(self._model, window, self._kind)[-new:])
 
     def _joined(self, pieces: Iterator[Features]) -> Features:
         none = np.zeros((0, self._kind.width(self._config)), np.float32)

@@ -93,20 +93,21 @@ class ContentvecModel(Hubert):
 
         Raises WeightsError if the file is not one that this project converted.
         """
-        arrays, metadata = weights.read_safetensors(path)
-        if "config" in metadata:
-            config = weights.stored_config(path, metadata)
-        elif first_release.is_first_release(arrays):
-            config = first_release.config_of(arrays, Path(path).name)
-        else:
-            raise WeightsError(
-                f"{Path(path).name} does not say what model it holds",
-                found="safetensors without a 'config' in its metadata",
-                expected="a file written by mlx-contentvec convert",
-                hint="a checkpoint is converted first:\n" + how_to_convert(path),
-            )
-        model = cls(config)
-        model._load(arrays, metadata, Path(path).name, lazy=lazy)
+        with weights.unchanged(path):
+            arrays, metadata = weights.read_safetensors(path)
+            if "config" in metadata:
+                config = weights.stored_config(path, metadata)
+            elif first_release.is_first_release(arrays):
+                config = first_release.config_of(arrays, Path(path).name)
+            else:
+                raise WeightsError(
+                    f"{Path(path).name} does not say what model it holds",
+                    found="safetensors without a 'config' in its metadata",
+                    expected="a file written by mlx-contentvec convert",
+                    hint="a checkpoint is converted first:\n" + how_to_convert(path),
+                )
+            model = cls(config)
+            model._load(arrays, metadata, Path(path).name, lazy=lazy)
         return model
 
     @classmethod
@@ -174,10 +175,12 @@ class ContentvecModel(Hubert):
         Raises WeightsError.
         """
         if isinstance(file_or_weights, (str, os.PathLike)):
-            arrays, metadata = weights.read_safetensors(file_or_weights)
-            self._load(arrays, metadata, Path(file_or_weights).name, strict, lazy)
+            with weights.unchanged(file_or_weights):
+                arrays, metadata = weights.read_safetensors(file_or_weights)
+                self._load(arrays, metadata, Path(file_or_weights).name, strict, lazy)
         else:
-            self._load(dict(file_or_weights), {}, "the given weights", strict, lazy)
+            pairs = weights.named_arrays(file_or_weights)
+            self._load(pairs, {}, "the given weights", strict, lazy)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -448,12 +451,14 @@ class ContentvecModel(Hubert):
         lengths: (batch,) samples of each clip that count, for ``conv.0`` and ``positional``
         spk_emb: (batch, speaker_dim), for speaker-conditioned layers
 
-        Raises ConfigError if there is no such stage.
+        Raises ConfigError if there is no such stage, AudioError for an input that it does
+        not read.
         """
         require_no_fork()
-        x = mx.array(x)
+        known = stage_names(self.config)
+        if name not in known:
+            raise ConfigError(f"no stage {name!r}", expected=", ".join(known))
+        x = inputs.check_stage_input(name, x, self.config)
         walk = self.walk(x, spk_emb)
         stages = dict(walk.stages(padding=padding_mask, lengths=lengths, speaker=spk_emb))
-        if name not in stages:
-            raise ConfigError(f"no stage {name!r}", expected=", ".join(stages))
         return mx.array(stages[name](walk.waveform(x)))

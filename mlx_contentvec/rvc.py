@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .audio import as_float32, as_waveform
+from .audio import as_float32, as_waveform, require_unmasked
 from .backend import mx
 from .config import ModelConfig
 from .errors import AudioError, ConfigError
@@ -140,8 +140,11 @@ class Hubert:
                 found=f"shape {features.shape}, {features.dtype}",
                 expected=f"(batch, frames, {width}), floating point",
             )
+        shape = (*features.shape[:-1], config.final_dim)
+        if not features.size:  # a linear layer of torch gives no frames for none
+            return _like(x, np.zeros(shape, np.float32))
         projected = self.model.run_stage("final_proj", features.reshape(1, -1, width))
-        return _like(x, projected.reshape(*features.shape[:-1], config.final_dim))
+        return _like(x, projected.reshape(shape))
 
     # ---- transformers' calls ------------------------------------------------
 
@@ -448,20 +451,33 @@ def _is_torch(x: Array) -> bool:
 
 
 def _numpy(x: Array, name: str) -> NumpyArray:
-    """A torch tensor, an MLX array or a numpy array as numpy; floats as float32."""
+    """A torch tensor, an MLX array or a numpy array as numpy; floats as float32.
+
+    Raises AudioError for anything else, and for what holds no numbers that can be read.
+    """
+    expected = "a torch tensor, an MLX array or a numpy array, of numbers"
     if _is_torch(x):
-        x = x.detach().cpu()
-        x = x.float() if x.is_floating_point() else x
+        try:
+            x = x.detach().cpu()
+            array = np.asarray(x.float() if x.is_floating_point() else x)
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise AudioError(
+                f"{name} cannot be read as an array",
+                found=f"a tensor of {x.layout} on {x.device}: {str(error)[:200]}",
+                expected="a dense tensor on a device that holds its values",
+            ) from error
     elif isinstance(x, mx.array):
         x = x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
-        x = to_numpy(x, copy=False)
-    elif not isinstance(x, np.ndarray):
+        array = to_numpy(x, copy=False)
+    elif isinstance(x, np.ndarray):
+        require_unmasked(x, name)
+        array = np.asarray(x)
+    else:
+        raise AudioError(f"{name} must be an array", found=type(x).__name__, expected=expected)
+    if array.dtype.kind not in "biuf":
         raise AudioError(
-            f"{name} must be an array",
-            found=type(x).__name__,
-            expected="a torch tensor, an MLX array or a numpy array",
+            f"{name} must be an array", found=f"values of {array.dtype}", expected=expected
         )
-    array = np.asarray(x)
     return as_float32(array) if array.dtype.kind == "f" else array
 
 

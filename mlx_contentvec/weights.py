@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from . import first_release, ops, rvc_mlx
 from .backend import mx, nn, require_no_fork
 from .config import ModelConfig, parameter_shapes
 from .errors import OutputError, WeightsError, name_list
-from .files import Draft, check_target, is_file, is_folder, is_there, similar_name
+from .files import (
+    Draft,
+    check_target,
+    file_state,
+    is_file,
+    is_folder,
+    is_there,
+    require_unchanged,
+    similar_name,
+)
 from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
 from .ops.mlx import in_gemm_layout, to_gemm_layout
+from .safetensors_header import HeaderError, check_file
 
 Arrays = dict[str, mx.array]
 
@@ -50,6 +62,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
             f"no such file: {path}", hint=similar_name(path) or how_to_convert("hubert_base.pt")
         )
     require_no_fork()
+    _check_header(path)
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
@@ -62,6 +75,35 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, st
     if rvc_mlx.is_rvc_mlx(metadata):
         return rvc_mlx.translated(arrays, metadata, path.name)
     return arrays, metadata
+
+
+@contextlib.contextmanager
+def unchanged(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise WeightsError if a file changes while the block reads it: half of it would be another's.
+
+    A file that is not there is for the block to refuse.
+    """
+    states = {}
+    with contextlib.suppress(OSError, ValueError):
+        states[Path(path)] = file_state(Path(path))
+    yield
+    require_unchanged(states, WeightsError)
+
+
+def _check_header(path: Path) -> None:
+    """Raise WeightsError unless every byte of a safetensors file belongs to one tensor."""
+    try:
+        check_file(path)
+    except HeaderError as error:
+        raise WeightsError(
+            f"{path.name} is damaged: {error.problem}",
+            found=error.found,
+            expected=error.expected,
+            hint="copy or download the file again, or convert its checkpoint again",
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise WeightsError(f"{path} cannot be read: {reason}") from error
 
 
 #: how files begin that are taken for weights
@@ -184,10 +226,11 @@ def match(
             expected=f"exactly the model's {len(expected)} tensors",
             hint=_NO_HEAD if {*missing, *surplus} == first_release.HEAD else _BUILD_FROM_FILE,
         )
+    given = {name: (arrays[name], expected[name]) for name in expected if name in arrays}
     wrong = [
-        f"{name} {tuple(arrays[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in arrays and tuple(arrays[name].shape) != tuple(expected[name].shape)
+        f"{name} {tuple(array.shape)} instead of {tuple(wanted.shape)}"
+        for name, (array, wanted) in given.items()
+        if tuple(array.shape) != tuple(wanted.shape)
     ]
     if wrong:
         raise WeightsError(
@@ -195,14 +238,54 @@ def match(
             found=f"{len(wrong)} of another shape: {name_list(wrong)}",
             hint=_BUILD_FROM_FILE,
         )
+    wrong = [
+        f"{name} {array.dtype}"
+        for name, (array, wanted) in given.items()
+        if not _is_of_kind(array.dtype, wanted.dtype)
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{origin} does not fit this model",
+            found=f"{len(wrong)} of another type: {name_list(wrong)}",
+            expected="floating point; of a quantised layer's weight uint32",
+            hint="convert the checkpoint again",
+        )
     if headless:
         model.config = dataclasses.replace(model.config, final_dim=None)
         model.pop("final_proj", None)
     return {
-        name: to_gemm_layout(arrays[name]) if is_weight(name) else mx.contiguous(arrays[name])
-        for name in expected
-        if name in arrays
+        name: to_gemm_layout(array) if is_weight(name) else mx.contiguous(array)
+        for name, (array, _) in given.items()
     }
+
+
+def _is_of_kind(dtype: mx.Dtype, wanted: mx.Dtype) -> bool:
+    """Whether an array of ``dtype`` can stand where the model has one of ``wanted``."""
+    if mx.issubdtype(wanted, mx.floating):
+        return bool(mx.issubdtype(dtype, mx.floating))
+    return bool(dtype == wanted)
+
+
+def named_arrays(pairs: Any) -> Arrays:
+    """(name, array) pairs as a dictionary. Raises WeightsError for anything else."""
+    expected = "pairs of a name and an mlx.core.array"
+    try:
+        arrays = dict(pairs)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(
+            "weights are a file, or names with arrays",
+            found=type(pairs).__name__,
+            expected=f"the path of a converted file, or {expected}",
+        ) from error
+    for name, array in arrays.items():
+        if not isinstance(name, str) or not isinstance(array, mx.array):
+            raise WeightsError(
+                "weights are a file, or names with arrays",
+                found=f"{name!r:.80}: {type(array).__module__}.{type(array).__name__}",
+                expected=expected,
+                hint="of numpy: mlx.core.array(array); of torch: mlx.core.array(tensor.numpy())",
+            )
+    return arrays
 
 
 def _require_same_config(ours: ModelConfig, stored: ModelConfig, origin: str) -> None:

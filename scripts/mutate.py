@@ -41,6 +41,10 @@ TESTS: dict[str, list[str]] = {
     "mlx_contentvec/folders.py": ["tests/test_folders.py"],
     "mlx_contentvec/hub.py": ["tests/model/test_hub.py"],
     "mlx_contentvec/json_text.py": ["tests/test_json_text.py"],
+    "mlx_contentvec/safetensors_header.py": [
+        "tests/checkpoint",
+        "tests/model/test_safetensors_header.py",
+    ],
     "convert/contentvec_convert/fetch.py": [
         "tests/convert/test_fetch.py",
         "tests/convert/test_repository.py",
@@ -96,7 +100,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "<= -> <",
     ): "a field that begins in the last four bytes holds nothing",
     (
-        "convert/contentvec_convert/checkpoint/safetensors_file.py",
+        "mlx_contentvec/safetensors_header.py",
         'f"it lacks {missing:,} bytes at its end" if missing > 0 else "it goes on past its end",',
         "> -> >=",
     ): "the number is not zero there",
@@ -172,7 +176,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a packed file is hashed again, with the same result",
     (
         "mlx_contentvec/extract/manifest.py",
-        'if (str(source), stat.st_mtime_ns) == (recorded["path"], recorded["mtime_ns"]):',
+        'if str(source) == recorded["path"] and (stat.st_mtime_ns, stat.st_ctime_ns) == times:',
         "if -> if False",
     ): "the checksum gives the same answer for a file whose time stamp tells the truth",
     (

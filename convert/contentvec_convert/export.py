@@ -19,11 +19,27 @@ import numpy as np
 
 from mlx_contentvec import __version__, rvc_mlx
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint, name_list
-from mlx_contentvec.files import check_target, explained, is_folder, left_by_the_system, sync
+from mlx_contentvec.errors import (
+    ConfigError,
+    ContentvecError,
+    IdentityError,
+    OutputError,
+    UnsupportedCheckpoint,
+    name_list,
+)
+from mlx_contentvec.files import (
+    check_target,
+    explained,
+    is_file,
+    is_folder,
+    left_by_the_system,
+    require_unchanged,
+    sync,
+)
 from mlx_contentvec.folders import Room
 
 from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from .identity import state_of
 from .ledger import account
 from .rules import TRANSFORMS, Array, Rule
 from .sources import fairseq, mlx, plan_for, transformers
@@ -92,12 +108,14 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
     Raises UnsupportedCheckpoint if ``source`` is quantised or not a converted
     file, MappingError if its tensors are not those of its configuration,
     ConfigError for a model that the other library cannot hold,
-    OutputError if ``output`` exists or cannot be written.
+    IdentityError if ``source`` changes meanwhile, OutputError if ``output`` exists or
+    cannot be written.
     """
     source, output = Path(source), Path(output)
     if to not in _WRITERS:
         raise ConfigError(f"there is no export to {to!r}", expected=" or ".join(FORMATS))
     _check_output(source, output, to, force)
+    before = {source: state_of(source)} if is_file(source) else {}
     with open_checkpoint(source) as converted:
         if not mlx.matches(converted):
             raise UnsupportedCheckpoint(
@@ -113,6 +131,7 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
             draft = room.path / output.name
             with explained(output):
                 written, notes = _WRITERS[to](converted, config, draft)
+            require_unchanged(before, IdentityError)
             _verify(draft, config, written)
             room.publish(
                 draft, force=force, may_replace=lambda: _require_replaceable(source, output)
@@ -326,7 +345,7 @@ def _undone(converted: Checkpoint, rules: Iterable[Rule]) -> dict[str, Array]:
 
 
 def _array(stored: StoredTensor) -> Array:
-    return stored.float32() if stored.dtype == "bfloat16" else stored.array()
+    return stored.float32() if stored.dtype == "bfloat16" else stored.read()
 
 
 def _check_output(source: Path, output: Path, to: str, force: bool) -> None:
@@ -375,17 +394,23 @@ def _require_replaceable(source: Path, output: Path) -> None:
 
 def _verify(draft: Path, config: ModelConfig, written: dict[str, Array]) -> None:
     """Read ``draft`` back, recognise it, and compare everything with what was to be written."""
-    with open_checkpoint(draft) as back:
-        plan = plan_for(back)
-        same = plan.config == config and back.tensors.keys() == written.keys()
-        if not same or any(
-            back.tensors[name].array().tobytes() != array.tobytes()
-            for name, array in written.items()
-        ):
-            raise OutputError(
-                f"{draft.name} did not come back from the disk as it was written",
-                hint="the disk or the memory is failing; try again on another one",
+    try:
+        with open_checkpoint(draft) as back:
+            same = plan_for(back).config == config and back.tensors.keys() == written.keys()
+            same = same and all(
+                back.tensors[name].read().tobytes() == array.tobytes()
+                for name, array in written.items()
             )
+            found = None
+    except ContentvecError as error:
+        same, found = False, error.problem
+    if not same:
+        raise OutputError(
+            f"{draft.name} did not come back from the disk as it was written",
+            found=found,
+            hint="if nothing else moved, removed or changed it meanwhile, the disk or the memory\n"
+            "is failing; try again on another one",
+        )
 
 
 def _flush(stream: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_contentvec.errors import IdentityError
-from mlx_contentvec.files import is_file, open_regular, similar_name
+from mlx_contentvec.files import (
+    FileState,
+    file_state,
+    is_file,
+    open_regular,
+    require_unchanged,
+    similar_name,
+)
 
 from .known_files import KNOWN_FILES, KnownFile, known_as
 
-#: size, time of modification, time of change of status, device, inode
-FileState = tuple[int, int, int, int, int]
 #: called with the bytes hashed so far and the bytes there are
 Hashed = Callable[[int, int], None]
 
@@ -114,7 +118,7 @@ class Identification:
         self._stop = threading.Event()
         self._done = 0
         paths = (*self._weights, *self._beside)
-        self._states = {path: (since or {}).get(path) or file_state(path) for path in paths}
+        self._states = {path: (since or {}).get(path) or state_of(path) for path in paths}
         self.size = sum(self._states[path][0] for path in self._weights)
         require_plausible_size(str(source), self.size)
         self._outcome: Identity | BaseException | None = None
@@ -164,12 +168,7 @@ class Identification:
 
     def check_unchanged(self) -> None:
         """Raise IdentityError if a file is no longer the one that was hashed."""
-        for path, state in self._states.items():
-            if file_state(path) != state:
-                raise IdentityError(
-                    f"{path} changed while it was being read",
-                    hint="wait until nothing writes to it any more, then try again",
-                )
+        require_unchanged(self._states, IdentityError)
 
     def _run(self) -> None:
         try:
@@ -248,28 +247,24 @@ def identify(path: str | Path) -> Identity:
         return identification.result()
 
 
-def file_state(path: Path) -> FileState:
-    """What changes when a file does: size, times, device and inode.
-
-    The time of the last change of status is among them, because a program that
-    writes into a file can put the modification time back and not this one.
-    Raises IdentityError for what is no regular file.
-    """
+def state_of(path: Path) -> FileState:
+    """``files.file_state``. Raises IdentityError for what is no regular file."""
     try:
-        state = path.stat()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        hint = similar_name(path) if isinstance(error, FileNotFoundError) else None
-        raise IdentityError(f"cannot read {path}: {reason}", hint=hint) from error
-    if not stat.S_ISREG(state.st_mode):
-        raise IdentityError(f"{path} is not a file", expected="a checkpoint file")
-    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_dev, state.st_ino
+        return file_state(path)
+    except FileNotFoundError as error:
+        raise IdentityError(
+            f"cannot read {path}: {error.strerror}", hint=similar_name(path)
+        ) from error
+    except OSError as error:
+        raise IdentityError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise IdentityError(f"cannot read {path}: {error}", expected="a checkpoint file") from error
 
 
 def folder_states(folder: Path) -> dict[Path, FileState]:
     """The state of every regular file of a folder."""
     try:
-        return {path: file_state(path) for path in sorted(folder.iterdir()) if is_file(path)}
+        return {path: state_of(path) for path in sorted(folder.iterdir()) if is_file(path)}
     except OSError as error:
         raise IdentityError(f"cannot read {folder}: {error.strerror}") from error
 

@@ -195,9 +195,12 @@ def account(plan: Plan, tensors: Mapping[str, StoredTensor]) -> None:
         except MappingError:
             shape = None
         if shape != targets[rule.target]:
-            shown = " and ".join(str(shape) for shape in shapes)
+            shown = " and ".join(map(str, shapes))
+            # the two libraries order a kernel's axes differently: equal shapes do not fit
+            made_of_it = f", which makes {shape}," if shape not in (None, *shapes) else ""
             wrong_shape.append(
-                f"{' and '.join(rule.sources)} {shown} for {rule.target} {targets[rule.target]}"
+                f"{' and '.join(rule.sources)} {shown}{made_of_it} for {rule.target} "
+                f"{targets[rule.target]}"
             )
     complain("of the wrong shape", wrong_shape)
     complain("not floating point", wrong_format)

@@ -232,15 +232,15 @@ def _row_counts(shape: Shape) -> Iterator[int]:
 def _whole(rule: Rule, stored: list[StoredTensor]) -> Array:
     """The target of a rule as one float32 array.
 
-    A transform that computes widens its sources itself, a few rows at a time;
-    they come as views on the mapped file, but for bfloat16, which numpy has not.
+    A transform that computes widens its sources itself, a few rows at a time, but for
+    bfloat16, which numpy has not.
     """
     transform = TRANSFORMS[rule.transform]
     if transform.lossless:
         arrays = [widen(stored[0].read(), stored[0].dtype)]
     else:
         arrays = [
-            widen(tensor.read(), tensor.dtype) if tensor.dtype == "bfloat16" else tensor.array()
+            widen(tensor.read(), tensor.dtype) if tensor.dtype == "bfloat16" else tensor.read()
             for tensor in stored
         ]
     return np.ascontiguousarray(transform.apply(*arrays))
@@ -263,9 +263,13 @@ def _require_finite(block: Array, dtype: str, rule: Rule, stored: list[StoredTen
             found=damage,
             hint="the checkpoint is damaged: get it again from where it came from",
         )
+    fit = dtype != "F32" and all(np.isfinite(tensor.float32()).all() for tensor in stored)
     raise MappingError(
         f"{rule.target} has weights too large for the output format",
-        hint="--dtype float32 holds them",
+        hint="--dtype float32 holds them"
+        if fit
+        else "no weights of a model are so large: the checkpoint is damaged, or its training had\n"
+        "diverged",
     )
 
 

@@ -111,6 +111,9 @@ def publish(output: Draft, ledger: Draft, *, force: bool) -> None:
         # in the lock: another conversion may have been faster
         check_target(output.final, force=force)
         check_target(ledger.final, force=force)
+        # before the older ledger goes
+        output.require_kept()
+        ledger.require_kept()
         with signals_held():
             with explained(ledger.final):
                 ledger.final.unlink(missing_ok=True)

@@ -185,6 +185,7 @@ def _run(
     from ..hub import sha256_of
     from ..loading import find_weights
     from ..model import ContentvecModel
+    from ..weights import unchanged
     from .packing import check_packs, pack, part_of
     from .windows import cut_windows
 
@@ -196,14 +197,16 @@ def _run(
     name = None if part is None else f"shard-{part.index}-of-{part.count}"
     with locked(folder, name) if ranks.rank == 0 else contextlib.nullcontext():
         weights_file = find_weights(weights)
-        model = ContentvecModel.from_file(weights_file)
+        with unchanged(weights_file):
+            model = ContentvecModel.from_file(weights_file)
+            digest = sha256_of(weights_file)
         kind.check(model.config)
         window = options["window"]
         overlap = 2.0 if options["overlap"] is None else options["overlap"]
         if window is not None:
             cut_windows(model.config, 1, window, overlap)
         settings = Settings(
-            weights=sha256_of(weights_file),
+            weights=digest,
             layer=kind.layer,
             project=kind.project,
             dtype=options["dtype"],
@@ -267,7 +270,10 @@ def _run(
         summary.failed = sorted([*summary.failed, *missing], key=lambda failure: failure.source)
         # what belongs to no single shard is left to the summary
         if ranks.rank == 0 and options["safetensors"] and part is None:
-            pack(outputs, Manifest(folder), asdict(settings))
+            made = Manifest(folder)
+            # again: what was put there meanwhile is not of this run either
+            check_packs(outputs, made, asdict(settings), options["force"])
+            pack(outputs, made, asdict(settings))
         if ranks.rank == 0 and options["applio"] and part is None:
             write_model_info(folder, embedder)
         return summary

@@ -139,6 +139,8 @@ def identity(path: Path) -> Record:
         "path": str(path),
         "bytes": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
+        # a program that writes into a file can put the other time back
+        "ctime_ns": stat.st_ctime_ns,
         "crc32": checksum(path),
     }
 
@@ -266,7 +268,7 @@ def ignores_case(folder: Path) -> bool:
 _FORM = {"output": str, "settings": dict, "bytes": int, "crc32": str}
 _CLIP = {
     **_FORM,
-    "source": {"path": str, "bytes": int, "mtime_ns": int, "crc32": str},
+    "source": {"path": str, "bytes": int, "mtime_ns": int, "ctime_ns?": int, "crc32": str},
     "frames": int,
     "width": int,
 }
@@ -313,7 +315,8 @@ def _same_file(recorded: Record, source: Path) -> bool:
         return False
     if stat.st_size != recorded["bytes"]:
         return False
-    if (str(source), stat.st_mtime_ns) == (recorded["path"], recorded["mtime_ns"]):
+    times = recorded["mtime_ns"], recorded.get("ctime_ns")
+    if str(source) == recorded["path"] and (stat.st_mtime_ns, stat.st_ctime_ns) == times:
         return True
     # moved, copied or touched: its content decides
     try:

@@ -23,8 +23,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
-from ..errors import AudioError, ContentvecError, OutputError, counted, name_list, printable
-from ..files import Draft, is_file
+from ..errors import (
+    AudioError,
+    ContentvecError,
+    OutputError,
+    WeightsError,
+    counted,
+    name_list,
+    printable,
+)
+from ..files import Draft, appeared, file_state, is_file, require_unchanged
 from .manifest import Manifest, Record, State, identity, prepared
 from .sharding import Ranks, shares
 from .sources import Source
@@ -45,7 +53,7 @@ KEPT_TOGETHER = 32
 #: how many such groups may wait to be written while the next is computed
 WRITTEN_BEHIND = 8
 #: why a file system refuses one name and would take another
-_NAME_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL})
+_NAME_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR})
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class Job:
     output: str
     #: of audio, as the header says
     seconds: float
+    #: whether something is there already, which may be replaced
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,8 @@ def plan_jobs(
             continue
         if status.state is State.TAKEN and not force:
             taken.append(printable(f"{output}: {status.reason}"))
-        pending.append(Job(str(source.path), output, guess_seconds(source.path)))
+        there = os.path.lexists(manifest.folder / output)
+        pending.append(Job(str(source.path), output, guess_seconds(source.path), there))
     if taken:
         raise OutputError(
             f"{counted(len(taken), 'output')} in {manifest.folder} "
@@ -263,6 +274,7 @@ class Extraction:
         try:
             # before anything waits for a pipe
             with open_regular(path, printable(job.source)):
+                before = {path: file_state(path)}
                 source = identity(path)
             clip = read_audio(
                 path,
@@ -270,6 +282,7 @@ class Extraction:
                 min_samples=config.receptive_field,
                 max_memory=self.max_memory,
             )
+            require_unchanged(before, AudioError)
             return Decoded(clip, source)
         except ContentvecError as error:
             return error
@@ -352,16 +365,24 @@ class Extraction:
 
         Raises OutputError if one cannot be written; those before it are kept.
         """
+        from ..features import require_finite
+
         failed: OutputError | None = None
         with contextlib.ExitStack() as drafts:
             whole: list[tuple[Job, Draft, Record]] = []
             for job, decoded, features in made:
                 with np.errstate(over="ignore"):
                     features = features.astype(self.settings.dtype, copy=False)
-                if not np.isfinite(features).all():
-                    self._fail(job, AudioError("its features are not finite numbers"))
+                try:
+                    require_finite(features)
+                except WeightsError as error:
+                    self._fail(job, error)
                     continue
                 path = self.manifest.folder / job.output
+                # before a record says that it is ours
+                if not job.replaces and os.path.lexists(path):
+                    self._fail(job, appeared(path))
+                    continue
                 try:
                     with self._unless_of_its_name(job):
                         draft, written = drafts.enter_context(prepared(path, npy_parts(features)))
@@ -372,7 +393,7 @@ class Extraction:
             self.manifest.add(*(record for _, _, record in whole))
             for job, draft, record in whole:
                 with self._unless_of_its_name(job):
-                    draft.rename(force=True)
+                    draft.rename(force=job.replaces)
                     self._named.append((job, record["bytes"], record["seconds"]))
                     self.summary.extracted += 1
                     self.summary.audio_seconds += record["seconds"]

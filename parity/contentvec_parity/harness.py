@@ -22,7 +22,7 @@ from .compare.soundness import require_sound
 from .compare.stages import Progress, measure, require_same_architecture
 from .compare.verdict import Gates, judge
 from .identity import checkpoint_being_identified, identify_checkpoint, weights_facts
-from .inputs import INPUT_SETS, Clip, from_files, least_samples, lengthened
+from .inputs import INPUT_SETS, SAMPLE_RATE, Clip, from_files, least_samples, lengthened
 from .references import REFERENCES, Reference, choose, open_reference
 from .references.recording import Recording
 from .references.yardsticks import Yardstick, yardsticks_for
@@ -64,12 +64,14 @@ def compare_files(
         original = open_reference(name, checkpoint)
         show(f"loading {converted.name}")
         candidate = MlxCandidate.open(converted)
-        shortest = least_samples(original.config)
+        shortest, rate = least_samples(original.config), original.config.sample_rate
+        if rate != SAMPLE_RATE:
+            heard = from_files(audio, rate)
         for clip in heard:
             if clip.waveform.shape[1] < shortest:
                 raise ParityError(
                     f"{clip.name} is too short to be compared",
-                    found=f"{clip.waveform.shape[1]} samples at 16000 Hz",
+                    found=f"{clip.waveform.shape[1]} samples at {rate} Hz",
                     expected=f"{shortest} samples or more",
                 )
         clips = [lengthened(clip, shortest) for clip in INPUT_SETS[inputs]()] + heard

@@ -31,8 +31,13 @@ class SourceFacts:
         self._stand_in = stand_in
 
     def result(self) -> dict[str, Any]:
-        """``name``, ``size``, ``md5``, ``sha256``, ``known_as``, ``stand_in``; waits for them."""
-        return {**self._identification.result().to_dict(), "stand_in": self._stand_in}
+        """``name``, ``size``, ``md5``, ``sha256``, ``known_as``, ``stand_in``; waits for them.
+
+        Raises IdentityError if a file has changed since it was begun to be hashed.
+        """
+        facts = {**self._identification.result().to_dict(), "stand_in": self._stand_in}
+        self._identification.check_unchanged()
+        return facts
 
 
 def identify_checkpoint(checkpoint: Path) -> dict[str, Any]:
@@ -45,8 +50,12 @@ def identify_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 
 def weights_facts(identification: Identification, candidate: MlxCandidate) -> dict[str, Any]:
-    """The facts of a converted file: its own, and what its metadata say it was made from."""
+    """The facts of a converted file: its own, and what its metadata say it was made from.
+
+    Raises IdentityError if the file has changed since it was begun to be hashed.
+    """
     identity = identification.result()
+    identification.check_unchanged()
     return {
         "name": identity.name,
         "size": identity.size,

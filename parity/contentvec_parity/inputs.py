@@ -192,8 +192,8 @@ INPUT_SETS: dict[str, Callable[[], list[Clip]]] = {
 }
 
 
-def from_files(paths: Iterable[Path]) -> list[Clip]:
-    """The user's own audio, mixed to mono and brought to 16 kHz.
+def from_files(paths: Iterable[Path], sample_rate: int = SAMPLE_RATE) -> list[Clip]:
+    """The user's own audio, mixed to mono and brought to the rate of the model, in Hz.
 
     Raises AudioError if a file cannot be decoded, or is shorter than the 400
     samples that one frame needs.
@@ -202,7 +202,7 @@ def from_files(paths: Iterable[Path]) -> list[Clip]:
 
     clips = []
     for path in paths:
-        read = read_audio(path, sample_rate=SAMPLE_RATE, min_samples=SHORTEST)
+        read = read_audio(path, sample_rate=sample_rate, min_samples=SHORTEST)
         origin = {
             "file": path.name,
             "sample_rate": read.source_rate,

@@ -91,7 +91,7 @@ def read(path: Path) -> tuple[Tensors, bool]:
             for name, tensor in checkpoint.tensors.items()
         }
         for tensor in checkpoint.tensors.values():
-            assert tensor.array().tobytes() == tensors[tensor.name][2]
+            assert tensor.read().tobytes() == tensors[tensor.name][2]
         json.dumps(checkpoint.extra, default=str)
     return tensors, vouched
 

@@ -313,7 +313,7 @@ def test_an_empty_tensor_may_have_other_axes_of_any_length_that_can_be_counted(
     path.write_bytes(torch_zip(assemble(value), {"0": SIX_FLOATS, "1": b"123456"}))
     with open_checkpoint(path) as checkpoint:
         tensors = checkpoint.tensors
-        for read in (StoredTensor.read, StoredTensor.array, StoredTensor.float64):
+        for read in (StoredTensor.read, StoredTensor.float64):
             assert read(tensors["empty"]).shape == (0, most)
             assert read(tensors["one"]).tolist() == [[0, 1, 2, 3, 4, 5]]
     path.write_bytes(torch_zip(assemble({"w": tensor((0, most + 1), (0, 0))})))
@@ -330,7 +330,6 @@ def test_an_empty_tensor_reads_nothing_whatever_its_strides(tmp_path: Path) -> N
         path.write_bytes(torch_zip(assemble({"w": tensor(shape, strides, offset=6)})))
         with open_checkpoint(path) as checkpoint:
             assert checkpoint.tensors["w"].read().shape == shape
-            assert checkpoint.tensors["w"].array().shape == shape
 
 
 @pytest.mark.parametrize("container", ["torch", "safetensors"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,14 @@ from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.conversion import convert
 from contentvec_convert.export import export, split_weight_norm
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import ConfigError, OutputError, UnsupportedCheckpoint
+from mlx_contentvec.errors import (
+    ConfigError,
+    IdentityError,
+    OutputError,
+    UnsupportedCheckpoint,
+)
 from mlx_contentvec.weight_norm import fold_weight_norm
+from tests.checkpoint_files import change_in_place
 from tests.originals import (
     TINY_BASE,
     TINY_LARGE,
@@ -326,6 +333,78 @@ def test_nothing_appears_that_did_not_come_back_as_written(
     with pytest.raises(OutputError, match="did not come back"):
         export(converted_tiny, room / "out.pt", to="fairseq")
     assert list(room.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["transformers", "fairseq"])
+@pytest.mark.parametrize("moment", ["before the tensors", "behind the tensors"])
+def test_bytes_changed_in_place_are_noticed(
+    converted_tiny: Path, room: Path, monkeypatch: pytest.MonkeyPatch, to: str, moment: str
+) -> None:
+    import contentvec_convert.export as module
+
+    source = room / "source.safetensors"
+    source.write_bytes(converted_tiny.read_bytes())
+    write = module._WRITERS[to]
+
+    def changing(*arguments: Any) -> Any:
+        if moment == "before the tensors":
+            change_in_place(source)
+            return write(*arguments)
+        written = write(*arguments)
+        change_in_place(source)
+        return written
+
+    monkeypatch.setitem(module._WRITERS, to, changing)
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        export(source, room / "out", to=to)
+    assert list(room.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("to", ["transformers", "fairseq"])
+@pytest.mark.parametrize("change", ["moved", "damaged"])
+def test_a_draft_that_is_moved_or_damaged_is_not_taken_for_a_bad_download(
+    converted_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, change: str
+) -> None:
+    import contentvec_convert.export as module
+
+    place, write = tmp_path / "place", module._WRITERS[to]
+    place.mkdir()
+
+    def changing(*arguments: Any) -> Any:
+        written = write(*arguments)
+        if change == "moved":
+            place.rename(tmp_path / "moved")
+        else:
+            for path in place.rglob("*"):
+                if path.is_file():
+                    path.write_bytes(b"another's")
+        return written
+
+    monkeypatch.setitem(module._WRITERS, to, changing)
+    with pytest.raises(OutputError, match="did not come back from the disk") as refused:
+        export(converted_tiny, place / "out", to=to)
+    assert refused.value.found and "download" not in str(refused.value)
+    assert not (place / "out").exists()
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_refused(
+    converted_tiny: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that were views of a mapped file would end the process."""
+    import contentvec_convert.export as module
+
+    source = room / "source.safetensors"
+    source.write_bytes(converted_tiny.read_bytes())
+    write = module._write_safetensors
+
+    def cutting(*arguments: Any) -> None:
+        os.truncate(source, 4096)
+        write(*arguments)
+
+    monkeypatch.setattr(module, "_write_safetensors", cutting)
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        export(source, room / "out", to="transformers")
+    assert list(room.iterdir()) == [source]
 
 
 def test_the_command_writes_where_it_says(

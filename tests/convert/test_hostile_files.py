@@ -24,6 +24,7 @@ from mlx_contentvec.config import MAX_LAYERS, ModelConfig
 from mlx_contentvec.errors import ConfigError, ContentvecError, IdentityError, OutputError
 from mlx_contentvec.files import write_text
 from mlx_contentvec.json_text import JsonError, parse_object, read_object
+from tests.checkpoint_files import change_in_place
 from tests.originals import TINY_BASE, save_transformers, transformers_hubert
 
 MakeStandin = Callable[..., Path]
@@ -259,18 +260,6 @@ def test_a_strangers_ledger_is_not_overwritten_unasked(
     assert ledger.read_text() == "the accounts of 2019"
     convert(make_standin("tiny"), tmp_path / "m.safetensors", allow_unknown=True, force=True)
     assert json.loads(ledger.read_text())["output"]["name"] == "m.safetensors"
-
-
-def change_in_place(path: Path) -> None:
-    """Flip bytes near the end of a file and put its modification time back."""
-    times = path.stat()
-    with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        old = file.read(64)
-        file.seek(-64, os.SEEK_CUR)
-        file.write(bytes(byte ^ 1 for byte in old))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert path.stat().st_mtime_ns == times.st_mtime_ns
 
 
 @pytest.mark.parametrize("moment", ["hashed", "writing", "checking"])

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from contentvec_convert.checkpoint import open_checkpoint
 from contentvec_convert.conversion import convert
+from contentvec_convert.export import export
 from contentvec_convert.ledger import Ledger, account
 from contentvec_convert.recognition import describe
 from contentvec_convert.sources import plan_for
+from contentvec_parity.references import open_reference
 from mlx_contentvec.config import BASE_CONV_LAYERS
 from mlx_contentvec.errors import ConfigError, ContentvecError, MappingError, UnsupportedCheckpoint
 from tests.originals import (
@@ -132,7 +134,7 @@ def test_a_kernel_without_its_weight_norm_is_taken_as_it_is(copy: Path) -> None:
     save_file(tensors, path)
     _convert(copy)
     with open_checkpoint(copy.with_name("copy.safetensors")) as converted:
-        kernel = converted.tensors["encoder.pos_conv.weight"].array()
+        kernel = converted.tensors["encoder.pos_conv.weight"].read()
     assert np.array_equal(kernel, parts[1].transpose(0, 2, 1))
 
 
@@ -153,6 +155,87 @@ def test_the_feature_extractor_may_lie_inside_a_processor(copy: Path) -> None:
         json.dumps({"feature_extractor": {**fields, "do_normalize": True}})
     )
     assert _convert(copy).config.normalize is True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_that_no_format_holds_are_sent_to_none(copy: Path, dtype: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path, name = copy / "model.safetensors", "encoder.layer_norm.bias"
+    for value, told in ((1e300, "the checkpoint is damaged"), (1e30, "--dtype float32 holds them")):
+        tensors = load_file(path)
+        save_file({**tensors, name: np.full(tensors[name].shape, value)}, path)
+        if dtype == "float32" and value < float(np.finfo(np.float32).max):
+            _convert(copy, dtype=dtype)
+            continue
+        with pytest.raises(MappingError, match="too large for the output format") as caught:
+            _convert(copy, dtype=dtype)
+        assert told in str(caught.value)
+
+
+def test_a_kernel_in_the_order_of_mlx_is_told_from_one_that_fits(copy: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path, name = copy / "model.safetensors", "feature_extractor.conv_layers.0.conv.weight"
+    tensors = load_file(path)
+    turned = np.ascontiguousarray(tensors[name].transpose(0, 2, 1))
+    save_file({**tensors, name: turned}, path)
+    out, kernel, inputs = turned.shape
+    with pytest.raises(MappingError) as caught:
+        _convert(copy)
+    assert (
+        f"{name} {turned.shape}, which makes {(out, inputs, kernel)}, for {name} {turned.shape}"
+        in str(caught.value)
+    )
+
+
+def test_two_files_of_a_feature_extractor_must_agree(copy: Path) -> None:
+    fields = json.loads((copy / "preprocessor_config.json").read_text())
+    processor = copy / "processor_config.json"
+    for change in ({"do_normalize": True}, {"sampling_rate": 8000}):
+        processor.write_text(json.dumps({"feature_extractor": {**fields, **change}}))
+        with pytest.raises(ConfigError, match="contradict each other") as caught:
+            _convert(copy)
+        assert f"{processor.name}: do_normalize" in str(caught.value)
+    processor.write_text(json.dumps({"feature_extractor": fields}))
+    assert _convert(copy).config.normalize is fields["do_normalize"]
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("stated", [{}, {"do_normalize": ...}, {"sampling_rate": ...}])
+def test_the_folder_is_read_as_transformers_reads_it(
+    copy: Path, file: str, stated: dict[str, Any]
+) -> None:
+    import transformers
+
+    path = copy / "preprocessor_config.json"
+    _edit(path, **{"do_normalize": True, "sampling_rate": 8000, **stated})
+    if file != path.name:
+        fields = json.loads(path.read_text())
+        path.unlink()
+        (copy / file).write_text(json.dumps({"feature_extractor": fields}))
+    config = _convert(copy).config
+    theirs = transformers.Wav2Vec2FeatureExtractor.from_pretrained(copy, local_files_only=True)
+    assert config.normalize == theirs.do_normalize
+    assert config.sample_rate == theirs.sampling_rate
+    reference = open_reference("transformers", copy).config
+    assert (reference.normalize, reference.sample_rate) == (config.normalize, config.sample_rate)
+
+
+@pytest.mark.parametrize("rate", ["16000", None, 16000.5, True])
+def test_a_sample_rate_that_is_no_number_is_refused(copy: Path, rate: Any) -> None:
+    _edit(copy / "preprocessor_config.json", sampling_rate=rate)
+    with pytest.raises(ConfigError, match="does not say sampling_rate"):
+        _convert(copy)
+
+
+@pytest.mark.parametrize("to", ["transformers", "fairseq"])
+def test_another_sample_rate_goes_there_and_back(copy: Path, to: str) -> None:
+    _edit(copy / "preprocessor_config.json", sampling_rate=8000)
+    _convert(copy)
+    back = copy.with_name("back")
+    export(copy.with_name("copy.safetensors"), back, to=to)
+    assert _convert(back).config.sample_rate == 8000
 
 
 def test_without_a_feature_extractor_the_caller_has_to_say_it(copy: Path) -> None:

@@ -266,6 +266,35 @@ def test_what_appears_meanwhile_is_seen_before_anything_is_renamed(
     assert not final.is_file()
 
 
+@pytest.mark.parametrize("which", ["output", "ledger"])
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_temporary_file_that_is_another_is_not_published(
+    tmp_path: Path, which: str, how: str
+) -> None:
+    final, ledger = tmp_path / "out.safetensors", tmp_path / "out.ledger.json"
+    for path in (final, ledger):
+        path.write_bytes(b"older")
+    with Draft(final) as draft, Draft(ledger) as paper:
+        temporary = (draft if which == "output" else paper)._temporary
+        temporary.unlink()
+        if how == "replaced":
+            temporary.write_bytes(b"another's")
+        with pytest.raises(OutputError, match="moved, removed or replaced"):
+            publish(draft, paper, force=True)
+    assert (final.read_bytes(), ledger.read_bytes()) == (b"older", b"older")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_nor_is_one_by_itself(tmp_path: Path, force: bool) -> None:
+    final = tmp_path / "out.json"
+    with Draft(final) as draft:
+        draft._temporary.unlink()
+        draft._temporary.write_bytes(b"another's")
+        with pytest.raises(OutputError, match="moved, removed or replaced"):
+            draft.rename(force=force)
+    assert not final.exists()
+
+
 # ---- refusals
 
 

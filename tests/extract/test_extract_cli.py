@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file
 
+from mlx_contentvec import hub
+from mlx_contentvec.cli import main
+from mlx_contentvec.extract.run import Extraction
+from tests.checkpoint_files import change_in_place
 from tests.small_models import DEEP, noise, random_weights_file
 
 soundfile = pytest.importorskip(
@@ -109,6 +115,28 @@ def test_bad_files_are_named_and_the_status_is_one(
     assert [Path(failure["source"]).name for failure in summary["failed"]] == ["bad.wav"]
 
 
+def test_a_file_that_appears_where_a_folder_is_to_be_packed_is_kept(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = write_clips(tmp_path / "in", 2), tmp_path / "out"
+    theirs, features = out / "features.safetensors", Extraction._features
+
+    def appearing(extraction: Extraction, *given: Any) -> Any:
+        theirs.write_bytes(b"another's")
+        return features(extraction, *given)
+
+    monkeypatch.setattr(Extraction, "_features", appearing)
+    command = ["extract", str(folder), "-o", str(out), "-w", str(weights), "--safetensors"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1 and "features.safetensors" in done.output
+    assert theirs.read_bytes() == b"another's"
+    monkeypatch.undo()
+    theirs.unlink()
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0 and "2 finished before" in done.output
+    assert sorted(load_file(theirs)) == ["000", "001"]
+
+
 def test_one_safetensors_for_each_folder(run_cli: RunCli, weights: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
@@ -118,6 +146,27 @@ def test_one_safetensors_for_each_folder(run_cli: RunCli, weights: Path, tmp_pat
     assert done.returncode == 0
     assert sorted(load_file(out / "a/features.safetensors")) == ["000", "001"]
     assert outputs(out) == []
+
+
+def test_weights_that_change_before_they_are_named_in_the_manifest_are_refused(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "model.safetensors"
+    copied.write_bytes(weights.read_bytes())
+    sha256_of = hub.sha256_of
+
+    def changing(path: Path) -> str:
+        change_in_place(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr(hub, "sha256_of", changing)
+    folder, out = write_clips(tmp_path / "in", 1), tmp_path / "out"
+    done = CliRunner().invoke(
+        main, ["extract", str(folder), "-o", str(out), "-w", str(copied), "--layer", "2"]
+    )
+    assert done.exit_code == 1
+    assert "model.safetensors changed while it was being read" in done.output.replace("\n", " ")
+    assert not outputs(out)
 
 
 @pytest.mark.parametrize(

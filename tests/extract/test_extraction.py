@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, ConfigError, OutputError, printable
 from mlx_contentvec.extract import packing
+from mlx_contentvec.extract import run as run_module
 from mlx_contentvec.extract.applio import check_model_info, write_model_info
 from mlx_contentvec.extract.manifest import (
     LOCK,
@@ -41,6 +42,7 @@ from mlx_contentvec.extract.windows import cut_windows, windowed
 from mlx_contentvec.features import FeatureKind
 from mlx_contentvec.json_text import parse_object
 from mlx_contentvec.model import ContentvecModel
+from tests.checkpoint_files import change_in_place
 from tests.small_models import TINY, in_one_go, noise, random_model
 
 soundfile = pytest.importorskip(
@@ -637,6 +639,58 @@ def test_features_that_are_not_finite_are_not_written(
     half = dataclasses.replace(SETTINGS, dtype="float16")
     summary, _ = run(model, tmp_path / "out", [tmp_path / "x.wav"], settings=half)
     assert "not finite" in summary.failed[0].reason
+    assert not (tmp_path / "out/x.npy").exists()
+
+
+def test_a_file_that_appears_meanwhile_is_kept(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, theirs = Extraction._features, tmp_path / "out/b.npy"
+
+    def appearing(extraction: Extraction, *given: Any) -> Any:
+        theirs.write_bytes(b"another's")
+        return features(extraction, *given)
+
+    for name in ("a.wav", "b.wav"):
+        write_clip(tmp_path / name)
+    monkeypatch.setattr(Extraction, "_features", appearing)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "a.wav", tmp_path / "b.wav"])
+    assert theirs.read_bytes() == b"another's"
+    assert [Path(failure.source).name for failure in summary.failed] == ["b.wav"]
+    assert "appeared while it was being written" in summary.failed[0].reason
+    assert (tmp_path / "out/a.npy").exists() and summary.extracted == 1
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="not of this run"):
+        run(model, tmp_path / "out", [tmp_path / "b.wav"])
+    run(model, tmp_path / "out", [tmp_path / "b.wav"], force=True)
+    assert np.load(theirs).ndim == 2
+
+
+def test_a_folder_in_the_way_of_one_output_stops_no_other(
+    model: ContentvecModel, tmp_path: Path
+) -> None:
+    for name in ("a.wav", "b.wav"):
+        write_clip(tmp_path / name)
+    (tmp_path / "out/a.npy").mkdir(parents=True)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "a.wav", tmp_path / "b.wav"], force=True)
+    assert [Path(failure.source).name for failure in summary.failed] == ["a.wav"]
+    assert (tmp_path / "out/b.npy").exists() and summary.extracted == 1
+
+
+def test_audio_that_changes_while_it_is_decoded_is_refused(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record would name one file, and its features be of another."""
+    write_clip(tmp_path / "x.wav")
+    decode = run_module.read_audio
+
+    def changing(path: Path, **options: Any) -> Any:
+        change_in_place(path)
+        return decode(path, **options)
+
+    monkeypatch.setattr(run_module, "read_audio", changing)
+    summary, _ = run(model, tmp_path / "out", [tmp_path / "x.wav"])
+    assert "changed while it was being read" in summary.failed[0].reason
     assert not (tmp_path / "out/x.npy").exists()
 
 

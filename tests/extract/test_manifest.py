@@ -26,6 +26,7 @@ from mlx_contentvec.extract.manifest import (
 )
 from mlx_contentvec.extract.run import Settings
 from mlx_contentvec.files import Draft
+from tests.checkpoint_files import change_in_place
 
 SETTINGS = {"weights": "a", "layer": 12}
 CONTENT = b"features" * 1000
@@ -174,6 +175,25 @@ def test_a_source_that_changed_is_made_again(folder: Path, source: Path) -> None
     source.write_bytes(content + b"more")
     assert status(folder, source) == (State.PENDING, "")
     source.unlink()
+    assert status(folder, source) == (State.PENDING, "")
+
+
+def test_a_source_that_was_changed_in_place_is_made_again(folder: Path, source: Path) -> None:
+    keep(folder, source)
+    change_in_place(source)
+    assert status(folder, source) == (State.PENDING, "")
+
+
+def test_a_record_without_the_time_of_the_change_is_held_to_the_content(
+    folder: Path, source: Path
+) -> None:
+    keep(folder, source)
+    path = next(folder.glob("*.jsonl"), None) or next(folder.glob(".*.jsonl"))
+    record = json.loads(path.read_text())
+    del record["source"]["ctime_ns"]
+    path.write_text(json.dumps(record) + "\n")
+    assert status(folder, source) == (State.FINISHED, "")
+    change_in_place(source)
     assert status(folder, source) == (State.PENDING, "")
 
 

@@ -259,6 +259,30 @@ def test_sixteen_bit_numbers_in_a_list_are_told_how_to_be_read() -> None:
         as_waveform([3000, -3000] * 8000, 16000)
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_are_not_taken_for_samples(kind: Any) -> None:
+    """numpy reads a bytearray as 8-bit numbers, whatever was put into it."""
+    with pytest.raises(AudioError, match=r"hint: 16-bit samples: np\.frombuffer"):
+        as_waveform(kind((tone(1.0) * 32767).astype(np.int16).tobytes()), 16000)
+
+
+def test_a_view_that_says_what_it_holds_is_read() -> None:
+    integers = (tone(1.0) * 32767).astype(np.int16)
+    np.testing.assert_array_equal(
+        as_waveform(memoryview(integers), 16000), as_waveform(integers, 16000)
+    )
+
+
+def test_masked_values_are_not_heard() -> None:
+    samples = tone(1.0)
+    masked = np.ma.masked_greater(samples, 0.1)
+    with pytest.raises(AudioError, match=f"found     {masked.mask.sum():,} of 16,000"):
+        as_waveform(masked, 16000)
+    np.testing.assert_array_equal(
+        as_waveform(np.ma.masked_greater(samples, 2), 16000), as_waveform(samples, 16000)
+    )
+
+
 def test_integers_of_every_width_hold_the_same_tone() -> None:
     samples = tone(0.1)
     for dtype in (np.int8, np.int16, np.int32):

@@ -16,7 +16,7 @@ from mlx_contentvec import memory
 from mlx_contentvec.audio import read_audio
 from mlx_contentvec.backend import mx
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import AudioError, BackendError, ConfigError
+from mlx_contentvec.errors import AudioError, BackendError, ConfigError, WeightsError
 from mlx_contentvec.features import (
     BATCH_SECONDS,
     VERSIONS,
@@ -379,6 +379,27 @@ def test_arguments_that_mean_nothing_are_errors_of_this_project() -> None:
         model.extract(noise(32000).reshape(2, -1), layer=3, sample_rate=16000)
     with pytest.raises(ConfigError, match="exact or fairseq"):
         next(model.extract_many([noise(16000)], layer=3, sample_rate=16000, padding="zeros"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_no_numbers_are_not_given(value: float) -> None:
+    """Of damaged weights, or of float16 ones that overflow."""
+    broken, clip, long = random_model(TINY), noise(4000), noise(160_000)
+    bias = np.array(broken.encoder.layers[1].fc1.bias)
+    bias[3] = value
+    broken.update({"encoder": {"layers": [{}, {"fc1": {"bias": mx.array(bias)}}]}})
+    options: dict[str, Any] = {"sample_rate": 16000, "layer": 2}
+    stream = broken.live(layer=2, context=0.1)
+    for ask in (
+        lambda: broken.extract(clip, **options),
+        lambda: broken.extract(long, max_memory=least_memory(broken, len(long)), **options),
+        lambda: list(broken.extract_many([clip, clip[:3000]], **options)),
+        lambda: stream.push(clip),
+    ):
+        with pytest.raises(WeightsError, match="not finite numbers") as refused:
+            ask()
+        assert "frames" in str(refused.value.found)
+    assert np.isfinite(broken.extract(clip, sample_rate=16000, layer=1)).all()
 
 
 def test_many_clips_are_taken_as_they_are_needed() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mlx_contentvec
 from contentvec_convert.known_files import CONTENTVEC
+from mlx_contentvec import weights
 from mlx_contentvec.errors import HubError, WeightsError
+from tests.checkpoint_files import change_in_place
 from tests.forks import run_python
 from tests.hub_server import HubServer
 from tests.small_models import TINY, random_weights_file
@@ -31,10 +34,32 @@ print(load("contentvec").config.encoder_layers)
 
 def test_a_file_and_its_folder_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random_weights_file(tmp_path / "model.safetensors", TINY)
-    for weights in (tmp_path / "model.safetensors", str(tmp_path / "model.safetensors"), tmp_path):
-        assert mlx_contentvec.load(weights).config == TINY
+    path = tmp_path / "model.safetensors"
+    for name in (path, str(path), tmp_path):
+        assert mlx_contentvec.load(name).config == TINY
     monkeypatch.chdir(tmp_path)
     assert mlx_contentvec.load("model.safetensors").config == TINY
+
+
+@pytest.mark.parametrize("by", ["from_file", "load_weights"])
+def test_a_file_that_changes_while_it_is_loaded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    path = random_weights_file(tmp_path / "model.safetensors", TINY)
+    match = weights.match
+
+    def changing(*arguments: Any) -> Any:
+        change_in_place(path)
+        return match(*arguments)
+
+    monkeypatch.setattr(weights, "match", changing)
+    with pytest.raises(WeightsError, match="changed while it was being read"):
+        if by == "from_file":
+            mlx_contentvec.load(path)
+        else:
+            mlx_contentvec.ContentvecModel(TINY).load_weights(path)
+    monkeypatch.undo()
+    assert mlx_contentvec.load(path).config == TINY
 
 
 def test_a_folder_with_the_name_of_a_known_model_is_that_folder(

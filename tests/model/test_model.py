@@ -353,15 +353,33 @@ class TestPaddedBatchesOfNormalisedInput:
         for features, row, padded in zip(batched, expected, frames, strict=True):
             np.testing.assert_allclose(features, row[~padded].numpy(), atol=5e-5, rtol=0)
 
-    def test_the_reference_of_a_parity_run_is_given_the_same(self, normalising: Any) -> None:
+    @pytest.mark.parametrize("name", ["fairseq", "transformers"])
+    def test_every_reference_of_a_parity_run_is_given_the_same(
+        self, normalising: Any, name: str
+    ) -> None:
         from contentvec_parity.inputs import Clip
-        from contentvec_parity.references import fairseq as reference
+        from contentvec_parity.references import open_reference
 
         _, checkpoint, _ = normalising
         clips, batch, mask = self.padded()
         source, _ = fairseq_batch(clips)
-        given = reference.open(checkpoint).model_input(Clip("batch", batch, "", {}, mask))
+        given = open_reference(name, checkpoint).model_input(Clip("batch", batch, "", {}, mask))
         np.testing.assert_array_equal(given, source.numpy())
+
+    def test_the_reference_asks_fairseqs_own_loader(
+        self, normalising: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from fairseq.data.audio.raw_audio_dataset import RawAudioDataset
+
+        from contentvec_parity.inputs import Clip
+        from contentvec_parity.references import fairseq as reference
+
+        clip = Clip("one", waveform()[None], "")
+        original = reference.open(normalising[1])
+        before = original.model_input(clip)
+        postprocess = RawAudioDataset.postprocess
+        monkeypatch.setattr(RawAudioDataset, "postprocess", lambda *given: 2 * postprocess(*given))
+        np.testing.assert_array_equal(original.model_input(clip), 2 * before)
 
     def test_padding_before_or_between_samples_is_refused(self) -> None:
         large = model(VARIANTS["large"])
@@ -397,6 +415,18 @@ class TestSpeakerConditioning:
         assert caught[0].filename == __file__
 
 
+#: what a library or a file may give in the place of a plain array of float32
+LAYOUTS: dict[str, Any] = {
+    "big-endian": lambda array: array.astype(">f4"),
+    "big-endian float64": lambda array: array.astype(">f8"),
+    "long double": lambda array: array.astype(np.longdouble),
+    "backwards": lambda array: np.ascontiguousarray(array[:, ::-1])[:, ::-1],
+    "strided": lambda array: np.repeat(array, 2, axis=1)[:, ::2],
+    "by columns": np.asfortranarray,
+    "masked nowhere": np.ma.masked_array,
+}
+
+
 class TestRefusedInput:
     @pytest.mark.parametrize(
         ("source", "message"),
@@ -413,6 +443,11 @@ class TestRefusedInput:
             (np.where(np.arange(4000) == 3999, np.inf, 0).astype(np.float32)[None], "NaN or inf"),
             (32768 * waveform()[None], "out of scale"),
             ([[0.0] * 4000], "must be an array"),
+            (np.zeros((1, 4000), object), "no numbers"),
+            (np.full((1, 4000), "a"), "no numbers"),
+            (np.zeros((1, 4000), "f4,f4"), "no numbers"),
+            (np.zeros((1, 4000), complex), "not floating point"),
+            (np.ma.masked_less(waveform()[None], 0), "masked values"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -420,6 +455,57 @@ class TestRefusedInput:
     def test_each_says_what_is_wrong(self, source: Any, message: str) -> None:
         with pytest.raises(AudioError, match=message):
             model()(source)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_every_layout_of_an_array_is_read(self, layout: str) -> None:
+        tiny, given = model(VARIANTS["speaker"]), LAYOUTS[layout]
+        source, embedding = np.stack([waveform(), waveform(seed=2)]), np.ones((2, 8), np.float32)
+        mask = np.arange(4000)[None] >= np.array([[4000], [3000]])
+        wanted = tiny(source, mx.array(embedding), mx.array(mask))
+        got = tiny(given(source), given(embedding), given(mask.astype(np.float32)))
+        assert bool((got["x"] == wanted["x"]).all())
+        lengths = np.array([4000, 3000])
+        wanted = tiny(source, mx.array(embedding), lengths=lengths)
+        got = tiny(given(source), given(embedding), lengths=lengths.astype(">i4")[::-1][::-1])
+        assert bool((got["x"] == wanted["x"]).all())
+        stage = np.array(tiny.stage_outputs(source, spk_emb=mx.array(embedding))["conv.6"])
+        wanted = tiny.run_stage("projection", mx.array(stage))
+        assert bool((tiny.run_stage("projection", given(stage)) == wanted).all())
+
+    @pytest.mark.parametrize("options", [{"padding_mask": "a"}, {"padding_mask": [[0], [0, 1]]}])
+    def test_a_mask_that_is_no_array_is_refused(self, options: dict[str, Any]) -> None:
+        with pytest.raises(AudioError, match="the padding mask cannot be read as an array"):
+            model()(waveform()[None], **options)
+
+    @pytest.mark.parametrize("lengths", [[[1], [2, 3]], ["a"], [None], {}, [2**70]])
+    def test_lengths_that_are_no_array_are_refused(self, lengths: Any) -> None:
+        with pytest.raises(AudioError, match="lengths cannot be read as an array"):
+            model()(waveform()[None], lengths=lengths)
+
+    @pytest.mark.parametrize("values", [np.nan, np.inf, np.float64(1e300)])
+    def test_a_speaker_that_is_not_finite_is_refused(self, values: float) -> None:
+        with pytest.raises(ConfigError, match="spk_emb holds NaN or infinity"):
+            model(VARIANTS["speaker"])(waveform()[None], np.full((1, 8), values))
+
+    @pytest.mark.parametrize(
+        ("stage", "shape"),
+        [
+            ("conv.0", (4000,)),
+            ("conv.0", (1, 9)),
+            ("conv.1", (1, 2, 32)),
+            ("conv.1", (1, 100, 31)),
+            ("projection", (1, 12, 48)),
+            ("positional", (0, 12, 48)),
+            ("layer.1", (1, 4000)),
+            ("layer.1", (1, 0, 48)),
+            ("final_proj", (1, 12, 16)),
+        ],
+    )
+    def test_a_stage_names_the_input_that_it_reads(
+        self, stage: str, shape: tuple[int, ...]
+    ) -> None:
+        with pytest.raises(AudioError, match=f"{stage} cannot read this input"):
+            model().run_stage(stage, np.zeros(shape, np.float32))
 
     def test_float64_and_half_precision_input_are_fine(self) -> None:
         tiny, source = model(), waveform()[None]
@@ -483,6 +569,45 @@ class TestWeights:
         arrays = {**random_weights(TINY), "layer_norm.bias": mx.zeros((31,))}
         with pytest.raises(WeightsError, match=r"layer_norm.bias \(31,\) instead of \(32,\)"):
             ContentvecModel(TINY).load_weights(list(arrays.items()), strict=False)
+
+    @pytest.mark.parametrize("name", ["encoder.layers.1.fc1.weight", "layer_norm.bias"])
+    @pytest.mark.parametrize("dtype", [mx.int32, mx.uint32, mx.bool_, mx.complex64])
+    def test_a_tensor_that_is_not_floating_point_is_named(self, name: str, dtype: Any) -> None:
+        arrays = random_weights(TINY)
+        arrays[name] = arrays[name].astype(dtype)
+        with pytest.raises(WeightsError, match=f"1 of another type: {name} {dtype}"):
+            ContentvecModel(TINY).load_weights(list(arrays.items()), strict=False)
+
+    def test_a_quantised_weight_is_taken_for_nothing_else(self, tmp_path: Path) -> None:
+        quantised = random_model(small_models.QUANTISABLE)
+        nn.quantize(quantised, group_size=32, bits=8)
+        path = tmp_path / "saved.safetensors"
+        quantised.save(path)
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        name = "encoder.layers.1.fc1.weight"
+        for dtype in (mx.float32, mx.int32):
+            changed = {**arrays, name: arrays[name].view(dtype)}
+            mx.save_safetensors(str(path), changed, metadata)
+            with pytest.raises(WeightsError, match=f"1 of another type: {name} {dtype}"):
+                ContentvecModel.from_file(path)
+        mx.save_safetensors(str(path), arrays, metadata)
+        ContentvecModel.from_file(path)
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            None,
+            3,
+            ["layer_norm.bias"],
+            [("layer_norm.bias", np.zeros(32, np.float32))],
+            [("layer_norm.bias", [0.0] * 32)],
+            [(3, mx.zeros(32))],
+        ],
+        ids=["nothing", "a number", "names", "numpy", "lists", "numbers for names"],
+    )
+    def test_what_are_no_weights_is_refused(self, given: Any) -> None:
+        with pytest.raises(WeightsError, match="weights are a file, or names with arrays"):
+            ContentvecModel(TINY).load_weights(given, strict=False)
 
     def test_plain_mlx_loading_fills_the_model_too(self, converted_tiny: Path) -> None:
         import mlx.nn as nn

@@ -295,6 +295,25 @@ def test_normalising_is_left_to_the_caller(torch: Any, original: originals.Origi
 # masks and inputs that cannot be used ------------------------------------------
 
 
+def test_what_an_extractor_of_transformers_made_is_used_as_it_is(
+    torch: Any, original: originals.Original
+) -> None:
+    """Of quiet audio it is not what the model makes of it: docs/embedders.md."""
+    import transformers
+
+    config = original.hubert.model.config
+    quiet = 1e-3 * noise(8000)
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=config.normalize)
+    given = extractor(quiet, sampling_rate=16000, return_tensors="np").input_values
+    reference, truth = (
+        hidden_states(torch, model, given)[0] for model in (original.model, original.truth)
+    )
+    features = original.hubert.model(given, normalized=True)["x"]
+    originals.assert_within_gate(np.array(features), reference, truth)
+    by_the_model = np.array(original.hubert.model(quiet[None])["x"])
+    assert (np.abs(by_the_model - reference).max() > 1e-2) == config.normalize
+
+
 def rows(*lengths: int, samples: int = 8000) -> np.ndarray:
     """(clips, samples), true where padded."""
     return np.arange(samples) >= np.array(lengths)[:, None]
@@ -397,6 +416,9 @@ BAD_SOURCES = {
         "NaN",
     ),
     "not a number": (np.full((1, 8000), np.nan, np.float32), "NaN"),
+    "texts": (np.full((1, 8000), "a"), "must be an array"),
+    "objects": (noise(8000)[None].astype(object), "must be an array"),
+    "masked": (np.ma.masked_less(noise(8000)[None], 0), "masked values"),
 }
 
 
@@ -415,6 +437,36 @@ def test_a_waveform_that_cannot_be_used_is_refused_by_every_call(hubert: Hubert,
     ):
         with pytest.raises(AudioError, match=reason):
             call()
+
+
+@pytest.mark.parametrize("form", ["sparse", "without values"])
+def test_a_tensor_that_numpy_cannot_read_is_refused(torch: Any, hubert: Hubert, form: str) -> None:
+    plain = torch.zeros(1, 8000)
+    given = plain.to_sparse() if form == "sparse" else plain.to("meta")
+    for call in (
+        lambda: hubert.extract_features(given),
+        lambda: hubert.extract_features(plain, given),
+        lambda: hubert(given),
+        lambda: hubert(plain, given),
+        lambda: hubert.final_proj(given),
+    ):
+        with pytest.raises(AudioError, match="cannot be read as an array"):
+            call()
+
+
+def test_a_mask_of_texts_is_refused(hubert: Hubert) -> None:
+    source = noise(8000)[None]
+    for call in (hubert.extract_features, hubert):
+        with pytest.raises(AudioError, match="must be an array"):
+            call(source, np.full((1, 8000), "1"))
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 96), (0, 5, 96)])
+def test_final_proj_gives_no_frames_for_none(
+    torch: Any, hubert: Hubert, shape: tuple[int, ...]
+) -> None:
+    given = torch.zeros(shape)
+    assert hubert.final_proj(given).shape == torch.nn.Linear(96, 32)(given).shape
 
 
 def test_what_only_training_asks_is_refused(hubert: Hubert) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from contentvec_convert.conversion import convert
+from contentvec_parity import harness, references
 from contentvec_parity.compare.fingerprints import hash_values
+from contentvec_parity.compare.soundness import require_sound
 from contentvec_parity.compare.verdict import summarise
 from contentvec_parity.harness import replay
 from contentvec_parity.references import open_reference
@@ -26,10 +30,11 @@ from contentvec_parity.references.recording import (
     write,
 )
 from mlx_contentvec.backend import mx
-from mlx_contentvec.errors import OutputError, ParityError
+from mlx_contentvec.errors import IdentityError, OutputError, ParityError
 from mlx_contentvec.hub import sha256_of
 from tests import attack_corpus
-from tests.checkpoint_files import safetensors
+from tests.checkpoint_files import change_in_place, safetensors
+from tests.originals import TINY_BASE, fairseq_hubert, save_fairseq
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -155,6 +160,24 @@ def test_normalised_models_are_recorded_with_their_input(
     assert {row["name"] for row in document["stages"]} >= {"final_norm", "final norm", "conv.0"}
 
 
+def test_a_model_of_another_sample_rate_is_compared_and_recorded(
+    fairseq: Any, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(TINY_BASE, sample_rate=8000)
+    checkpoint = save_fairseq(fairseq_hubert(config), config, tmp_path / "a.pt")
+    converted, recorded = tmp_path / "a.safetensors", tmp_path / "a.recording.safetensors"
+    convert(checkpoint, converted, allow_unknown=True)
+    soundfile = pytest.importorskip("soundfile", reason="pip install 'mlx-contentvec[audio]'")
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    document = harness.compare_files(
+        checkpoint, converted, inputs="built-in", audio=[tmp_path / "a.wav"]
+    )
+    require_sound(document)
+    assert (document["clips"][-1]["samples"], document["clips"][-1]["seconds"]) == (8000, 1.0)
+    record(checkpoint, recorded)
+    assert replay(recorded, converted)["config"]["sample_rate"] == 8000
+
+
 def test_the_other_original_can_be_recorded_too(
     tiny_checkpoint: Path, converted_tiny: Path, tmp_path: Path
 ) -> None:
@@ -258,6 +281,40 @@ def test_an_existing_recording_is_kept_unless_told_otherwise(
     assert path.read_bytes() == b"precious"
     record(tiny_checkpoint, path, force=True)
     assert path.read_bytes() == recording.read_bytes()
+
+
+def test_a_checkpoint_that_changes_while_it_is_recorded_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recording would name one file and hold what another computed."""
+    checkpoint = tmp_path / "tiny.pt"
+    checkpoint.write_bytes(tiny_checkpoint.read_bytes())
+
+    def changing(*arguments: Any) -> Any:
+        original = open_reference(*arguments)
+        change_in_place(checkpoint)
+        return original
+
+    monkeypatch.setattr(references, "open_reference", changing)
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        record(checkpoint, tmp_path / "recording.safetensors", reference="transformers")
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_weights_that_change_while_they_are_measured_are_refused(
+    recording: Path, converted_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(converted_tiny.read_bytes())
+    measure = harness.measure
+
+    def changing(*arguments: Any, **options: Any) -> Any:
+        change_in_place(weights)
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(harness, "measure", changing)
+    with pytest.raises(IdentityError, match="changed while it was being read"):
+        replay(recording, weights)
 
 
 def test_a_recording_never_replaces_its_own_source(tiny_checkpoint: Path, tmp_path: Path) -> None:

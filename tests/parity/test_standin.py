@@ -337,7 +337,7 @@ def test_the_converters_reader_sees_the_same_tensors(tiny_checkpoint: Path) -> N
         assert checkpoint.config is not None
         assert list(checkpoint.config["model"]) == MODEL_KEYS
         for name, tensor in checkpoint.tensors.items():
-            assert np.array_equal(tensor.array(), stored[name].numpy()), name
+            assert np.array_equal(tensor.read(), stored[name].numpy()), name
 
 
 def test_an_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:

@@ -318,6 +318,23 @@ def test_weights_that_claim_the_recorded_source_fail_by_their_values(
     assert not replay(copied)["verdict"]["passed"]
 
 
+# what is not what was asked for ------------------------------------------------------
+
+
+def test_a_variant_that_is_not_there_is_not_measured(copied: Path) -> None:
+    """The main weights, cast, are what ``from_pretrained`` gives in its place."""
+    with pytest.raises(HubError, match="there are no bfloat16 weights"):
+        replay(copied, dtype="bfloat16")
+
+
+def test_a_variant_that_was_replaced_by_the_main_weights_is_not_measured(copied: Path) -> None:
+    shutil.copy(copied / "model.safetensors", copied / "model.float16.safetensors")
+    packaging._sum_up(copied)
+    with pytest.raises(HubError, match="there are no float16 weights") as refused:
+        replay(copied, dtype="float16")
+    assert refused.value.found == "model.float16.safetensors in float32"
+
+
 # what lacks its proof ---------------------------------------------------------------
 
 

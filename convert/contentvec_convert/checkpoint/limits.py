@@ -28,8 +28,6 @@ KEY_PARTS = 64
 KEY_CHARACTERS = 4_096
 #: tensors of one file: 214 in RVC's, 642 with Adam state, some thousands in the largest
 TENSORS = 50_000
-#: dimensions of a tensor (numpy's own limit was 32 for long)
-DIMENSIONS = 32
 #: values nested inside each other in a pickle, at the end of reading
 NESTING = 64
 #: values of the finished structure, counted as often as they are reachable

@@ -9,11 +9,12 @@ from typing import Any
 
 from mlx_contentvec.errors import CheckpointError, CorruptCheckpoint, name_list
 from mlx_contentvec.files import is_folder
+from mlx_contentvec.safetensors_header import looks_like_safetensors
 
 from . import limits
 from .folder import WEIGHT_FILES, folder_config, folder_weights
 from .foreign import HEAD_BYTES, Foreign, foreign_archive, foreign_bytes, foreign_value
-from .safetensors_file import looks_like_safetensors, read_safetensors
+from .safetensors_file import read_safetensors
 from .source_file import DOWNLOAD_AGAIN, SourceFile
 from .state_dict import Contents, contents
 from .tensors import StoredTensor, brief

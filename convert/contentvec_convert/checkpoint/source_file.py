@@ -117,13 +117,11 @@ class SourceFile:
         return self._map
 
     def close(self) -> None:
-        """Give the descriptor back. Arrays that view the mapping stay valid."""
+        """Give the descriptor back."""
         if not self._open:
             return
         self._open = False
         os.close(self._descriptor)
-        # Dropped, not closed: numpy's views hold a reference to the mapping but
-        # no lock on it, and closing it under them would crash the process.
         self._map = None
 
     def _ends_early(self, size: int, needed: int) -> CorruptCheckpoint:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_contentvec.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from mlx_contentvec.safetensors_header import DIMENSIONS
 
-from .limits import DIMENSIONS
 from .records import GlobalName, InertRecord
 from .source_file import SourceFile
 
@@ -102,27 +102,10 @@ class StoredTensor:
         """Bytes that the elements take."""
         return self.size * DTYPES[self.dtype].itemsize
 
-    def array(self) -> Array:
-        """A read-only view on the mapped file, with the stored strides.
-
-        bfloat16 and float8 come as their bits (uint16, uint8). The view stays
-        valid after the checkpoint is closed. If the file is cut short while
-        it is mapped, touching the view ends the process: :meth:`read` does not
-        have this weakness and does not keep the file's pages in memory.
-        Raises CorruptCheckpoint if the file was cut short before.
-        """
-        view: Array = np.ndarray(
-            self.shape,
-            DTYPES[self.dtype],
-            buffer=self.storage.file.mapped(),
-            offset=self.storage.start + self.offset,
-            strides=self.strides,
-        )
-        return view
-
     def read(self) -> Array:
         """The elements as a contiguous array of its own, read from the file, not mapped.
 
+        What is mapped ends the process when it is touched after the file was cut short.
         bfloat16 and float8 come as their bits (uint16, uint8).
         Raises CorruptCheckpoint if the file has become shorter since it was opened.
         """
@@ -132,8 +115,9 @@ class StoredTensor:
         reach = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         span = np.empty(reach + dtype.itemsize, np.uint8)
         self.storage.file.read_into(self.storage.start + self.offset, span.data)
-        return np.ascontiguousarray(
-            np.ndarray(self.shape, dtype, buffer=span.data, strides=self.strides)
+        # unlike ascontiguousarray this leaves a scalar without an axis
+        return np.asarray(
+            np.ndarray(self.shape, dtype, buffer=span.data, strides=self.strides), order="C"
         )
 
     def float32(self) -> Array:

@@ -166,7 +166,8 @@ def plan(
         _require_hubert(checkpoint.config)
     head = next((p for p in ("final_proj", f"{prefix}final_proj") if f"{p}.weight" in tensors), "")
     kernel = _kernel(tensors, prefix)
-    normalize = told("normalize", normalize, _stored_normalization(checkpoint))
+    stated, sample_rate = _stored_extractor(checkpoint)
+    normalize = told("normalize", normalize, stated)
     if checkpoint.config is None:
         config = config_from_shapes(
             tensors,
@@ -177,7 +178,7 @@ def plan(
         )
     else:
         final_dim = tensors[f"{head}.weight"].shape[0] if head else None
-        config = _read_config(checkpoint.config, heads, normalize, final_dim)
+        config = _read_config(checkpoint.config, heads, normalize, sample_rate, final_dim)
         _require_layers(config, tensors, prefix)
     return Plan(
         naming=NAMING,
@@ -212,15 +213,19 @@ def _kernel(names: Container[str], prefix: str) -> str:
     )
 
 
-def _stored_normalization(checkpoint: Checkpoint) -> bool | None:
-    """``do_normalize`` of the feature extractor saved beside the weights; None if there is none.
+def _stored_extractor(checkpoint: Checkpoint) -> tuple[bool | None, int]:
+    """``do_normalize`` and ``sampling_rate`` of the feature extractor beside the weights.
 
-    Source: transformers/models/wav2vec2/feature_extraction_wav2vec2.py.
+    Without one nothing is known of the first, and the second is the only one that models
+    have as a rule.
+    Source: transformers/models/wav2vec2/feature_extraction_wav2vec2.py, whose defaults are
+    those of what the file does not say.
     """
     if checkpoint.config is None:
         # a file by itself: what else lies in its folder need not belong to it
-        return None
+        return None, ModelConfig.sample_rate
     folder = checkpoint.files[0].parent
+    said: dict[str, tuple[bool, int]] = {}
     for name, section in _EXTRACTOR_FILES.items():
         path: Path = folder / name
         if not os.path.lexists(path):
@@ -234,9 +239,25 @@ def _stored_normalization(checkpoint: Checkpoint) -> bool | None:
             continue
         if not isinstance(extractor, dict):
             raise CorruptCheckpoint(f"{name} cannot be read", found=f"{section} is not an object")
+        rate = extractor.get("sampling_rate", ModelConfig.sample_rate)
+        if not isinstance(rate, int) or isinstance(rate, bool):
+            raise ConfigError(
+                f"{name} does not say sampling_rate",
+                found=json.dumps(rate)[:80],
+                expected=f"a whole number of Hz, {ModelConfig.sample_rate} for HuBERT",
+            )
         # the extractor normalises unless it is told not to
-        return _flag(name, "do_normalize", extractor.get("do_normalize", True))
-    return None
+        said[name] = _flag(name, "do_normalize", extractor.get("do_normalize", True)), rate
+    if len(set(said.values())) > 1:
+        raise ConfigError(
+            "the files of the feature extractor contradict each other",
+            found="; ".join(
+                f"{name}: do_normalize {json.dumps(normalize)}, sampling_rate {rate}"
+                for name, (normalize, rate) in said.items()
+            ),
+            hint="which one is read depends on the version of transformers; leave one of them out",
+        )
+    return next(iter(said.values()), (None, ModelConfig.sample_rate))
 
 
 def _require_hubert(stored: dict[str, Any]) -> None:
@@ -252,7 +273,11 @@ def _require_hubert(stored: dict[str, Any]) -> None:
 
 
 def _read_config(
-    stored: dict[str, Any], heads: int | None, normalize: bool, final_dim: int | None
+    stored: dict[str, Any],
+    heads: int | None,
+    normalize: bool,
+    sample_rate: int,
+    final_dim: int | None,
 ) -> ModelConfig:
     required = [*FIELDS.values(), "conv_dim", "conv_kernel", "conv_stride"]
     if missing := [key for key in required if key not in stored]:
@@ -285,6 +310,7 @@ def _read_config(
         ),
         final_dim=final_dim,
         normalize=normalize,
+        sample_rate=sample_rate,
         **{field: stored[key] for field, key in FIELDS.items()},
     )
 

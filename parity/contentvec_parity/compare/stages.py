@@ -34,6 +34,7 @@ ARCHITECTURE = (
     "conv_pos_groups",
     "conv_pos_batch_norm",
     "normalize",
+    "sample_rate",
 )
 
 #: other ways to ask for the same features are tried on clips of at most this length
@@ -189,7 +190,7 @@ def _measure_clip(
         "origin": clip.origin,
         "batch": clip.waveform.shape[0],
         "samples": clip.waveform.shape[1],
-        "seconds": clip.seconds,
+        "seconds": clip.waveform.shape[1] / config.sample_rate,
         "frames": int(truth[next(reversed(truth))].shape[1]),
         "padded": mask is not None,
         "mask_agrees": mask_agrees,

@@ -32,7 +32,7 @@ def replay(
 ) -> report.Document:
     """Measure the weights of a repository or folder against the recording beside them.
 
-    dtype: the variant to measure, as ``ContentvecModel.from_pretrained`` takes it
+    dtype: the variant to measure; only what lies there in this format is measured
 
     Raises HubError if they cannot be had, are not the files that are stated, or lack
     what proves them, ParityError if the recording is not sound, or not of what the
@@ -47,7 +47,14 @@ def replay(
     if lacks := files.missing(hub.CHECKSUMS, RECORDING):
         raise _unproven(weights, f"{name}", lacks)
     recording = files.file(RECORDING)
-    checks.check_metadata(weights, read_metadata(weights))
+    stated = read_metadata(weights)
+    checks.check_metadata(weights, stated)
+    if dtype not in (None, stated["dtype"]):
+        raise HubError(
+            f"there are no {dtype} weights in {name}",
+            found=f"{weights.name} in {stated['dtype']}",
+            hint="without --dtype the main weights are measured, as they are",
+        )
     step(f"replaying {RECORDING}")
     return harness.replay(recording, weights, published=True)
 

@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError
 
-from .original import TorchOriginal, first_line, quiet
+from .original import TorchOriginal, first_line, quiet, without_padding
 
 Tensor = Any
 
@@ -207,6 +210,7 @@ def _config(model: Any, cfg: Any) -> ModelConfig:
         conv_pos_batch_norm=batch_norm,
         final_dim=final.out_features,
         normalize=bool(cfg.task.normalize),
+        sample_rate=int(cfg.task.sample_rate),
     )
 
 
@@ -222,6 +226,16 @@ class FairseqOriginal(TorchOriginal):
         # RVC passes a mask that masks nothing (infer/modules/vc/pipeline.py)
         given = torch.zeros_like(source, dtype=torch.bool) if mask is None else mask
         model.extract_features(source=source, padding_mask=given)
+
+    def _normalized(self, waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> Tensor:
+        """By fairseq's own loader (fairseq/data/audio/raw_audio_dataset.py)."""
+        from fairseq.data.audio.raw_audio_dataset import RawAudioDataset
+
+        rate = self.config.sample_rate
+        loader = RawAudioDataset(rate, pad=True, normalize=True, shuffle=False)
+        clips = without_padding(waveforms, padding_mask)
+        samples = [{"id": i, "source": loader.postprocess(x, rate)} for i, x in enumerate(clips)]
+        return loader.collater(samples)["net_input"]["source"]
 
     def _projection(self, model: Any) -> Any:
         return model.layer_norm if model.post_extract_proj is None else model.post_extract_proj

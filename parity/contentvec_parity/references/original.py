@@ -68,6 +68,14 @@ class TorchOriginal:
         """The original's own forward pass through its last layer."""
         raise NotImplementedError
 
+    def _normalized(self, waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> Tensor:
+        """Each clip at zero mean and unit variance, then padded with zeros.
+
+        waveforms: (batch, samples), float32 or float64
+        padding_mask: true for the padding behind a clip
+        """
+        raise NotImplementedError
+
     def _projection(self, model: Any) -> Any:
         """The module that ends the projection stage."""
         raise NotImplementedError
@@ -96,7 +104,7 @@ class TorchOriginal:
 
         source = torch.from_numpy(clip.waveform)
         if self.config.normalize:
-            source = normalized(source, clip.padding_mask)
+            source = self._normalized(source, clip.padding_mask)
         given: NDArray[np.float32] = source.numpy()
         return given
 
@@ -222,7 +230,7 @@ class TorchOriginal:
         if some.dtype == torch.float64:
             source = source.double()
         if self.config.normalize:
-            source = normalized(source, clip.padding_mask)
+            source = self._normalized(source, clip.padding_mask)
         source = source.to(some.device, some.dtype)
         mask = None
         if clip.padding_mask is not None:
@@ -254,21 +262,12 @@ def _to_numpy(x: Tensor) -> NDArray[Any]:
     return array
 
 
-def normalized(waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> Tensor:
-    """Each clip at zero mean and unit variance, which fairseq's loader does before it pads.
-
-    waveforms: (batch, samples), float32 or float64
-    padding_mask: true for the padding behind a clip, which becomes 0
-    Source: fairseq/data/audio/raw_audio_dataset.py, ``postprocess`` and ``collater``.
-    """
-    import torch
-    from torch.nn import functional
-
-    result = torch.zeros_like(waveforms)
-    for i, row in enumerate(waveforms):
-        count = len(row) if padding_mask is None else int((~padding_mask[i]).sum())
-        result[i, :count] = functional.layer_norm(row[:count], (count,))
-    return result
+def without_padding(waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> list[Tensor]:
+    """The clips of a batch, (samples,) each, of what stands in front of their padding."""
+    if padding_mask is None:
+        return list(waveforms)
+    counts = (~padding_mask).sum(axis=1)
+    return [row[: int(count)] for row, count in zip(waveforms, counts, strict=True)]
 
 
 def _add_up_in_float32(model: Any) -> None:

@@ -99,14 +99,15 @@ def record(
 
     Raises OutputError if ``output`` exists and ``force`` is not given, or is the checkpoint.
     """
-    from ..identity import identify_checkpoint
+    from ..identity import checkpoint_being_identified
     from . import choose, open_reference
 
     check_target(output, force=force)
     check_reports([output], [checkpoint])
     progress(f"loading {checkpoint.name}")
-    original = open_reference(reference or choose(checkpoint), checkpoint)
-    source = identify_checkpoint(checkpoint)
+    with checkpoint_being_identified(checkpoint) as facts:
+        original = open_reference(reference or choose(checkpoint), checkpoint)
+        source = facts.result()
     return write(original, source, output, clips or small(), force=force, progress=progress)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import ast
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ParityError, name_list
 from mlx_contentvec.files import is_file, is_folder
-from mlx_contentvec.json_text import read_object
 
 from ..compare.naming import UNREAD, rows
-from .original import TorchOriginal, first_line, frame_mask, quiet
+from .original import TorchOriginal, first_line, frame_mask, quiet, without_padding
 
 Tensor = Any
 
@@ -29,7 +31,7 @@ def open(path: Path) -> TransformersOriginal:
         import transformers
 
         try:
-            model, normalize = _from_folder(path) if is_folder(path) else _from_fairseq(path)
+            model, loader = _from_folder(path) if is_folder(path) else _from_fairseq(path)
         except ParityError:
             raise
         except Exception as error:
@@ -39,7 +41,7 @@ def open(path: Path) -> TransformersOriginal:
                 hint=f"mlx-contentvec inspect {path.name} says what it is",
             ) from error
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return TransformersOriginal(model, _config(model, normalize), versions)
+    return TransformersOriginal(model, _config(model, loader), versions)
 
 
 def _model_class() -> Any:
@@ -56,7 +58,7 @@ def _model_class() -> Any:
     return HubertModelWithFinalProj, HubertModel
 
 
-def _from_folder(path: Path) -> tuple[Any, bool]:
+def _from_folder(path: Path) -> tuple[Any, Loader]:
     from transformers import HubertConfig
 
     projecting, plain = _model_class()
@@ -73,14 +75,29 @@ def _from_folder(path: Path) -> tuple[Any, bool]:
             f"{path.name} does not fill transformers' HuBERT",
             found=f"no tensor for {name_list(sorted(lacking))}",
         )
-    preprocessor = path / "preprocessor_config.json"
-    settings = read_object(preprocessor) if is_file(preprocessor) else {}
-    # the folder's own statement; without one, what the large models' norms imply
-    normalize = settings.get("do_normalize", config.feat_extract_norm == "layer")
-    return model, bool(normalize)
+    return model, _loader(path, config.feat_extract_norm == "layer")
 
 
-def _from_fairseq(path: Path) -> tuple[Any, bool]:
+class Loader(NamedTuple):
+    """What is made of audio before the model is given it."""
+
+    normalize: bool
+    sample_rate: int
+
+
+def _loader(path: Path, large: bool) -> Loader:
+    """That of the folder's feature extractor; without one, what the large models' norms imply."""
+    from transformers import Wav2Vec2FeatureExtractor
+
+    if not any(
+        is_file(path / name) for name in ("preprocessor_config.json", "processor_config.json")
+    ):
+        return Loader(large, ModelConfig.sample_rate)
+    extractor = Wav2Vec2FeatureExtractor.from_pretrained(path, local_files_only=True)
+    return Loader(bool(extractor.do_normalize), int(extractor.sampling_rate))
+
+
+def _from_fairseq(path: Path) -> tuple[Any, Loader]:
     import torch
     from transformers import HubertConfig
 
@@ -119,12 +136,14 @@ def _from_fairseq(path: Path) -> tuple[Any, bool]:
         conv_pos_batch_norm=bool(settings.get("conv_pos_batch_norm", False)),
         classifier_proj_size=settings["final_dim"],
     )
-    normalize = bool(task.get("normalize", False))
+    loader = Loader(
+        bool(task.get("normalize", False)), int(task.get("sample_rate", ModelConfig.sample_rate))
+    )
     projecting, _ = _model_class()
     model = projecting(config)
     table = {
         theirs: name
-        for row in rows(_config(model, normalize))
+        for row in rows(_config(model, loader))
         for name, theirs in zip(row.fairseq, row.transformers, strict=True)
     }
     table["masked_spec_embed"] = "mask_emb"
@@ -139,7 +158,7 @@ def _from_fairseq(path: Path) -> tuple[Any, bool]:
             found=f"nothing for {name_list(lacking)}" if lacking else f"also {name_list(left)}",
         )
     model.load_state_dict({theirs: tensors[table[theirs]] for theirs in wanted}, strict=True)
-    return model, normalize
+    return model, loader
 
 
 def _listed(expression: str) -> list[tuple[int, int, int]]:
@@ -157,7 +176,7 @@ def _listed(expression: str) -> list[tuple[int, int, int]]:
     return value(ast.parse(expression.strip(), mode="eval").body)
 
 
-def _config(model: Any, normalize: bool) -> ModelConfig:
+def _config(model: Any, loader: Loader) -> ModelConfig:
     """What the loaded model is, read from its modules where they say it."""
     from torch.nn import LayerNorm
 
@@ -182,7 +201,8 @@ def _config(model: Any, normalize: bool) -> ModelConfig:
         conv_pos_groups=positional.conv.groups,
         conv_pos_batch_norm=getattr(positional, "batch_norm", None) is not None,
         final_dim=None if final is None else final.out_features,
-        normalize=normalize,
+        normalize=loader.normalize,
+        sample_rate=loader.sample_rate,
     )
 
 
@@ -205,6 +225,17 @@ class TransformersOriginal(TorchOriginal):
         model.encoder(
             self._batch_first(hidden), attention_mask=~torch.from_numpy(frames).to(source.device)
         )
+
+    def _normalized(self, waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> Tensor:
+        """As fairseq does it, whose models these are.
+
+        ``Wav2Vec2FeatureExtractor`` adds 1e-7 to the variance, where they were trained with 1e-5.
+        """
+        from torch.nn.functional import layer_norm
+        from torch.nn.utils.rnn import pad_sequence
+
+        clips = without_padding(waveforms, padding_mask)
+        return pad_sequence([layer_norm(x, x.shape) for x in clips], batch_first=True)
 
     def _projection(self, model: Any) -> Any:
         return model.feature_projection.projection
