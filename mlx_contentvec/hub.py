@@ -50,7 +50,7 @@ TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS = ("float32", "float16", "bfloat16")
 
 #: bytes of a file that describes weights: a report, a page, a plot
-_PAPER_BYTES = 1 << 26
+PAPER_BYTES = 1 << 26
 #: four times those of the largest HuBERT, a billion parameters in float32
 _WEIGHTS_BYTES = 1 << 34
 _WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".bin", ".npz")
@@ -66,6 +66,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TOKEN = re.compile(r"hf_\w+")
 #: top-level modules whose exceptions mean that the network did not deliver
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "ssl", "socket"}
+#: the client, which reads the headers of answers itself
+_CLIENT = {"huggingface_hub", *_NETWORK}
 #: the system's words for that, where Python has no exception of its own for them
 _LOST = {
     *(errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.EHOSTUNREACH),
@@ -76,6 +78,10 @@ _NO_WRITING = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS),
     *(errno.ENOTDIR, errno.EEXIST),
 }
+#: seconds that a server may have the client wait before it asks again
+_PATIENCE = 900
+#: times that a download may begin anew; the client does so for as long as anything arrives
+MOST_TURNS = 5
 #: what is raised where an answer is parsed -> what the answer was
 _MALFORMED: dict[type[Exception], str] = {
     json.JSONDecodeError: "text that is not JSON",
@@ -224,11 +230,11 @@ def read_checksums(path: Path) -> dict[str, str]:
 def require_plausible_size(path: Path) -> None:
     """Raise HubError for a file that is no weights and takes long to be hashed."""
     size = path.stat().st_size
-    if path.suffix != ".safetensors" and size > _PAPER_BYTES:
+    if path.suffix != ".safetensors" and size > PAPER_BYTES:
         raise HubError(
             f"{path} is too large for what it should be",
             found=f"{size:,} bytes",
-            expected=f"at most {_PAPER_BYTES:,}",
+            expected=f"at most {PAPER_BYTES:,}",
         )
 
 
@@ -532,7 +538,7 @@ def _as_named(path: Path) -> Path:
 
 def most_bytes(name: str) -> int:
     """What a file of this name in a repository may have."""
-    return _WEIGHTS_BYTES if name.endswith(_WEIGHTS_SUFFIXES) else _PAPER_BYTES
+    return _WEIGHTS_BYTES if name.endswith(_WEIGHTS_SUFFIXES) else PAPER_BYTES
 
 
 def require_plausible_file(repo_id: str, name: str, revision: str | None = None) -> bool:
@@ -614,8 +620,12 @@ def download(repo_id: str, name: str, revision: str | None = None, *, cached: bo
         """The client's bar; it is told of every piece that arrives."""
 
         arrived = 0
+        turns = 0
 
         def update(self, n: float | None = 1) -> bool | None:
+            if n is not None and n < 0:  # it takes back what had arrived
+                self.turns += 1
+                require_few_turns(self.turns, repo_id, name)
             self.arrived += int(n or 0)
             if self.arrived > most:
                 raise endless(repo_id, name, most)
@@ -627,6 +637,17 @@ def download(repo_id: str, name: str, revision: str | None = None, *, cached: bo
     return Path(
         hf_hub_download(repo_id, name, revision=revision, local_files_only=cached, **bounds)
     )
+
+
+def require_few_turns(turns: int, repo_id: str, name: str) -> None:
+    """Raise HubError if a download has begun anew so often that it will never end."""
+    if turns > MOST_TURNS:
+        raise HubError(
+            f"cannot download {name} from {repo_id}: the connection always breaks off",
+            found=f"{turns} turns, each from the begin of the file",
+            expected="a server that goes on where it broke off",
+            hint="run the same again later, or from another network",
+        )
 
 
 def endless(repo_id: str, name: str, most: int) -> HubError:
@@ -674,10 +695,14 @@ def _note_good(path: Path, digest: str) -> None:
 
 
 @contextmanager
-def plain_words(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises while ``doing`` something into a HubError."""
+def plain_words(repo_id: str, doing: str, most: int | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises while ``doing`` something into a HubError.
+
+    most: bytes that an answer may have, where the client takes it whole into memory
+    """
     try:
-        yield
+        with _watched(repo_id, doing, most):
+            yield
     except ContentvecError:
         raise
     except Exception as error:
@@ -685,6 +710,50 @@ def plain_words(repo_id: str, doing: str) -> Iterator[None]:
         if explained is None:
             raise
         raise explained from error
+
+
+@contextmanager
+def _watched(repo_id: str, doing: str, most: int | None) -> Iterator[None]:
+    """Look at answers before the client does, which waits for as long as a server says.
+
+    Clients before 1.0 cannot be told.
+    """
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    def look(answer: Any) -> None:
+        stated = f"{answer.headers.get('Retry-After')} {answer.headers.get('RateLimit')}"
+        wait = max(re.findall(r"\d+", stated), key=float, default="0")
+        if answer.status_code == 429 and float(wait) > _PATIENCE:
+            raise HubError(
+                f"cannot {doing} {repo_id}: too many requests",
+                found=f"HTTP 429, to be asked again after {wait[:20]} seconds",
+                expected=f"at most {_PATIENCE} seconds",
+                hint="run the same again after that time",
+            )
+        if most is not None:
+            answer.iter_bytes = bounded(answer.iter_bytes, most)
+
+    def bounded(pieces: Callable[..., Iterator[bytes]], most: int) -> Any:
+        def read(*arguments: Any, **options: Any) -> Iterator[bytes]:
+            arrived = 0
+            for piece in pieces(*arguments, **options):
+                arrived += len(piece)
+                if arrived > most:
+                    raise endless(repo_id, "the description", most)
+                yield piece
+
+        return read
+
+    session: Any = get_session()
+    hooks = getattr(session, "event_hooks", None)
+    if hooks is None:
+        yield
+        return
+    session.event_hooks = {**hooks, "response": [*hooks["response"], look]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
 
 
 def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
@@ -723,6 +792,13 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
         return not_the_hub(f"cannot {doing} {repo_id}", found=found, expected="JSON")
     if first(hub_errors.HFValidationError):
         return HubError(f"{repo_id!r} is no repository name", expected="owner/name")
+    if isinstance(error, (ValueError, OverflowError)) and _raised_in(error, _CLIENT):
+        # such as a Content-Range without a number, or a redirect to no address
+        return not_the_hub(
+            f"cannot {doing} {repo_id}",
+            found=_scrub(str(error)),
+            expected="an answer as the Hub gives it",
+        )
     lost = next((e for e in chain if type(e).__module__.split(".")[0] in _NETWORK), None)
     if lost is None:
         lost = next((e for e in chain if isinstance(e, OSError) and e.errno in _LOST), None)
@@ -778,7 +854,7 @@ def _file_without_text(repo_id: str) -> Path | None:
     refs = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "refs")
     for path in (Path(constants.HF_TOKEN_PATH), *sorted(refs.rglob("*"))):
         try:
-            read_regular(path, _PAPER_BYTES).decode()
+            read_regular(path, PAPER_BYTES).decode()
         except UnicodeDecodeError:
             return path
         except (OSError, ValueError):
@@ -836,9 +912,10 @@ def _explain_answer(answer: Any, repo_id: str, doing: str) -> HubError:
             f"make a token at {constants.ENDPOINT}/settings/tokens, then {log_in}",
         )
     if status == 403:
+        access = "write access to" if doing.startswith("publish") else "access to the files of"
         return error(
-            "the token may not do that",
-            "use a token with write access to that user or organisation:\n"
+            "the token may not do that" if has_token else "the Hub asks for a token",
+            f"use a token with {access} that user or organisation:\n"
             f"{constants.ENDPOINT}/settings/tokens",
         )
     if status in (409, 412):
@@ -853,7 +930,7 @@ def _explain_answer(answer: Any, repo_id: str, doing: str) -> HubError:
             "wait a little and run the same again: what has arrived is kept\n"
             "(https://status.huggingface.co)",
         )
-    return error("the Hub refuses", "see what it says above")
+    return error("the Hub refuses", f"see what it says above; HF_ENDPOINT is {constants.ENDPOINT}")
 
 
 def _scrub(text: str) -> str:

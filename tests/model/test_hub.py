@@ -640,6 +640,7 @@ def answer(kind: str, status: int, said: str = "") -> Exception:
         ("HfHubHTTPError", 401, "hf_x", "the Hub does not accept the token"),
         ("HfHubHTTPError", 401, None, "the Hub asks for a token"),
         ("HfHubHTTPError", 403, "hf_x", "the token may not do that"),
+        ("HfHubHTTPError", 403, None, "the Hub asks for a token"),
         ("HfHubHTTPError", 409, None, "somebody else changed it at the same time"),
         ("HfHubHTTPError", 412, None, "somebody else changed it at the same time"),
         ("HfHubHTTPError", 429, None, "too many requests"),
@@ -668,6 +669,7 @@ def test_every_answer_of_the_hub_has_its_words(
     may_log_in = status == 401 and (token is None or kind == "HfHubHTTPError")
     log_in = "hf auth login" in str(hub.explain(answer(kind, status), REPO, "download"))
     assert log_in == (may_log_in or kind == "GatedRepoError")
+    assert "write access" not in str(hub.explain(answer(kind, status), REPO, "download"))
 
 
 def client_error(kind: str, text: str = "") -> Exception:
@@ -991,6 +993,10 @@ def test_a_download_is_broken_off_past_what_it_may_have(monkeypatch: pytest.Monk
     bars[0].update(1)
     with pytest.raises(HubError, match="it does not end"):
         bars[0].update(1)
+    for _ in range(hub.MOST_TURNS):
+        bars[0].update(-9)
+    with pytest.raises(HubError, match="the connection always breaks off"):
+        bars[0].update(-9)
     # clients before 1.0 take no bar
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download",
