@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .containers import require_whole, stated_samples
-from .errors import AudioError, MissingDependency, install_hint, printable
+from .errors import AudioError, MissingDependency, import_hint, install_hint, printable
 
 Waveform = npt.NDArray[np.float32]
 
@@ -287,7 +287,7 @@ def _load(name: str) -> Any:
     except (ImportError, OSError) as error:
         raise MissingDependency(
             f"reading audio files needs {name}: {error}",
-            hint=install_hint("audio"),
+            hint=import_hint(error, install_hint("audio")),
         ) from error
 
 
