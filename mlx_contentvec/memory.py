@@ -74,9 +74,9 @@ def whole_clip_bytes(config: ModelConfig, samples: int, batch: int = 1) -> int:
     return 4 * batch * max(_values_at_once(config, frames), int(scores))
 
 
-def held_bytes(config: ModelConfig, samples: int, batch: int, dtype: mx.Dtype) -> int:
+def held_bytes(whole_clips: int, dtype: mx.Dtype) -> int:
     """``whole_clip_bytes`` of a pass that is computed in ``dtype`` on a GPU."""
-    return whole_clip_bytes(config, samples, batch) * int(dtype.size) // 4
+    return whole_clips * int(dtype.size) // 4
 
 
 def stacked_bytes(config: ModelConfig, samples: Sequence[int]) -> int:
