@@ -25,7 +25,7 @@ import numpy as np
 from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
 from ..errors import AudioError, ContentvecError, OutputError, counted, name_list, printable
 from ..files import Draft, is_file
-from .manifest import Manifest, Record, State, identity, prepared
+from .manifest import Manifest, Record, State, identity, prepared, require_files
 from .sharding import Ranks, shares
 from .sources import Source
 from .windows import Seams
@@ -149,7 +149,8 @@ def plan_jobs(
 ) -> tuple[list[Job], int]:
     """What is left to do, and how many outputs are finished already.
 
-    An output that this run would not have made is only replaced with ``force``.
+    An output that this run would not have made is only replaced with ``force``, and what is
+    no file never.
 
     Raises OutputError naming such outputs.
     """
@@ -157,6 +158,7 @@ def plan_jobs(
     pending: list[Job] = []
     taken: list[str] = []
     finished = 0
+    require_files(manifest.folder, outputs)
     for source, output in zip(sources, outputs, strict=True):
         status = manifest.status(output, source.path, wanted)
         if status.state is State.FINISHED:

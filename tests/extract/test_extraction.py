@@ -673,6 +673,18 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_a_pipe_in_the_place_of_an_output_is_kept(tmp_path: Path, model: ContentvecModel) -> None:
+    clip = write_clip(tmp_path / "a.wav")
+    for place in (tmp_path / "out/a.npy", tmp_path / "packed" / FILE):
+        place.parent.mkdir()
+        os.mkfifo(place)
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(model, tmp_path / "out", [clip], force=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_packs([part_of("a.npy")], Manifest(tmp_path / "packed"), {}, force=True)
+    assert (tmp_path / "out/a.npy").is_fifo()
+
+
 # ---- packed folders ---------------------------------------------------------------
 
 
