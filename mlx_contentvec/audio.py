@@ -136,13 +136,14 @@ def read_audio(
     sample_rate: int = SAMPLE_RATE,
     min_samples: int = 1,
     max_memory: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Clip:
     """Decode a file, average its channels and bring it to ``sample_rate`` Hz.
 
     The file goes through in blocks: memory holds the finished waveform and one
     block. A waveform of fewer than ``min_samples`` samples is refused, and so is
     one that needs more than ``max_memory`` bytes (by default a quarter of the
-    machine's memory).
+    machine's memory). ``stopped`` is asked from block to block whether to give up.
 
     Raises AudioError when the file cannot be decoded, is empty, cut short, too
     short, too long or out of scale, or holds samples that are not finite;
@@ -156,7 +157,11 @@ def read_audio(
         mono = _bounded(mono, stream.rate, sample_rate, limit, where)
         if stream.rate != sample_rate:
             mono = _resampled(mono, stream.rate, sample_rate)
-        blocks = list(mono)
+        blocks = []
+        for block in mono:
+            if stopped():
+                raise AudioError(f"{where} was not read to its end: that was stopped")
+            blocks.append(block)
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if not len(waveform):
         raise AudioError(f"{where} holds no audio", found="0 samples")

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import io
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -244,12 +245,14 @@ class Extraction:
         from ..backend import device_kind
 
         waiting: list[tuple[list[Job], list[Future[Decoded | ContentvecError]]]] = []
+        stop = threading.Event()
         # a CPU decodes 800 times as fast as it computes, and its cores are busy
         threads = 1 if device_kind() == "cpu" else min(DECODERS, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as decoder:
             try:
                 for batch in batched:
-                    waiting.append((batch, [decoder.submit(self._read, job) for job in batch]))
+                    clips = [decoder.submit(self._read, job, stop) for job in batch]
+                    waiting.append((batch, clips))
                     ahead = sum(job.seconds for batch, _ in waiting[1:] for job in batch)
                     while waiting and (ahead > DECODED_AHEAD or len(waiting) > 64):
                         ahead -= sum(job.seconds for job in waiting[0][0])
@@ -257,9 +260,11 @@ class Extraction:
                 while waiting:
                     yield _results(waiting.pop(0))
             finally:
+                # hours of audio are being decoded, which nobody waits for any more
+                stop.set()
                 decoder.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, job: Job) -> Decoded | ContentvecError:
+    def _read(self, job: Job, stop: threading.Event) -> Decoded | ContentvecError:
         config = self.model.config
         path = Path(job.source)
         try:
@@ -271,6 +276,7 @@ class Extraction:
                 sample_rate=config.sample_rate,
                 min_samples=config.receptive_field,
                 max_memory=self.max_memory,
+                stopped=stop.is_set,
             )
             return Decoded(clip, source)
         except ContentvecError as error:

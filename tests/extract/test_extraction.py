@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mlx_contentvec.audio import Clip, read_audio
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, ConfigError, OutputError, printable
 from mlx_contentvec.extract import packing
@@ -575,6 +577,34 @@ def test_files_that_vanish_or_wait_are_listed_and_the_rest_goes_on(
     assert reasons["pipe.wav"] == "is not a file (a named pipe)"
     assert reasons["zero.wav"] == "is not a file (a device)"
     assert "No such file" in reasons["1.wav"]
+
+
+def test_an_interrupted_run_decodes_no_further(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2):
+        write_clip(tmp_path / f"in/{i}.wav", seed=i)
+    ended = threading.Event()
+
+    def read(path: Path, *, stopped: Callable[[], bool], **options: Any) -> Clip:
+        if path.name == "1.wav":  # of hours
+            for _ in range(1000):
+                if stopped():
+                    ended.set()
+                    break
+                time.sleep(0.01)
+        return read_audio(path, **options)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_contentvec.extract.run.read_audio", read)
+    monkeypatch.setattr(Extraction, "_features", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "out", [tmp_path / "in"])
+    assert ended.wait(5)
+    with pytest.raises(AudioError, match="was not read to its end"):
+        read_audio(tmp_path / "in/1.wav", stopped=lambda: True)
 
 
 def test_a_file_deleted_while_its_features_are_computed_ends_nothing(
