@@ -149,6 +149,8 @@ def _unexpected(error: Exception) -> ContentvecError:
     """What to say of an exception that nothing was prepared for: what a report needs."""
     if os.environ.get("MLX_CONTENTVEC_TRACEBACK"):
         traceback.print_exception(error)
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return ContentvecError("the current folder is not there any more", hint="cd to another")
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         return ContentvecError(f"results cannot be written: {error.strerror}")
     if is_out_of_memory(error):

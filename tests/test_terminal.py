@@ -170,6 +170,12 @@ def test_a_full_disk_gives_one_line(tmp_path: Path, command: str, unbuffered: st
     assert done.stderr == "error: results cannot be written: No space left on device\n"
 
 
+def test_a_current_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    done = shell("mkdir gone; cd gone; rmdir ../gone; $M verify foo", tmp_path)
+    assert "error: the current folder is not there any more" in done.stderr
+    assert done.returncode == 1
+
+
 def test_a_closed_standard_output_gives_one_line(tmp_path: Path) -> None:
     done = shell("$M models >&-", tmp_path)
     assert done.returncode == 1

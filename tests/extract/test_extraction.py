@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -605,6 +606,24 @@ def test_an_interrupted_run_decodes_no_further(
     assert ended.wait(5)
     with pytest.raises(AudioError, match="was not read to its end"):
         read_audio(tmp_path / "in/1.wav", stopped=lambda: True)
+
+
+def test_a_folder_that_may_not_be_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clip(tmp_path / "in/a.wav")
+    listed = os.scandir
+
+    def refuse(path: str) -> Any:
+        if os.fspath(path).endswith("in"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(AudioError, match=r"the folder .*in cannot be read"):
+        find_sources([tmp_path / "in"])
+    # in another it is listed as a file that cannot be read is
+    assert [source.path for source in find_sources([tmp_path])] == [tmp_path / "in"]
 
 
 def test_a_file_deleted_while_its_features_are_computed_ends_nothing(
