@@ -30,7 +30,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ContentvecError, HubError, name_list
-from .files import expand_home, is_file, is_folder, is_there, read_regular, similar_name
+from .files import (
+    expand_home,
+    is_file,
+    is_folder,
+    is_there,
+    open_regular,
+    read_regular,
+    similar_name,
+)
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
 from .json_text import JsonError, read_object
 
@@ -245,14 +253,15 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
             piece = memoryview(bytearray(1 << 20))
             while count := file.readinto(piece):
                 digest.update(piece[:count])
                 if advance is not None:
                     advance(count)
-    except OSError as error:
-        raise HubError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HubError(f"{path} cannot be read: {reason}") from error
     return digest.hexdigest()
 
 
@@ -701,6 +710,7 @@ def plain_words(repo_id: str, doing: str, most: int | None = None) -> Iterator[N
     most: bytes that an answer may have, where the client takes it whole into memory
     """
     try:
+        _require_no_pipes(repo_id, doing)
         with _watched(repo_id, doing, most):
             yield
     except ContentvecError:
@@ -793,11 +803,13 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
     if first(hub_errors.HFValidationError):
         return HubError(f"{repo_id!r} is no repository name", expected="owner/name")
     if isinstance(error, (ValueError, OverflowError)) and _raised_in(error, _CLIENT):
-        # such as a Content-Range without a number, or a redirect to no address
-        return not_the_hub(
-            f"cannot {doing} {repo_id}",
+        # such as a Content-Range without a number, or a branch in the cache that is no commit
+        return HubError(
+            f"cannot {doing} {repo_id}: the Hub's client makes nothing of what it was given",
             found=_scrub(str(error)),
-            expected="an answer as the Hub gives it",
+            expected="answers as the Hub gives them, or files of its cache",
+            hint=f"check HF_ENDPOINT, now {constants.ENDPOINT},\nand what is kept in "
+            f"{constants.HF_HUB_CACHE}",
         )
     lost = next((e for e in chain if type(e).__module__.split(".")[0] in _NETWORK), None)
     if lost is None:
@@ -847,12 +859,29 @@ def _hint_for_folder(path: str) -> str | None:
     return None
 
 
-def _file_without_text(repo_id: str) -> Path | None:
-    """A file that the client reads as text and that is none: the token, or a branch's commit."""
+def _texts(repo_id: str) -> list[Path]:
+    """What the client reads as text: the token, and the commits of branches."""
     from huggingface_hub import constants
 
     refs = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "refs")
-    for path in (Path(constants.HF_TOKEN_PATH), *sorted(refs.rglob("*"))):
+    return [Path(constants.HF_TOKEN_PATH), *sorted(refs.rglob("*"))]
+
+
+def _require_no_pipes(repo_id: str, doing: str) -> None:
+    """Raise HubError if a pipe or a device is where the client would wait for a text."""
+    for path in _texts(repo_id):
+        if is_there(path) and not is_file(path) and not is_folder(path):
+            raise HubError(
+                f"cannot {doing} {repo_id}: {path} is no file",
+                found="a pipe, a device or a socket",
+                expected="a file of the Hub's client, or none",
+                hint=f"remove it: rm {shlex.quote(str(path))}",
+            )
+
+
+def _file_without_text(repo_id: str) -> Path | None:
+    """A file that the client reads as text and that is none."""
+    for path in _texts(repo_id):
         try:
             read_regular(path, PAPER_BYTES).decode()
         except UnicodeDecodeError:
@@ -864,7 +893,10 @@ def _file_without_text(repo_id: str) -> Path | None:
 
 def is_of_another_form(error: Exception) -> bool:
     """Whether the client raised ``error`` while it made its objects of the JSON of an answer."""
-    return _raised_in(error, {"huggingface_hub"}) and not _raised_in(error, _NETWORK)
+    from huggingface_hub.errors import HFValidationError
+
+    made = _raised_in(error, {"huggingface_hub"}) and not _raised_in(error, _NETWORK)
+    return made and not isinstance(error, HFValidationError)
 
 
 def _raised_in(error: BaseException, modules: set[str]) -> bool:

@@ -128,13 +128,13 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
         found="JSON of another form",
         expected="the description of a repository",
     )
-    try:
-        with hub.plain_words(repo_id, "look at", hub.PAPER_BYTES):
+    with hub.plain_words(repo_id, "look at", hub.PAPER_BYTES):
+        try:
             info = HfApi(library_name="mlx-contentvec").model_info(repo_id, revision=revision)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if hub.is_of_another_form(error):
-            raise no_repository from error
-        raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if hub.is_of_another_form(error):
+                raise no_repository from error
+            raise
     files = [entry.rfilename for entry in info.siblings or ()]
     if not all(isinstance(file, str) for file in files):
         raise no_repository

@@ -527,8 +527,31 @@ def test_how_far_hashing_has_come_is_told(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_hashed_is_said(tmp_path: Path) -> None:
-    with pytest.raises(HubError, match="cannot be read: Is a directory"):
-        hub.sha256_of(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (("", "not a regular"), ("pipe", "not a regular"), ("none", "No such file")):
+        with pytest.raises(HubError, match=f"cannot be read: {why}"):
+            hub.sha256_of(tmp_path / path)
+
+
+@pytest.mark.parametrize("place", ["token", "hub/models--someone--contentvec-mlx/refs/main"])
+def test_a_pipe_among_the_files_of_the_client_is_not_waited_for(
+    server: HubServer, resolved: Run, tmp_path: Path, place: str
+) -> None:
+    server.add_repo(REPO, package())
+    pipe = tmp_path / "home" / place
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    result = resolved(REPO, token=None)
+    assert f"{place} is no file" in result.stderr
+
+
+def test_a_branch_in_the_cache_that_is_no_commit_is_said(resolved: Run, tmp_path: Path) -> None:
+    branch = tmp_path / "home/hub" / f"models--{REPO.replace('/', '--')}" / "refs/main"
+    branch.parent.mkdir(parents=True)
+    branch.write_text("../../../../etc")
+    result = resolved(REPO, HF_HUB_OFFLINE="1")
+    assert "makes nothing of what it was given" in result.stderr, result.stderr
+    assert "what is kept in" in result.stderr
 
 
 def test_a_blob_is_hashed_once_if_its_name_is_a_sha256(
