@@ -15,7 +15,14 @@ from typing import Any, TextIO
 import click
 
 from . import __version__
-from .errors import MORE_MEMORY, ContentvecError, did_you_mean, is_out_of_memory, printable
+from .errors import (
+    MORE_MEMORY,
+    ContentvecError,
+    did_you_mean,
+    is_out_of_memory,
+    name_list,
+    printable,
+)
 from .terminal import LINE_EVERY, say
 
 #: subcommand -> (module:object, one line for --help). The modules live in
@@ -161,6 +168,13 @@ def _unexpected(error: Exception) -> ContentvecError:
             hint="a limit of this session (ulimit -u, ulimit -v) or of its container is reached",
         )
     frames = traceback.extract_tb(error.__traceback__)
+    if any(f.name == "<module>" and "huggingface_hub" in f.filename for f in frames):
+        names = [name for name in sorted(os.environ) if name.startswith(("HF_", "HUGGING"))]
+        return ContentvecError(
+            "the Hub's client does not begin with the settings of this session",
+            found=f"{type(error).__name__}: {error}",
+            hint=f"check {name_list(names) or 'its installation: pip install huggingface_hub'}",
+        )
     ours = [f for f in frames if "contentvec" in Path(f.filename).parent.as_posix()]
     last = (ours or frames)[-1]
     name = "/".join(Path(last.filename).parts[-3:])

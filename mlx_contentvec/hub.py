@@ -802,6 +802,12 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
         return not_the_hub(f"cannot {doing} {repo_id}", found=found, expected="JSON")
     if first(hub_errors.HFValidationError):
         return HubError(f"{repo_id!r} is no repository name", expected="owner/name")
+    if isinstance(error, ImportError) and _raised_in(error, _NETWORK):
+        return HubError(
+            f"cannot {doing} {repo_id}: what the proxy of this session needs is not installed",
+            found=str(error),
+            hint="install it, or unset ALL_PROXY and HTTPS_PROXY, or name an http:// proxy there",
+        )
     if isinstance(error, (ValueError, OverflowError)) and _raised_in(error, _CLIENT):
         # such as a Content-Range without a number, or a branch in the cache that is no commit
         return HubError(
@@ -819,8 +825,8 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
         return HubError(
             f"cannot {doing} {repo_id}: the connection to {constants.ENDPOINT} failed",
             found=reason.splitlines()[0],
-            hint="check the network (or HF_ENDPOINT) and run the same again: what has arrived\n"
-            "is kept",
+            hint=f"check the network ({_addresses()}) and run the same again: what has\n"
+            "arrived is kept",
         )
     if first(hub_errors.LocalEntryNotFoundError):
         return HubError(
@@ -840,6 +846,13 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
             hint=_hint_for_folder(found),
         )
     return None
+
+
+def _addresses() -> str:
+    """The variables that say where the client connects to, as a part of a hint."""
+    proxies = (f"{name}_PROXY" for name in ("HTTPS", "HTTP", "ALL"))
+    names = (name for proxy in proxies for name in (proxy, proxy.lower()) if os.environ.get(name))
+    return " or ".join(["or HF_ENDPOINT", *names])
 
 
 def _hint_for_folder(path: str) -> str | None:

@@ -176,6 +176,19 @@ def test_a_current_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HF_ENDPOINT", "http://[::1"), ("HF_HUB_DOWNLOAD_TIMEOUT", "soon")],
+)
+def test_a_setting_that_the_client_of_the_hub_does_not_take_is_named(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    done = shell("$M fetch", tmp_path, **{name: value})
+    assert "error: the Hub's client does not begin with the settings" in done.stderr
+    assert name in done.stderr
+    assert done.returncode == 1
+
+
 def test_a_closed_standard_output_gives_one_line(tmp_path: Path) -> None:
     done = shell("$M models >&-", tmp_path)
     assert done.returncode == 1

@@ -251,6 +251,14 @@ def test_an_answer_that_describes_no_repository_is_said(
     assert caught.value.found in found
 
 
+def test_an_index_that_names_itself_is_damaged(server: HubServer, command: Convert) -> None:
+    index = b'{"weight_map": {"a": "pytorch_model.bin.index.json"}}'
+    server.add_repo("someone/voice", {"config.json": b"{}", "pytorch_model.bin.index.json": index})
+    done = command("fetch", "someone/voice")
+    assert done.returncode == 1
+    assert "it names an index in the place of weights" in done.stderr
+
+
 def test_a_name_that_is_too_long_for_a_repository_is_said() -> None:
     with pytest.raises(HubError, match="is no repository name"):
         repository.find_model("someone/" + "a" * 200)

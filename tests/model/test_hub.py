@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -531,6 +532,22 @@ def test_a_file_that_cannot_be_hashed_is_said(tmp_path: Path) -> None:
     for path, why in (("", "not a regular"), ("pipe", "not a regular"), ("none", "No such file")):
         with pytest.raises(HubError, match=f"cannot be read: {why}"):
             hub.sha256_of(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "the proxy of this session needs is not installed"),
+        ("HTTP_PROXY", "http://127.0.0.1:9", "(or HF_ENDPOINT or HTTP_PROXY)"),
+    ],
+)
+def test_a_proxy_that_does_not_work_is_named(
+    server: HubServer, resolved: Run, variable: str, value: str, said: str
+) -> None:
+    if "socks" in value and importlib.util.find_spec("socksio"):
+        pytest.skip("SOCKS proxies work here: pip uninstall socksio")
+    result = resolved(REPO, **{"NO_PROXY": "", "no_proxy": "", variable: value})
+    assert said in " ".join(result.stderr.split()), result.stderr
 
 
 @pytest.mark.parametrize("place", ["token", "hub/models--someone--contentvec-mlx/refs/main"])
