@@ -52,8 +52,8 @@ LOUDEST_PEAK = 100.0
 #: what a sample rate may be: no less than a quarter of telephony's, so that a few
 #: bytes cannot become hours
 RATES = (1000.0, 10_000_000.0)
-#: samples per decoded block: about a second and a half at 44.1 kHz
-BLOCK = 1 << 16
+#: samples per decoded block, of all channels: about a second and a half of stereo at 44.1 kHz
+BLOCK = 1 << 17
 #: bytes that are read from a file at a time
 READ_SIZE = 1 << 17
 #: compressed bytes per second taken for a file whose container states no duration
@@ -516,7 +516,8 @@ def _blocks(
                 hint="rewrite it at one rate: ffmpeg -i FILE -ar 44100 NEW.wav",
             )
         form = samples.shape[1], samples.dtype
-        if waiting and (count >= BLOCK or form != (waiting[0].shape[1], waiting[0].dtype)):
+        full = count * form[0] >= BLOCK
+        if waiting and (full or form != (waiting[0].shape[1], waiting[0].dtype)):
             yield _scaled(np.concatenate(waiting))
             passed += count
             waiting, count = [], 0
