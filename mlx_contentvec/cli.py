@@ -152,11 +152,19 @@ def _close_output(*streams: TextIO) -> None:
 _NO_THREAD = ("start new thread", os.strerror(errno.EAGAIN))
 
 
+def _is_somewhere() -> bool:
+    """Whether the current folder is still there."""
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False
+
+
 def _unexpected(error: Exception) -> ContentvecError:
     """What to say of an exception that nothing was prepared for: what a report needs."""
     if os.environ.get("MLX_CONTENTVEC_TRACEBACK"):
         traceback.print_exception(error)
-    if isinstance(error, FileNotFoundError) and error.filename is None:
+    if isinstance(error, FileNotFoundError) and not _is_somewhere():
         return ContentvecError("the current folder is not there any more", hint="cd to another")
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         return ContentvecError(f"results cannot be written: {error.strerror}")

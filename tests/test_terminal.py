@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_contentvec import terminal
+from mlx_contentvec.cli import _unexpected
 from mlx_contentvec.errors import AudioError, ContentvecError, counted, did_you_mean
 from mlx_contentvec.extract.sources import find_sources
 from mlx_contentvec.terminal import Status, labelled, late_bar, say, wrapped
@@ -174,6 +176,9 @@ def test_a_current_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     done = shell("mkdir gone; cd gone; rmdir ../gone; $M verify foo", tmp_path)
     assert "error: the current folder is not there any more" in done.stderr
     assert done.returncode == 1
+    # where it is there, it is not blamed
+    said = str(_unexpected(FileNotFoundError(errno.ENOENT, "No usable temporary directory")))
+    assert "No usable temporary directory" in said
 
 
 @pytest.mark.parametrize(
