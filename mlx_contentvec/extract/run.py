@@ -27,7 +27,7 @@ from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read
 from ..errors import AudioError, ContentvecError, OutputError, counted, name_list, printable
 from ..files import Draft, is_file
 from .manifest import Manifest, Record, State, identity, prepared, require_files
-from .sharding import Ranks, shares
+from .sharding import Ranks, share_of
 from .sources import Source
 from .windows import Seams
 
@@ -450,5 +450,5 @@ def npy_parts(array: np.ndarray[Any, Any]) -> list[bytes | memoryview]:
 def share_of_rank(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
     """The part of the first rank's ``jobs`` that this rank does, balanced by duration."""
     everything = [Job(**job) for job in ranks.from_first([asdict(job) for job in jobs])]
-    share = shares([job.seconds for job in everything], ranks.size)[ranks.rank]
+    share = share_of([job.seconds for job in everything], ranks.size, ranks.rank)
     return [everything[i] for i in share]

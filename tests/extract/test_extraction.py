@@ -32,7 +32,7 @@ from mlx_contentvec.extract.manifest import (
 )
 from mlx_contentvec.extract.packing import FILE, check_packs, pack, part_of
 from mlx_contentvec.extract.run import Extraction, Job, Settings, Summary, plan_jobs
-from mlx_contentvec.extract.sharding import Ranks, Shard, own_gpu, shares
+from mlx_contentvec.extract.sharding import Ranks, Shard, own_gpu, share_of
 from mlx_contentvec.extract.sources import (
     Source,
     find_sources,
@@ -911,10 +911,18 @@ def test_the_features_of_a_pack_begin_at_a_multiple_of_eight_bytes(
 
 @given(st.lists(st.floats(0, 1000), max_size=60), st.integers(1, 8))
 def test_shares_hold_everything_once_and_are_balanced(durations: list[float], count: int) -> None:
-    divided = shares(durations, count)
+    divided = [share_of(durations, count, number) for number in range(count)]
     assert sorted(i for share in divided for i in share) == list(range(len(durations)))
     totals = [sum(durations[i] for i in share) for share in divided]
     assert max(totals) - min(totals) <= max(durations, default=0.0) + 1e-6
+
+
+def test_more_shares_than_memory_has_room_for_are_empty_but_for_the_first() -> None:
+    begun = time.monotonic()
+    for number, share in ((0, [1]), (1, [0]), (2, []), (49_999_999, [])):
+        assert share_of([1.0, 2.0], 50_000_000, number) == share
+    # nor does it take long to find out
+    assert time.monotonic() - begun < 5
 
 
 def test_one_process_is_a_rank_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
