@@ -825,8 +825,8 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
         return HubError(
             f"cannot {doing} {repo_id}: the connection to {constants.ENDPOINT} failed",
             found=reason.splitlines()[0],
-            hint=f"check the network ({_addresses()}) and run the same again: what has\n"
-            "arrived is kept",
+            hint=f"check the network ({_addresses()}) and run the same again:\n"
+            "what has arrived is kept",
         )
     if first(hub_errors.LocalEntryNotFoundError):
         return HubError(
