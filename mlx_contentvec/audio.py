@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .containers import require_whole, stated_samples
-from .errors import AudioError, MissingDependency, install_hint, printable
+from .errors import AudioError, MissingDependency, import_hint, install_hint, printable
 
 Waveform = npt.NDArray[np.float32]
 
@@ -52,8 +52,8 @@ LOUDEST_PEAK = 100.0
 #: what a sample rate may be: no less than a quarter of telephony's, so that a few
 #: bytes cannot become hours
 RATES = (1000.0, 10_000_000.0)
-#: samples per decoded block: about a second and a half at 44.1 kHz
-BLOCK = 1 << 16
+#: samples per decoded block, of all channels: about a second and a half of stereo at 44.1 kHz
+BLOCK = 1 << 17
 #: bytes that are read from a file at a time
 READ_SIZE = 1 << 17
 #: compressed bytes per second taken for a file whose container states no duration
@@ -136,13 +136,14 @@ def read_audio(
     sample_rate: int = SAMPLE_RATE,
     min_samples: int = 1,
     max_memory: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Clip:
     """Decode a file, average its channels and bring it to ``sample_rate`` Hz.
 
     The file goes through in blocks: memory holds the finished waveform and one
     block. A waveform of fewer than ``min_samples`` samples is refused, and so is
     one that needs more than ``max_memory`` bytes (by default a quarter of the
-    machine's memory).
+    machine's memory). ``stopped`` is asked from block to block whether to give up.
 
     Raises AudioError when the file cannot be decoded, is empty, cut short, too
     short, too long or out of scale, or holds samples that are not finite;
@@ -156,7 +157,11 @@ def read_audio(
         mono = _bounded(mono, stream.rate, sample_rate, limit, where)
         if stream.rate != sample_rate:
             mono = _resampled(mono, stream.rate, sample_rate)
-        blocks = list(mono)
+        blocks = []
+        for block in mono:
+            if stopped():
+                raise AudioError(f"{where} was not read to its end: that was stopped")
+            blocks.append(block)
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if not len(waveform):
         raise AudioError(f"{where} holds no audio", found="0 samples")
@@ -296,7 +301,7 @@ def _load(name: str) -> Any:
     except (ImportError, OSError) as error:
         raise MissingDependency(
             f"reading audio files needs {name}: {error}",
-            hint=install_hint("audio"),
+            hint=import_hint(error, install_hint("audio")),
         ) from error
 
 
@@ -520,7 +525,8 @@ def _blocks(
                 hint="rewrite it at one rate: ffmpeg -i FILE -ar 44100 NEW.wav",
             )
         form = samples.shape[1], samples.dtype
-        if waiting and (count >= BLOCK or form != (waiting[0].shape[1], waiting[0].dtype)):
+        full = count * form[0] >= BLOCK
+        if waiting and (full or form != (waiting[0].shape[1], waiting[0].dtype)):
             yield _scaled(np.concatenate(waiting))
             passed += count
             waiting, count = [], 0

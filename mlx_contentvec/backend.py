@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendError, install_hint
+from .errors import BackendError, import_hint, install_hint
 
 #: shared library names of OpenBLAS on the common Linux distributions
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -52,11 +53,39 @@ def openblas_kernels(cpuinfo: str) -> str | None:
     return next((name for name, needed in OPENBLAS_KERNELS if needed <= flags), None)
 
 
-def _load_openblas() -> str | None:
-    """Load OpenBLAS into the process; its name, or None where there is none.
+#: address space that each thread of OpenBLAS 0.3.21 takes: a buffer of 128 MiB and its stack
+#: when the library is loaded, and another buffer for a product. It waits forever for a buffer
+#: that it does not get
+OPENBLAS_THREAD_BYTES = 288 << 20
 
-    OPENBLAS_CORETYPE, if set, is left as it is.
+
+def stated_threads() -> int:
+    """How many threads the environment states for products; the machine's cores by default."""
+    stated = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    return int(stated) if stated.isdecimal() and int(stated) else os.cpu_count() or 1
+
+
+def address_space_left() -> float:
+    """Bytes that this process may still map; infinite where nothing limits it (``ulimit -v``)."""
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            return limit - pages * resource.getpagesize()
+    return math.inf
+
+
+def _load_openblas() -> str | None:
+    """Load OpenBLAS into the process; its name, or None where there is none or no room for it.
+
+    Products are then those of numpy's, whose buffers are smaller. OPENBLAS_CORETYPE, if set,
+    is left as it is.
     """
+    threads = min(stated_threads(), os.cpu_count() or 1)
+    if address_space_left() < threads * OPENBLAS_THREAD_BYTES:
+        return None
     with contextlib.suppress(OSError):
         kernels = openblas_kernels(Path("/proc/cpuinfo").read_text())
         if kernels is not None:
@@ -100,7 +129,9 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
             hint = "MLX on Linux needs one backend, cpu, cuda12 or cuda13:\n" + install_hint("cpu")
         else:
             hint = "reinstall MLX: pip install --force-reinstall mlx"
-        raise BackendError(f"MLX cannot be imported: {error}", hint=hint) from error
+        raise BackendError(
+            f"MLX cannot be imported: {error}", hint=import_hint(error, hint)
+        ) from error
     return core, layers, openblas
 
 

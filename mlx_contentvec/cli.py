@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import platform
@@ -14,7 +15,14 @@ from typing import Any, TextIO
 import click
 
 from . import __version__
-from .errors import ContentvecError, did_you_mean, printable
+from .errors import (
+    MORE_MEMORY,
+    ContentvecError,
+    did_you_mean,
+    is_out_of_memory,
+    name_list,
+    printable,
+)
 from .terminal import LINE_EVERY, say
 
 #: subcommand -> (module:object, one line for --help). The modules live in
@@ -140,20 +148,41 @@ def _close_output(*streams: TextIO) -> None:
                 os.dup2(nowhere.fileno(), stream.fileno())
 
 
+#: Python's words for a thread that the system does not start, and the system's own
+_NO_THREAD = ("start new thread", os.strerror(errno.EAGAIN))
+
+
+def _is_somewhere() -> bool:
+    """Whether the current folder is still there."""
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False
+
+
 def _unexpected(error: Exception) -> ContentvecError:
     """What to say of an exception that nothing was prepared for: what a report needs."""
     if os.environ.get("MLX_CONTENTVEC_TRACEBACK"):
         traceback.print_exception(error)
+    if isinstance(error, FileNotFoundError) and not _is_somewhere():
+        return ContentvecError("the current folder is not there any more", hint="cd to another")
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         return ContentvecError(f"results cannot be written: {error.strerror}")
-    if isinstance(error, MemoryError):
-        return ContentvecError("there is not enough memory for this")
-    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+    if is_out_of_memory(error):
+        return ContentvecError("there is not enough memory for this", hint=MORE_MEMORY)
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_THREAD):
         return ContentvecError(
             "the system starts no further thread",
             hint="a limit of this session (ulimit -u, ulimit -v) or of its container is reached",
         )
     frames = traceback.extract_tb(error.__traceback__)
+    if any(f.name == "<module>" and "huggingface_hub" in f.filename for f in frames):
+        names = [name for name in sorted(os.environ) if name.startswith(("HF_", "HUGGING"))]
+        return ContentvecError(
+            "the Hub's client does not begin with the settings of this session",
+            found=f"{type(error).__name__}: {error}",
+            hint=f"check {name_list(names) or 'its installation: pip install huggingface_hub'}",
+        )
     ours = [f for f in frames if "contentvec" in Path(f.filename).parent.as_posix()]
     last = (ours or frames)[-1]
     name = "/".join(Path(last.filename).parts[-3:])

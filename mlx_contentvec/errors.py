@@ -146,6 +146,24 @@ def install_hint(extra: str) -> str:
     return f"pip install 'mlx-contentvec[{extra}]>=0.2'\nor in a clone: pip install '.[{extra}]'"
 
 
+#: the dynamic linker's words for a library that has no room
+_NO_ROOM = ("failed to map segment", "cannot map zero-fill pages", "Cannot allocate memory")
+
+
+#: what to do where memory ran out
+MORE_MEMORY = "end other programs, or raise the limit of this session (ulimit -v) or container"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` means that there was no memory, for data or for a library."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_ROOM)
+
+
+def import_hint(error: Exception, install: str) -> str:
+    """What to do about a module that cannot be imported: ``install``, unless it is installed."""
+    return f"memory ran out: {MORE_MEMORY}" if is_out_of_memory(error) else install
+
+
 def counted(number: int, noun: str) -> str:
     """``1 clip``, ``2 clips``, ``1,000 clips``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

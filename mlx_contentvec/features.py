@@ -289,7 +289,8 @@ def features_of(
     if max_memory is not None and (not isinstance(max_memory, Real) or math.isnan(max_memory)):
         raise ConfigError(f"max_memory is {max_memory!r}", expected="bytes, a number")
     config = replace(model.config, normalize=False) if normalized else model.config
-    needed = held_bytes(config, len(waveform), 1, model.layer_norm.weight.dtype)
+    whole = whole_clip_bytes(config, len(waveform))
+    needed = held_bytes(whole, model.layer_norm.weight.dtype)
     said = ""
     for plan, limit in plans_in_turn(config, len(waveform), max_memory):
         try:
@@ -329,10 +330,9 @@ def features_of_batch(
     if len(waveforms) == 1:
         return [features_of(model, waveforms[0], kind, max_memory, progress)]
     samples = [len(waveform) for waveform in waveforms]
-    if stacks(model, padding):
-        needed = stacked_bytes(model.config, samples)
-    else:
-        needed = whole_clip_bytes(model.config, max(samples), len(samples))
+    together = whole_clip_bytes(model.config, max(samples), len(samples))
+    stacked = stacks(model, padding)
+    needed = stacked_bytes(model.config, samples) if stacked else together
     if needed > limit_of(max_memory):
         middle = len(waveforms) // 2
         return [
@@ -341,8 +341,7 @@ def features_of_batch(
             for features in features_of_batch(model, half, kind, padding, max_memory, progress)
         ]
     try:
-        dtype = model.layer_norm.weight.dtype
-        with bounded(max_memory, held_bytes(model.config, max(samples), len(samples), dtype)):
+        with bounded(max_memory, held_bytes(together, model.layer_norm.weight.dtype)):
             return _in_one_go(model, waveforms, kind, padding)
     except (RuntimeError, MemoryError) as error:
         if not is_exhausted(error):

@@ -30,7 +30,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ContentvecError, HubError, name_list
-from .files import expand_home, is_file, is_folder, is_there, read_regular, similar_name
+from .files import (
+    expand_home,
+    is_file,
+    is_folder,
+    is_there,
+    open_regular,
+    read_regular,
+    similar_name,
+)
 from .first_release import HF_REPO_ID, HF_WEIGHTS_FILE
 from .json_text import JsonError, read_object
 
@@ -50,7 +58,7 @@ TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS = ("float32", "float16", "bfloat16")
 
 #: bytes of a file that describes weights: a report, a page, a plot
-_PAPER_BYTES = 1 << 26
+PAPER_BYTES = 1 << 26
 #: four times those of the largest HuBERT, a billion parameters in float32
 _WEIGHTS_BYTES = 1 << 34
 _WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".bin", ".npz")
@@ -66,6 +74,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TOKEN = re.compile(r"hf_\w+")
 #: top-level modules whose exceptions mean that the network did not deliver
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "ssl", "socket"}
+#: the client, which reads the headers of answers itself
+_CLIENT = {"huggingface_hub", *_NETWORK}
 #: the system's words for that, where Python has no exception of its own for them
 _LOST = {
     *(errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.EHOSTUNREACH),
@@ -76,6 +86,10 @@ _NO_WRITING = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS),
     *(errno.ENOTDIR, errno.EEXIST),
 }
+#: seconds that a server may have the client wait before it asks again
+_PATIENCE = 900
+#: times that a download may begin anew; the client does so for as long as anything arrives
+MOST_TURNS = 5
 #: what is raised where an answer is parsed -> what the answer was
 _MALFORMED: dict[type[Exception], str] = {
     json.JSONDecodeError: "text that is not JSON",
@@ -224,11 +238,11 @@ def read_checksums(path: Path) -> dict[str, str]:
 def require_plausible_size(path: Path) -> None:
     """Raise HubError for a file that is no weights and takes long to be hashed."""
     size = path.stat().st_size
-    if path.suffix != ".safetensors" and size > _PAPER_BYTES:
+    if path.suffix != ".safetensors" and size > PAPER_BYTES:
         raise HubError(
             f"{path} is too large for what it should be",
             found=f"{size:,} bytes",
-            expected=f"at most {_PAPER_BYTES:,}",
+            expected=f"at most {PAPER_BYTES:,}",
         )
 
 
@@ -239,14 +253,15 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
             piece = memoryview(bytearray(1 << 20))
             while count := file.readinto(piece):
                 digest.update(piece[:count])
                 if advance is not None:
                     advance(count)
-    except OSError as error:
-        raise HubError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HubError(f"{path} cannot be read: {reason}") from error
     return digest.hexdigest()
 
 
@@ -532,7 +547,7 @@ def _as_named(path: Path) -> Path:
 
 def most_bytes(name: str) -> int:
     """What a file of this name in a repository may have."""
-    return _WEIGHTS_BYTES if name.endswith(_WEIGHTS_SUFFIXES) else _PAPER_BYTES
+    return _WEIGHTS_BYTES if name.endswith(_WEIGHTS_SUFFIXES) else PAPER_BYTES
 
 
 def require_plausible_file(repo_id: str, name: str, revision: str | None = None) -> bool:
@@ -614,8 +629,12 @@ def download(repo_id: str, name: str, revision: str | None = None, *, cached: bo
         """The client's bar; it is told of every piece that arrives."""
 
         arrived = 0
+        turns = 0
 
         def update(self, n: float | None = 1) -> bool | None:
+            if n is not None and n < 0:  # it takes back what had arrived
+                self.turns += 1
+                require_few_turns(self.turns, repo_id, name)
             self.arrived += int(n or 0)
             if self.arrived > most:
                 raise endless(repo_id, name, most)
@@ -627,6 +646,17 @@ def download(repo_id: str, name: str, revision: str | None = None, *, cached: bo
     return Path(
         hf_hub_download(repo_id, name, revision=revision, local_files_only=cached, **bounds)
     )
+
+
+def require_few_turns(turns: int, repo_id: str, name: str) -> None:
+    """Raise HubError if a download has begun anew so often that it will never end."""
+    if turns > MOST_TURNS:
+        raise HubError(
+            f"cannot download {name} from {repo_id}: the connection always breaks off",
+            found=f"{turns} turns, each from the begin of the file",
+            expected="a server that goes on where it broke off",
+            hint="run the same again later, or from another network",
+        )
 
 
 def endless(repo_id: str, name: str, most: int) -> HubError:
@@ -674,10 +704,15 @@ def _note_good(path: Path, digest: str) -> None:
 
 
 @contextmanager
-def plain_words(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises while ``doing`` something into a HubError."""
+def plain_words(repo_id: str, doing: str, most: int | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises while ``doing`` something into a HubError.
+
+    most: bytes that an answer may have, where the client takes it whole into memory
+    """
     try:
-        yield
+        _require_no_pipes(repo_id, doing)
+        with _watched(repo_id, doing, most):
+            yield
     except ContentvecError:
         raise
     except Exception as error:
@@ -685,6 +720,50 @@ def plain_words(repo_id: str, doing: str) -> Iterator[None]:
         if explained is None:
             raise
         raise explained from error
+
+
+@contextmanager
+def _watched(repo_id: str, doing: str, most: int | None) -> Iterator[None]:
+    """Look at answers before the client does, which waits for as long as a server says.
+
+    Clients before 1.0 cannot be told.
+    """
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    def look(answer: Any) -> None:
+        stated = f"{answer.headers.get('Retry-After')} {answer.headers.get('RateLimit')}"
+        wait = max(re.findall(r"\d+", stated), key=float, default="0")
+        if answer.status_code == 429 and float(wait) > _PATIENCE:
+            raise HubError(
+                f"cannot {doing} {repo_id}: too many requests",
+                found=f"HTTP 429, to be asked again after {wait[:20]} seconds",
+                expected=f"at most {_PATIENCE} seconds",
+                hint="run the same again after that time",
+            )
+        if most is not None:
+            answer.iter_bytes = bounded(answer.iter_bytes, most)
+
+    def bounded(pieces: Callable[..., Iterator[bytes]], most: int) -> Any:
+        def read(*arguments: Any, **options: Any) -> Iterator[bytes]:
+            arrived = 0
+            for piece in pieces(*arguments, **options):
+                arrived += len(piece)
+                if arrived > most:
+                    raise endless(repo_id, "the description", most)
+                yield piece
+
+        return read
+
+    session: Any = get_session()
+    hooks = getattr(session, "event_hooks", None)
+    if hooks is None:
+        yield
+        return
+    session.event_hooks = {**hooks, "response": [*hooks["response"], look]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
 
 
 def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
@@ -723,6 +802,21 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
         return not_the_hub(f"cannot {doing} {repo_id}", found=found, expected="JSON")
     if first(hub_errors.HFValidationError):
         return HubError(f"{repo_id!r} is no repository name", expected="owner/name")
+    if isinstance(error, ImportError) and _raised_in(error, _NETWORK):
+        return HubError(
+            f"cannot {doing} {repo_id}: what the proxy of this session needs is not installed",
+            found=str(error),
+            hint="install it, or unset ALL_PROXY and HTTPS_PROXY, or name an http:// proxy there",
+        )
+    if isinstance(error, (ValueError, OverflowError)) and _raised_in(error, _CLIENT):
+        # such as a Content-Range without a number, or a branch in the cache that is no commit
+        return HubError(
+            f"cannot {doing} {repo_id}: the Hub's client makes nothing of what it was given",
+            found=_scrub(str(error)),
+            expected="answers as the Hub gives them, or files of its cache",
+            hint=f"check HF_ENDPOINT, now {constants.ENDPOINT},\nand what is kept in "
+            f"{constants.HF_HUB_CACHE}",
+        )
     lost = next((e for e in chain if type(e).__module__.split(".")[0] in _NETWORK), None)
     if lost is None:
         lost = next((e for e in chain if isinstance(e, OSError) and e.errno in _LOST), None)
@@ -731,8 +825,8 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
         return HubError(
             f"cannot {doing} {repo_id}: the connection to {constants.ENDPOINT} failed",
             found=reason.splitlines()[0],
-            hint="check the network (or HF_ENDPOINT) and run the same again: what has arrived\n"
-            "is kept",
+            hint=f"check the network ({_addresses()}) and run the same again:\n"
+            "what has arrived is kept",
         )
     if first(hub_errors.LocalEntryNotFoundError):
         return HubError(
@@ -754,6 +848,13 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
     return None
 
 
+def _addresses() -> str:
+    """The variables that say where the client connects to, as a part of a hint."""
+    proxies = (f"{name}_PROXY" for name in ("HTTPS", "HTTP", "ALL"))
+    names = (name for proxy in proxies for name in (proxy, proxy.lower()) if os.environ.get(name))
+    return " or ".join(["or HF_ENDPOINT", *names])
+
+
 def _hint_for_folder(path: str) -> str | None:
     """Which variable says where the client keeps the file at ``path``, if that is its own."""
     from huggingface_hub import constants
@@ -771,14 +872,31 @@ def _hint_for_folder(path: str) -> str | None:
     return None
 
 
-def _file_without_text(repo_id: str) -> Path | None:
-    """A file that the client reads as text and that is none: the token, or a branch's commit."""
+def _texts(repo_id: str) -> list[Path]:
+    """What the client reads as text: the token, and the commits of branches."""
     from huggingface_hub import constants
 
     refs = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "refs")
-    for path in (Path(constants.HF_TOKEN_PATH), *sorted(refs.rglob("*"))):
+    return [Path(constants.HF_TOKEN_PATH), *sorted(refs.rglob("*"))]
+
+
+def _require_no_pipes(repo_id: str, doing: str) -> None:
+    """Raise HubError if a pipe or a device is where the client would wait for a text."""
+    for path in _texts(repo_id):
+        if is_there(path) and not is_file(path) and not is_folder(path):
+            raise HubError(
+                f"cannot {doing} {repo_id}: {path} is no file",
+                found="a pipe, a device or a socket",
+                expected="a file of the Hub's client, or none",
+                hint=f"remove it: rm {shlex.quote(str(path))}",
+            )
+
+
+def _file_without_text(repo_id: str) -> Path | None:
+    """A file that the client reads as text and that is none."""
+    for path in _texts(repo_id):
         try:
-            read_regular(path, _PAPER_BYTES).decode()
+            read_regular(path, PAPER_BYTES).decode()
         except UnicodeDecodeError:
             return path
         except (OSError, ValueError):
@@ -788,7 +906,10 @@ def _file_without_text(repo_id: str) -> Path | None:
 
 def is_of_another_form(error: Exception) -> bool:
     """Whether the client raised ``error`` while it made its objects of the JSON of an answer."""
-    return _raised_in(error, {"huggingface_hub"}) and not _raised_in(error, _NETWORK)
+    from huggingface_hub.errors import HFValidationError
+
+    made = _raised_in(error, {"huggingface_hub"}) and not _raised_in(error, _NETWORK)
+    return made and not isinstance(error, HFValidationError)
 
 
 def _raised_in(error: BaseException, modules: set[str]) -> bool:
@@ -836,9 +957,10 @@ def _explain_answer(answer: Any, repo_id: str, doing: str) -> HubError:
             f"make a token at {constants.ENDPOINT}/settings/tokens, then {log_in}",
         )
     if status == 403:
+        access = "write access to" if doing.startswith("publish") else "access to the files of"
         return error(
-            "the token may not do that",
-            "use a token with write access to that user or organisation:\n"
+            "the token may not do that" if has_token else "the Hub asks for a token",
+            f"use a token with {access} that user or organisation:\n"
             f"{constants.ENDPOINT}/settings/tokens",
         )
     if status in (409, 412):
@@ -853,7 +975,7 @@ def _explain_answer(answer: Any, repo_id: str, doing: str) -> HubError:
             "wait a little and run the same again: what has arrived is kept\n"
             "(https://status.huggingface.co)",
         )
-    return error("the Hub refuses", "see what it says above")
+    return error("the Hub refuses", f"see what it says above; HF_ENDPOINT is {constants.ENDPOINT}")
 
 
 def _scrub(text: str) -> str:

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .backend import device_kind, mx, require_no_fork
+from .backend import address_space_left, device_kind, mx, require_no_fork
 from .config import ModelConfig
-from .errors import ConfigError
+from .errors import MORE_MEMORY, BackendError, ConfigError
 from .ops import cpu
 
 
@@ -74,9 +74,9 @@ def whole_clip_bytes(config: ModelConfig, samples: int, batch: int = 1) -> int:
     return 4 * batch * max(_values_at_once(config, frames), int(scores))
 
 
-def held_bytes(config: ModelConfig, samples: int, batch: int, dtype: mx.Dtype) -> int:
+def held_bytes(whole_clips: int, dtype: mx.Dtype) -> int:
     """``whole_clip_bytes`` of a pass that is computed in ``dtype`` on a GPU."""
-    return whole_clip_bytes(config, samples, batch) * int(dtype.size) // 4
+    return whole_clips * int(dtype.size) // 4
 
 
 def stacked_bytes(config: ModelConfig, samples: Sequence[int]) -> int:
@@ -275,6 +275,21 @@ def bounded(max_memory: int | None = None, needed: int = 0) -> Iterator[None]:
                 if _kept_before is not None:
                     mx.set_cache_limit(_kept_before)
                     _kept_before = None
+
+
+def require_room(weights: int) -> None:
+    """Raise BackendError if ``weights`` bytes cannot be loaded: MLX crashes without memory.
+
+    Each is there twice while it is stored as the device reads it, and MLX's threads begin.
+    """
+    left, needed = address_space_left(), 2 * weights + (128 << 20)
+    if left < needed:
+        raise BackendError(
+            "there is not enough memory to load the model",
+            found=f"{max(left, 0) / 2**20:,.0f} MiB that this process may still take",
+            expected=f"{needed / 2**20:,.0f} MiB",
+            hint=MORE_MEMORY,
+        )
 
 
 def process_memory() -> int | None:

@@ -14,6 +14,7 @@ from .config import ModelConfig, require_layer, stage_input, stage_names
 from .errors import ConfigError, WeightsError, name_list
 from .hub import how_to_convert, resolve_pretrained
 from .hubert import Hubert
+from .memory import require_room
 from .ops import CpuHubert, MlxHubert
 from .streaming import front_end, front_end_step
 
@@ -207,6 +208,7 @@ class ContentvecModel(Hubert):
         from mlx.utils import tree_unflatten
 
         require_no_fork()
+        require_room(sum(array.nbytes for array in arrays.values()))
         quantized = "quantization" in metadata
         matched = weights.match(self, arrays, metadata, origin, strict)
         if quantized:

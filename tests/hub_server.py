@@ -96,7 +96,7 @@ class Fault:
     body and hangs up; ``shorten`` sends a complete answer without its last bytes;
     ``alter`` changes the body that is sent; ``headers`` replaces headers of the answer;
     ``silence`` says nothing for that many seconds and hangs up; ``endless`` never stops
-    sending zeros.
+    sending zeros; ``no_ranges`` sends a file from its begin, whatever part was asked for.
     """
 
     match: str
@@ -110,6 +110,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     silence: float | None = None
     endless: bool = False
+    no_ranges: bool = False
 
 
 @dataclass(frozen=True)
@@ -622,7 +623,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if self.command == "HEAD":
             return self._answer(200, b"", {**headers, "Content-Length": str(len(content))})
-        if not asked:
+        if not asked or (self.fault and self.fault.no_ranges):
             return self._answer(200, content, headers)
         start, total = int(asked[1]), len(content)
         if start >= total:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_contentvec import terminal
+from mlx_contentvec.cli import _unexpected
 from mlx_contentvec.errors import AudioError, ContentvecError, counted, did_you_mean
 from mlx_contentvec.extract.sources import find_sources
 from mlx_contentvec.terminal import Status, labelled, late_bar, say, wrapped
@@ -168,6 +170,28 @@ def test_a_full_disk_gives_one_line(tmp_path: Path, command: str, unbuffered: st
     done = shell(f"$M {command} >/dev/full", tmp_path, PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 1
     assert done.stderr == "error: results cannot be written: No space left on device\n"
+
+
+def test_a_current_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    done = shell("mkdir gone; cd gone; rmdir ../gone; $M verify foo", tmp_path)
+    assert "error: the current folder is not there any more" in done.stderr
+    assert done.returncode == 1
+    # where it is there, it is not blamed
+    said = str(_unexpected(FileNotFoundError(errno.ENOENT, "No usable temporary directory")))
+    assert "No usable temporary directory" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HF_ENDPOINT", "http://[::1"), ("HF_HUB_DOWNLOAD_TIMEOUT", "soon")],
+)
+def test_a_setting_that_the_client_of_the_hub_does_not_take_is_named(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    done = shell("$M fetch", tmp_path, **{name: value})
+    assert "error: the Hub's client does not begin with the settings" in done.stderr
+    assert name in done.stderr
+    assert done.returncode == 1
 
 
 def test_a_closed_standard_output_gives_one_line(tmp_path: Path) -> None:

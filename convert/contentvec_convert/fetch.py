@@ -63,6 +63,8 @@ from .repository import (
 #: called with the bytes checked so far and the bytes there are
 Checked = Callable[[int, int], None]
 
+#: the status of a server whose file ends before the place to go on from
+_NO_SUCH_RANGE = 416
 #: what every usual file system allows a name
 _NAME_BYTES = 255
 
@@ -168,20 +170,13 @@ def _fetch_file(row: KnownFile, path: Path, *, force: bool, progress: Checked | 
             raise OutputError(
                 f"another process was downloading {path} until now", hint="run the same again"
             )
-        resumed = _size(file) > 0
         try:
             if row.size is None and _in_cache(row) is None:
                 row = with_stated_size(row)
             check_target(path, force=force, needed=(row.size or 0) - _size(file))
             # what is wrong with the small files is known before the long download
             beside = _read_beside(row, path.parent, force=force)
-            try:
-                identity = _obtain(row, part, file, progress)
-            except IdentityError:
-                if not resumed:
-                    raise
-                # the part may have been the beginning of something else
-                identity = _obtain(row, part, file, progress)
+            identity = _obtain(row, part, file, progress)
             _write_beside(beside)
             with explained(path):
                 place(part, path, force=force)
@@ -279,22 +274,32 @@ def _obtain(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None
 
     cached = _in_cache(row)
     if cached is not None:
-        _copy(cached, part, file)
         try:
+            # before it takes the place of what was downloaded
+            _accept(row, cached, progress)
+            _copy(cached, part, file)
             return _proven(row, part, file, progress)
         except IdentityError as error:
             if constants.HF_HUB_OFFLINE:
                 raise IdentityError(
                     f"{cached} is not {row.key}",
-                    found=error.found,
+                    found=error.found or error.problem,
                     expected=error.expected,
                     hint=f"remove {cached.resolve()}\nand run the same again without "
                     "HF_HUB_OFFLINE",
                 ) from None
+    return _downloaded(row, part, file, progress)
+
+
+def _downloaded(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None) -> Identity:
+    """Complete ``part`` from the Hub and prove it."""
+    resumed = _size(file) > 0
     _download(row, part, file)
     try:
         return _proven(row, part, file, progress)
     except IdentityError as error:
+        if resumed:  # the part may have been the beginning of something else
+            return _downloaded(row, part, file, progress)
         raise IdentityError(
             f"what {repository_of(row)} served is not {row.key}, and was thrown away",
             found=error.found,
@@ -326,12 +331,17 @@ def _proven(row: KnownFile, part: Path, file: BinaryIO, progress: Checked | None
     with explained(part):
         file.flush()
         sync(file.fileno())
-    identity = _identity(part, progress)
     try:
-        accept(part, identity, expect_md5=row.md5, expect_sha256=row.sha256)
+        return _accept(row, part, progress)
     except IdentityError:
         file.truncate(0)
         raise
+
+
+def _accept(row: KnownFile, path: Path, progress: Checked | None) -> Identity:
+    """What the file at ``path`` is. Raises IdentityError if it is not that of ``row``."""
+    identity = _identity(path, progress)
+    accept(path, identity, expect_md5=row.md5, expect_sha256=row.sha256)
     return identity
 
 
@@ -349,10 +359,14 @@ def _download(row: KnownFile, part: Path, file: BinaryIO) -> None:
             file.seek(before)
         try:
             _download_from(row, bounded, before)
-        except HubError:
+        except HubError as error:
             with explained(part):
                 file.flush()
-            if _size(file) <= before:
+            answer = getattr(error.__cause__, "response", None)
+            if before and getattr(answer, "status_code", None) == _NO_SUCH_RANGE:
+                with explained(part):
+                    file.truncate(0)
+            elif _size(file) <= before:
                 raise
         else:
             return
@@ -369,6 +383,13 @@ class _Bounded:
         self._row = row
         self._path = path
         self._most = most
+        self._turns = 0
+
+    def truncate(self) -> int:
+        """As the client does where it begins anew, from the file's position."""
+        self._turns += 1
+        hub.require_few_turns(self._turns, repository_of(self._row), self._row.hub_path or "")
+        return self._file.truncate()
 
     def write(self, piece: bytes) -> int:
         if self._file.tell() + len(piece) > self._most:

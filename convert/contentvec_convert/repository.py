@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from mlx_contentvec import hub
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import HubError, IdentityError, name_list, printable
-from mlx_contentvec.files import is_there
 
 from .checkpoint.folder import CONFIG_FILE, INDEX_FILES, WEIGHT_FILES, shard_names
 from .identity import Identity
@@ -103,14 +102,13 @@ _SHAPE = (
 def is_address(name: str) -> bool:
     """Whether ``name`` can be ``owner/name`` on the Hub, or ``owner/name/path`` inside it.
 
-    What looks like a path of this machine is not: a folder of the first part's name is
-    here, or the name is that of a file of weights.
+    What has the name of a file of weights is not: it is a path of this machine.
     """
     owner, *rest = name.split("/")
     if len(rest) == 1 and Path(name).suffix in _SUFFIXES:
         return False
     plain = all(part not in ("", ".", "..") and part.isprintable() for part in rest)
-    return plain and hub.is_repo_id("/".join([owner, *rest[:1]])) and not is_there(Path(owner))
+    return plain and hub.is_repo_id("/".join([owner, *rest[:1]]))
 
 
 def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ...]:
@@ -130,13 +128,13 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
         found="JSON of another form",
         expected="the description of a repository",
     )
-    try:
-        with hub.plain_words(repo_id, "look at"):
+    with hub.plain_words(repo_id, "look at", hub.PAPER_BYTES):
+        try:
             info = HfApi(library_name="mlx-contentvec").model_info(repo_id, revision=revision)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if hub.is_of_another_form(error):
-            raise no_repository from error
-        raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if hub.is_of_another_form(error):
+                raise no_repository from error
+            raise
     files = [entry.rfilename for entry in info.siblings or ()]
     if not all(isinstance(file, str) for file in files):
         raise no_repository

@@ -52,6 +52,8 @@ def size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+#: bytes of a list of files on stdin: two million of the longest names that are usual
+LIST_BYTES = 1 << 28
 #: in the place of a shard: nothing is extracted, what is missing is said
 SUMMARY = "summary"
 
@@ -283,10 +285,24 @@ def _listed(paths: tuple[str, ...]) -> Iterator[str]:
     """The given paths, ``-`` replaced by the lines of stdin."""
     for path in paths:
         if path == "-":
-            listed = os.fsdecode(sys.stdin.buffer.read())
+            listed = os.fsdecode(_read_stdin())
             yield from (line.rstrip("\r") for line in listed.split("\n") if line.strip())
         else:
             yield path
+
+
+def _read_stdin() -> bytes:
+    """The list on stdin. Raises ConfigError for one that cannot be read or does not end."""
+    problem = "the list of files on standard input cannot be read"
+    if sys.stdin is None:
+        raise ConfigError(problem, found="it is closed", expected="a name on each line")
+    try:
+        listed = sys.stdin.buffer.read(LIST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(problem, found=error.strerror, expected="a name on each line") from error
+    if len(listed) > LIST_BYTES:
+        raise ConfigError(problem, found=f"more than {LIST_BYTES:,} bytes", expected="an end")
+    return listed
 
 
 def _outputs(

@@ -17,11 +17,12 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import OutputError, printable
+from ..errors import OutputError, counted, name_list, printable
 from ..files import (
     Draft,
     cannot_write,
     is_at,
+    is_file,
     is_folder,
     is_there,
     lock_now,
@@ -119,6 +120,14 @@ class Manifest:
         if not records:
             return
         lines = [json.dumps(record, sort_keys=True).encode() + b"\n" for record in records]
+        for record, line in zip(records, lines, strict=True):
+            if not _is_readable(line):
+                raise OutputError(
+                    f"{printable(record['output'])} cannot be listed in {self.path}",
+                    found=f"a line of {len(line):,} bytes, {count_values(line):,} values at most",
+                    expected=f"{_LINE_BYTES:,} bytes, {_LINE_VALUES:,} values",
+                    hint="sort the audio into several folders, or leave --safetensors out",
+                )
         try:
             with os.fdopen(open_own(self.path, os.O_WRONLY | os.O_APPEND), "ab") as file:
                 # a line that a power cut tore must not swallow the first of these
@@ -130,6 +139,19 @@ class Manifest:
             raise cannot_write(self.path, error) from error
         for record in records:
             self._note(record)
+
+
+def require_files(folder: Path, outputs: Iterable[str]) -> None:
+    """Raise OutputError if a folder, a pipe or a device is where one of ``outputs`` goes."""
+    places = {output: folder / output for output in outputs}
+    others = [printable(o) for o, path in places.items() if is_there(path) and not is_file(path)]
+    if others:
+        raise OutputError(
+            f"{counted(len(others), 'output')} in {folder} cannot be written",
+            found=f"a folder, a pipe or a device at {name_list(others, limit=3)}",
+            expected="files, or free names",
+            hint="choose another folder, or move them away",
+        )
 
 
 def identity(path: Path) -> Record:
@@ -277,6 +299,10 @@ _PACK = {**_FORM, "clips": {...: _CLIP}}
 _LINE_BYTES, _LINE_VALUES = 1 << 27, 8_000_000
 
 
+def _is_readable(line: bytes) -> bool:
+    return len(line) <= _LINE_BYTES and count_values(line) <= _LINE_VALUES
+
+
 def _lines(path: Path) -> Iterator[Record]:
     """The records of a file; what is none, such as a line torn by a power cut, is passed over."""
     try:
@@ -288,7 +314,7 @@ def _lines(path: Path) -> Iterator[Record]:
         ) from error
     with file:
         while line := file.readline(_LINE_BYTES):
-            if count_values(line) > _LINE_VALUES:
+            if not _is_readable(line):
                 continue
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)

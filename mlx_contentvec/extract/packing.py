@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import OutputError, counted, name_list, printable
 from ..files import is_folder, is_there, open_regular
 from ..json_text import JSON_BYTES, JsonError, parse_object, require
-from .manifest import Manifest, Record, holds, prepared
+from .manifest import Manifest, Record, holds, prepared, require_files
 
 PARTS = ".parts"
 FILE = "features.safetensors"
@@ -68,6 +68,7 @@ def check_packs(parts: list[str], manifest: Manifest, settings: Record, force: b
     packs: dict[str, set[str]] = {}
     for part in parts:
         packs.setdefault(pack_of(part), set()).add(part)
+    require_files(manifest.folder, packs)
     for pack, clips in sorted(packs.items()):
         records = manifest.records(pack)
         if is_there(manifest.folder / pack) and not force:

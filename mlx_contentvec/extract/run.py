@@ -13,6 +13,7 @@ import contextlib
 import errno
 import io
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,8 +34,8 @@ from ..errors import (
     printable,
 )
 from ..files import Draft, appeared, file_state, is_file, require_unchanged
-from .manifest import Manifest, Record, State, identity, prepared
-from .sharding import Ranks, shares
+from .manifest import Manifest, Record, State, identity, prepared, require_files
+from .sharding import Ranks, share_of
 from .sources import Source
 from .windows import Seams
 
@@ -159,7 +160,8 @@ def plan_jobs(
 ) -> tuple[list[Job], int]:
     """What is left to do, and how many outputs are finished already.
 
-    An output that this run would not have made is only replaced with ``force``.
+    An output that this run would not have made is only replaced with ``force``, and what is
+    no file never.
 
     Raises OutputError naming such outputs.
     """
@@ -167,6 +169,7 @@ def plan_jobs(
     pending: list[Job] = []
     taken: list[str] = []
     finished = 0
+    require_files(manifest.folder, outputs)
     for source, output in zip(sources, outputs, strict=True):
         status = manifest.status(output, source.path, wanted)
         if status.state is State.FINISHED:
@@ -253,12 +256,14 @@ class Extraction:
         from ..backend import device_kind
 
         waiting: list[tuple[list[Job], list[Future[Decoded | ContentvecError]]]] = []
+        stop = threading.Event()
         # a CPU decodes 800 times as fast as it computes, and its cores are busy
         threads = 1 if device_kind() == "cpu" else min(DECODERS, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as decoder:
             try:
                 for batch in batched:
-                    waiting.append((batch, [decoder.submit(self._read, job) for job in batch]))
+                    clips = [decoder.submit(self._read, job, stop) for job in batch]
+                    waiting.append((batch, clips))
                     ahead = sum(job.seconds for batch, _ in waiting[1:] for job in batch)
                     while waiting and (ahead > DECODED_AHEAD or len(waiting) > 64):
                         ahead -= sum(job.seconds for job in waiting[0][0])
@@ -266,9 +271,11 @@ class Extraction:
                 while waiting:
                     yield _results(waiting.pop(0))
             finally:
+                # hours of audio are being decoded, which nobody waits for any more
+                stop.set()
                 decoder.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, job: Job) -> Decoded | ContentvecError:
+    def _read(self, job: Job, stop: threading.Event) -> Decoded | ContentvecError:
         config = self.model.config
         path = Path(job.source)
         try:
@@ -281,6 +288,7 @@ class Extraction:
                 sample_rate=config.sample_rate,
                 min_samples=config.receptive_field,
                 max_memory=self.max_memory,
+                stopped=stop.is_set,
             )
             require_unchanged(before, AudioError)
             return Decoded(clip, source)
@@ -463,5 +471,5 @@ def npy_parts(array: np.ndarray[Any, Any]) -> list[bytes | memoryview]:
 def share_of_rank(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
     """The part of the first rank's ``jobs`` that this rank does, balanced by duration."""
     everything = [Job(**job) for job in ranks.from_first([asdict(job) for job in jobs])]
-    share = shares([job.seconds for job in everything], ranks.size)[ranks.rank]
+    share = share_of([job.seconds for job in everything], ranks.size, ranks.rank)
     return [everything[i] for i in share]

@@ -10,6 +10,7 @@ They send nothing: each divides the same list of files in the same way.
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import re
@@ -133,7 +134,7 @@ class Shard:
 
         Balanced by the sizes of the files, which every process sees alike, finished or not.
         """
-        return shares([_size(path) for path in paths], self.count)[self.index]
+        return share_of([_size(path) for path in paths], self.count, self.index)
 
 
 def _size(path: Path) -> float:
@@ -143,16 +144,18 @@ def _size(path: Path) -> float:
         return 0.0
 
 
-def shares(durations: Sequence[float], count: int) -> list[list[int]]:
-    """Divide jobs into ``count`` shares of about the same duration.
+def share_of(durations: Sequence[float], count: int, number: int) -> list[int]:
+    """The share ``number``, from 0, of jobs in ``count`` shares of about the same duration.
 
     The longest first, each to the share that has least so far. Returns indices
-    into ``durations``, in their order; every one exactly once.
+    into ``durations``, in their order; every one is in exactly one share.
     """
-    totals = [0.0] * count
-    divided: list[list[int]] = [[] for _ in range(count)]
+    share = []
+    # a heap of the duration and the number of each share that is not empty for want of jobs
+    shares = [(0.0, i) for i in range(min(count, len(durations)))]
     for index in sorted(range(len(durations)), key=lambda i: (-durations[i], i)):
-        least = min(range(count), key=lambda share: (totals[share], share))
-        totals[least] += durations[index]
-        divided[least].append(index)
-    return [sorted(share) for share in divided]
+        total, least = shares[0]
+        heapq.heapreplace(shares, (total + durations[index], least))
+        if least == number:
+            share.append(index)
+    return sorted(share)

@@ -59,7 +59,13 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
 
 def _expanded(path: Path) -> list[Source]:
     if is_folder(path):
-        sources = [Source(file, _place(file, path)) for file in _audio_files(path)]
+        files = _audio_files(path)
+        if files == [path.absolute()]:
+            raise AudioError(
+                f"the folder {printable(str(path))} cannot be read",
+                hint="have its owner allow it: chmod u+rx",
+            )
+        sources = [Source(file, _place(file, path)) for file in files]
         if not sources:
             raise AudioError(
                 f"there is no audio in {printable(str(path))}",

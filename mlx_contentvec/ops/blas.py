@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..backend import OPENBLAS
+from ..backend import OPENBLAS, stated_threads
 
 Matrix = npt.NDArray[np.float32]
 
@@ -103,8 +102,7 @@ def _stated() -> int:
     if blas is not None:
         count: int = blas.get_threads()
         return count
-    stated = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    return int(stated) if stated.isdecimal() and int(stated) else os.cpu_count() or 1
+    return stated_threads()
 
 
 @contextlib.contextmanager

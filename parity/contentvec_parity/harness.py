@@ -12,7 +12,7 @@ from typing import Any
 from contentvec_convert.identity import Identification
 from mlx_contentvec.config import stage_input, stage_names
 from mlx_contentvec.errors import ParityError
-from mlx_contentvec.files import is_file, is_there, similar_name
+from mlx_contentvec.files import is_file, is_folder, is_there, similar_name
 
 from . import machine, with_tf32
 from .compare import tensors
@@ -52,7 +52,7 @@ def compare_files(
     Raises ParityError if the two cannot be compared at all; a failed
     comparison is a report whose verdict says so.
     """
-    _require_files(checkpoint, converted)
+    require_files(checkpoint, converted)
     name = reference or choose(checkpoint)
     # first what can be refused at once
     heard = from_files(audio)
@@ -120,7 +120,7 @@ def replay(
     Raises ParityError if the recording is of another checkpoint than the
     weights, saying which two do not fit.
     """
-    _require_files(recording, converted, *([checkpoint] if checkpoint else []))
+    require_files(recording, converted, *([checkpoint] if checkpoint else []))
     original = Recording(recording)
     if published:
         original.require_complete()
@@ -254,10 +254,17 @@ def _reference(original: Reference) -> dict[str, Any]:
     }
 
 
-def _require_files(*paths: Path) -> None:
+def require_files(*paths: Path) -> None:
+    """Raise ParityError unless each of ``paths`` is a file or a folder."""
     for path in paths:
         if not is_there(path):
             raise ParityError(f"no such file: {path}", hint=similar_name(path))
+        if not is_file(path) and not is_folder(path):
+            raise ParityError(
+                f"{path} is not a checkpoint, weights or a recording",
+                found="a pipe, a device or a socket",
+                expected="a regular file, or a folder in the Hugging Face layout",
+            )
 
 
 def reference_named(given: str | None) -> tuple[str | None, Path | None]:

@@ -392,6 +392,67 @@ def test_a_download_without_end_is_broken_off_at_the_known_size(
     assert not list(tmp_path.glob("hubert_base.pt*"))
 
 
+def test_a_server_that_begins_anew_and_always_breaks_off_is_given_up(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    server.fail("GET /storage", times=99, no_ranges=True, drop_response=50_000)
+    result = fetch()
+    assert result.returncode == 1
+    assert "the connection always breaks off" in result.stderr
+    assert len(server.asked("GET /storage")) < 10
+    server.faults.clear()
+    assert fetch().returncode == 0
+
+
+@pytest.mark.parametrize("header", ["Retry-After", "RateLimit"])
+def test_a_server_that_asks_for_more_patience_than_anybody_has_is_given_up(
+    fetch: Run, server: HubServer, header: str
+) -> None:
+    said = {"Retry-After": "1000000000", "RateLimit": '"api";r=0;t=1000000000'}[header]
+    server.fail("GET", times=99, status=429, headers={header: said})
+    result = fetch()
+    assert result.returncode == 1
+    assert "too many requests" in result.stderr
+    assert "after 1000000000 seconds" in result.stderr
+    assert len(server.requests) == 1
+    server.faults[0].times, server.faults[0].headers = 1, {header: said.replace("000000000", "")}
+    assert fetch().returncode == 0
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Range": "bytes 9-99/*"},
+        {"Content-Range": "bytes 9-99/1" + "0" * 5000},
+        {"Location": f"http://{'a' * 300}.example/"},
+        {"Retry-After": "1" + "0" * 5000},
+    ],
+    ids=["no length", "a length of 5,001 digits", "no name of a host", "no time"],
+)
+def test_a_header_that_the_client_cannot_read_is_not_taken_for_a_fault_of_ours(
+    fetch: Run, tmp_path: Path, server: HubServer, headers: dict[str, str]
+) -> None:
+    (tmp_path / "hubert_base.pt.part").write_bytes(CONTENT[:9])
+    status = 429 if "Retry-After" in headers else None
+    server.fail("GET", times=99, headers=headers, status=status)
+    result = fetch()
+    assert result.returncode == 1
+    assert "error: cannot download hubert_base.pt" in result.stderr
+    assert "makes nothing of what it was given" in result.stderr or status
+    assert "a fault in mlx-contentvec" not in result.stderr
+    assert (tmp_path / "hubert_base.pt.part").read_bytes() == CONTENT[:9]
+
+
+def test_a_part_beyond_what_the_server_has_is_begun_anew(
+    fetch: Run, tmp_path: Path, server: HubServer
+) -> None:
+    (tmp_path / "hubert_base.pt.part").write_bytes(CONTENT[:9])
+    server.fail("GET /storage", status=416)
+    result = fetch()
+    assert result.returncode == 0, result.stderr
+    assert [request.range for request in server.asked("GET /storage")] == ["bytes=9-", None]
+
+
 def test_a_server_that_never_answers_is_given_up(fetch: Run, server: HubServer) -> None:
     server.fail("GET|HEAD", times=99, silence=30)
     begun = time.monotonic()
@@ -589,13 +650,14 @@ def test_a_damaged_file_of_the_cache_is_downloaded_instead(
     assert path.read_bytes() == CONTENT
 
 
-def test_a_file_of_the_cache_that_was_cut_off_does_not_cost_the_part(
-    fetch: Run, tmp_path: Path, server: HubServer
+@pytest.mark.parametrize("damaged", [CONTENT[:5000], b"X" + CONTENT[1:]], ids=["short", "changed"])
+def test_a_damaged_file_of_the_cache_does_not_cost_the_part(
+    fetch: Run, tmp_path: Path, server: HubServer, damaged: bytes
 ) -> None:
     download = f'from huggingface_hub import hf_hub_download as d; d("{REPO}", "hubert_base.pt")\n'
     assert fetch("--list", before=download).returncode == 0
     (blob,) = (tmp_path / "home").rglob(f"blobs/{SMALL.sha256}")
-    blob.write_bytes(CONTENT[:5000])
+    blob.write_bytes(damaged)
     (tmp_path / "hubert_base.pt.part").write_bytes(CONTENT[:100_000])
     result = fetch()
     assert result.returncode == 0, result.stderr
@@ -609,17 +671,18 @@ def test_a_damaged_file_of_the_cache_is_described_as_it_is_after_a_part_was_begu
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "model.pt.part").write_bytes(CONTENT[:9])
     damaged = b"X" + CONTENT[1:]
-    cached(damaged, damaged)  # it is tried once more, because of the part
+    cached(damaged)
     with pytest.raises(IdentityError, match="is not contentvec") as caught:
         fetch_module._fetch_file(SMALL, tmp_path / "model.pt", force=False, progress=None)
     assert hashlib.md5(damaged).hexdigest() in str(caught.value.found)
-    assert not list(tmp_path.glob("model*"))
+    assert (tmp_path / "model.pt.part").read_bytes() == CONTENT[:9]
 
 
 def test_a_file_that_leaves_the_cache_meanwhile_is_named(
-    tmp_path: Path, cached: Callable[..., list[Path]]
+    tmp_path: Path, cached: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached(CONTENT)[0].unlink()
+    cached(CONTENT)
+    monkeypatch.setattr(fetch_module, "_accept", lambda row, path, progress: path.unlink())
     with pytest.raises(HubError, match=r"cached 0 cannot be read: No such file"):
         fetch_module._fetch_file(SMALL, tmp_path / "model.pt", force=False, progress=None)
     assert not list(tmp_path.glob("model*"))

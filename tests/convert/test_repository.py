@@ -251,6 +251,31 @@ def test_an_answer_that_describes_no_repository_is_said(
     assert caught.value.found in found
 
 
+def test_an_index_that_names_itself_is_damaged(server: HubServer, command: Convert) -> None:
+    index = b'{"weight_map": {"a": "pytorch_model.bin.index.json"}}'
+    server.add_repo("someone/voice", {"config.json": b"{}", "pytorch_model.bin.index.json": index})
+    done = command("fetch", "someone/voice")
+    assert done.returncode == 1
+    assert "it names an index in the place of weights" in done.stderr
+
+
+def test_a_name_that_is_too_long_for_a_repository_is_said() -> None:
+    with pytest.raises(HubError, match="is no repository name"):
+        repository.find_model("someone/" + "a" * 200)
+
+
+def test_a_description_without_end_is_broken_off(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("mlx_contentvec.hub.PAPER_BYTES", 1 << 20)
+    server.add_repo("someone/voice", {})
+    server.fail("GET", times=9, endless=True)
+    with pytest.raises(HubError, match="it does not end"):
+        repository.find_model("someone/voice")
+    assert len(server.requests) <= 1
+
+
 @pytest.mark.parametrize("kind", [AttributeError, KeyError, TypeError, ValueError])
 def test_a_fault_of_ours_is_not_blamed_on_the_hub(
     monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
@@ -509,13 +534,23 @@ def test_a_known_model_without_a_checksum_is_identified_by_where_it_lies(
     assert any(note.startswith("downloaded as spin from") for note in ledger.notes)
 
 
-def test_what_looks_like_a_path_is_not_looked_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_path_in_a_folder_that_is_here_is_only_fetched_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Convert, server: HubServer
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
+    (tmp_path / "someone").mkdir()
+    server.add_repo("someone/voice", {"hubert.pt": b"\0weights"})
+    converted = command("convert", "someone/voice", "-o", "x.safetensors")
+    assert "cannot read someone/voice: No such file" in converted.stderr
+    assert not server.requests
+    fetched = command("fetch", "someone/voice")
+    assert fetched.returncode == 0, fetched.stderr
+    assert (tmp_path / "hubert.pt").read_bytes() == b"\0weights"
+
+
+def test_what_looks_like_a_path_is_not_looked_up() -> None:
     for name in (
-        *("models/hubert_base.pt", "weights/contentvec", "owner", "/owner/name", "../name"),
+        *("models/hubert_base.pt", "owner", "/owner/name", "../name"),
         *("owner/name/../x", "owner/name//x", "./owner/name", "owner/a--b", "~/name", "o/n/\x1b"),
         *("owner/name.pt", "owner/name.pth", "owner/name.ckpt", "owner/name.bin"),
         *("owner/name.safetensors", "owner/name.onnx", "owner/name.zip"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -255,6 +256,26 @@ def test_a_stopped_run_keeps_what_is_finished_and_goes_on(
     assert f"skipped    {len(kept)} finished before" in done.stdout
     assert len(outputs(out)) == 40
     assert all((out / name).stat().st_mtime_ns == mtime for name, mtime in times.items())
+
+
+def test_a_list_on_stdin_that_is_closed_or_does_not_end_is_refused(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*COMMAND, "-", "-o", str(tmp_path / "out"), "-w", str(weights)]
+    closed = subprocess.run(
+        ["sh", "-c", f"{shlex.join(command)} <&-"],
+        capture_output=True,
+        env=environment(),
+        text=True,
+        timeout=60,
+    )
+    assert closed.returncode == 1
+    assert "the list of files on standard input cannot be read" in closed.stderr
+    assert "it is closed" in closed.stderr
+    monkeypatch.setattr("mlx_contentvec.extract.command.LIST_BYTES", 9)
+    long = CliRunner().invoke(main, command[3:], input="0123456789")
+    assert long.exit_code == 1
+    assert "more than 9 bytes" in long.output
 
 
 def test_a_list_on_stdin_holds_names_that_are_not_utf_8(weights: Path, tmp_path: Path) -> None:

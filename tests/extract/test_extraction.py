@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mlx_contentvec.audio import Clip, read_audio
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, ConfigError, OutputError, printable
 from mlx_contentvec.extract import packing
@@ -30,7 +33,7 @@ from mlx_contentvec.extract.manifest import (
 )
 from mlx_contentvec.extract.packing import FILE, check_packs, pack, part_of
 from mlx_contentvec.extract.run import Extraction, Job, Settings, Summary, plan_jobs
-from mlx_contentvec.extract.sharding import Ranks, Shard, own_gpu, shares
+from mlx_contentvec.extract.sharding import Ranks, Shard, own_gpu, share_of
 from mlx_contentvec.extract.sources import (
     Source,
     find_sources,
@@ -579,6 +582,52 @@ def test_files_that_vanish_or_wait_are_listed_and_the_rest_goes_on(
     assert "No such file" in reasons["1.wav"]
 
 
+def test_an_interrupted_run_decodes_no_further(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2):
+        write_clip(tmp_path / f"in/{i}.wav", seed=i)
+    ended = threading.Event()
+
+    def read(path: Path, *, stopped: Callable[[], bool], **options: Any) -> Clip:
+        if path.name == "1.wav":  # of hours
+            for _ in range(1000):
+                if stopped():
+                    ended.set()
+                    break
+                time.sleep(0.01)
+        return read_audio(path, **options)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_contentvec.extract.run.read_audio", read)
+    monkeypatch.setattr(Extraction, "_features", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "out", [tmp_path / "in"])
+    assert ended.wait(5)
+    with pytest.raises(AudioError, match="was not read to its end"):
+        read_audio(tmp_path / "in/1.wav", stopped=lambda: True)
+
+
+def test_a_folder_that_may_not_be_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clip(tmp_path / "in/a.wav")
+    listed = os.scandir
+
+    def refuse(path: str) -> Any:
+        if os.fspath(path).endswith("in"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(AudioError, match=r"the folder .*in cannot be read"):
+        find_sources([tmp_path / "in"])
+    # in another it is listed as a file that cannot be read is
+    assert [source.path for source in find_sources([tmp_path])] == [tmp_path / "in"]
+
+
 def test_a_file_deleted_while_its_features_are_computed_ends_nothing(
     model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -725,6 +774,18 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
             pass
     with locked(tmp_path):
         pass
+
+
+def test_a_pipe_in_the_place_of_an_output_is_kept(tmp_path: Path, model: ContentvecModel) -> None:
+    clip = write_clip(tmp_path / "a.wav")
+    for place in (tmp_path / "out/a.npy", tmp_path / "packed" / FILE):
+        place.parent.mkdir()
+        os.mkfifo(place)
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(model, tmp_path / "out", [clip], force=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_packs([part_of("a.npy")], Manifest(tmp_path / "packed"), {}, force=True)
+    assert (tmp_path / "out/a.npy").is_fifo()
 
 
 # ---- packed folders ---------------------------------------------------------------
@@ -904,10 +965,18 @@ def test_the_features_of_a_pack_begin_at_a_multiple_of_eight_bytes(
 
 @given(st.lists(st.floats(0, 1000), max_size=60), st.integers(1, 8))
 def test_shares_hold_everything_once_and_are_balanced(durations: list[float], count: int) -> None:
-    divided = shares(durations, count)
+    divided = [share_of(durations, count, number) for number in range(count)]
     assert sorted(i for share in divided for i in share) == list(range(len(durations)))
     totals = [sum(durations[i] for i in share) for share in divided]
     assert max(totals) - min(totals) <= max(durations, default=0.0) + 1e-6
+
+
+def test_more_shares_than_memory_has_room_for_are_empty_but_for_the_first() -> None:
+    begun = time.monotonic()
+    for number, share in ((0, [1]), (1, [0]), (2, []), (49_999_999, [])):
+        assert share_of([1.0, 2.0], 50_000_000, number) == share
+    # nor does it take long to find out
+    assert time.monotonic() - begun < 5
 
 
 def test_one_process_is_a_rank_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mlx_contentvec.extract.manifest import (
     ignores_case,
     locked,
     prepared,
+    require_files,
 )
 from mlx_contentvec.extract.run import Settings
 from mlx_contentvec.files import Draft
@@ -301,6 +303,20 @@ def test_a_line_of_too_many_bytes_is_none(
         assert bool(Manifest(folder).records("a.npy")) is there
 
 
+@pytest.mark.parametrize("limit", ["_LINE_BYTES", "_LINE_VALUES"])
+def test_what_could_not_be_read_again_is_not_written(
+    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    record = keep(folder, source)
+    manifest = Manifest(folder)
+    before = manifest.path.read_bytes()
+    monkeypatch.setattr(manifests, limit, 20)
+    with pytest.raises(OutputError, match=r"a\.npy cannot be listed") as caught:
+        manifest.add(record)
+    assert "20" in str(caught.value.expected)
+    assert manifest.path.read_bytes() == before
+
+
 def test_a_line_has_room_for_a_folder_of_150_000_clips() -> None:
     path = f"/data/voices/speaker-12/{'a' * 40}.flac"
     clip = {
@@ -368,6 +384,16 @@ def test_a_manifest_that_is_something_else_is_not_written(
     with pytest.raises(OutputError, match="cannot write"):
         manifest.add({"output": "a.npy"})
     assert elsewhere.read_bytes() == b""
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_replaced(folder: Path, make: Callable[[Path], None]) -> None:
+    make(folder / "a.npy")
+    (folder / "b.npy").touch()
+    with pytest.raises(OutputError, match=r"^1 output in .* cannot be written") as caught:
+        require_files(folder, ["a.npy", "b.npy", "c.npy"])
+    assert "at a.npy" in str(caught.value.found)
+    require_files(folder, ["b.npy", "c.npy"])
 
 
 def test_a_pipe_is_no_output(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlx_contentvec import audio
 from mlx_contentvec.audio import RESAMPLER, as_waveform, guess_seconds, read_audio, require_decoders
 from mlx_contentvec.errors import AudioError, MissingDependency
 
@@ -211,6 +212,15 @@ def test_a_long_clip_of_a_low_rate_takes_no_memory_before_it_is_refused(tmp_path
         read_audio(path, max_memory=1 << 20)
     unit = 1 if sys.platform == "darwin" else 1024
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 32 << 20
+
+
+@pytest.mark.parametrize("channels", [1, 2, 255])
+def test_a_block_of_many_channels_is_no_larger_than_one_of_few(channels: int) -> None:
+    frames = [(16000, np.zeros((512, channels), np.float32))] * (600 // channels + 300)
+    blocks = list(audio._blocks(frames, 16000, "x.wav"))
+    assert sum(map(len, blocks)) == 512 * len(frames)
+    assert len(blocks) > 1
+    assert max(block.size for block in blocks) < audio.BLOCK + 512 * channels
 
 
 def test_a_sample_rate_that_would_make_hours_of_a_few_bytes_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import os
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_contentvec import backend
+from mlx_contentvec import ContentvecModel, backend
+from mlx_contentvec.cli import _unexpected
+from mlx_contentvec.errors import BackendError, import_hint
 from mlx_contentvec.ops import blas
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -102,6 +105,35 @@ def test_openblas_is_taken_where_it_is() -> None:
     if not backend._has_linux_backend("cpu"):
         pytest.skip("MLX computes on a GPU here: install mlx[cpu] in another environment")
     assert python(WHOSE).stdout.startswith("libopenblas.so")
+
+
+@linux
+def test_openblas_is_left_out_where_a_limit_leaves_it_no_buffers() -> None:
+    code = (
+        "import resource, pathlib, numpy\n"
+        "pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])\n"
+        "most = pages * resource.getpagesize() + (250 << 20)\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (most, most))\n{WHOSE}"
+    )
+    assert python(code, OPENBLAS_NUM_THREADS="1").stdout == "numpy True\n"
+
+
+def test_a_library_without_room_is_not_to_be_installed() -> None:
+    why = "libmlx.so: failed to map segment from shared object"
+    for error in (ImportError(why), OSError(12, "Cannot allocate memory"), MemoryError()):
+        assert "memory ran out" in import_hint(error, "pip install mlx")
+    assert import_hint(ImportError("No module named 'mlx'"), "install it") == "install it"
+    assert "not enough memory" in str(_unexpected(ImportError(why)))
+
+
+def test_a_model_for_which_a_limit_leaves_no_memory_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, converted_tiny: Path
+) -> None:
+    size = converted_tiny.stat().st_size
+    for left, fits in ((2 * size + (128 << 20), True), (size, False)):
+        monkeypatch.setattr("mlx_contentvec.memory.address_space_left", lambda left=left: left)
+        with contextlib.nullcontext() if fits else pytest.raises(BackendError, match="not enough"):
+            ContentvecModel.from_file(converted_tiny)
 
 
 def test_numpys_openblas_is_found_where_each_systems_wheel_has_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -527,8 +528,47 @@ def test_how_far_hashing_has_come_is_told(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_hashed_is_said(tmp_path: Path) -> None:
-    with pytest.raises(HubError, match="cannot be read: Is a directory"):
-        hub.sha256_of(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (("", "not a regular"), ("pipe", "not a regular"), ("none", "No such file")):
+        with pytest.raises(HubError, match=f"cannot be read: {why}"):
+            hub.sha256_of(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "the proxy of this session needs is not installed"),
+        ("HTTP_PROXY", "http://127.0.0.1:9", "(or HF_ENDPOINT or HTTP_PROXY)"),
+    ],
+)
+def test_a_proxy_that_does_not_work_is_named(
+    server: HubServer, resolved: Run, variable: str, value: str, said: str
+) -> None:
+    if "socks" in value and importlib.util.find_spec("socksio"):
+        pytest.skip("SOCKS proxies work here: pip uninstall socksio")
+    result = resolved(REPO, **{"NO_PROXY": "", "no_proxy": "", variable: value})
+    assert said in " ".join(result.stderr.split()), result.stderr
+
+
+@pytest.mark.parametrize("place", ["token", "hub/models--someone--contentvec-mlx/refs/main"])
+def test_a_pipe_among_the_files_of_the_client_is_not_waited_for(
+    server: HubServer, resolved: Run, tmp_path: Path, place: str
+) -> None:
+    server.add_repo(REPO, package())
+    pipe = tmp_path / "home" / place
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    result = resolved(REPO, token=None)
+    assert f"{place} is no file" in result.stderr
+
+
+def test_a_branch_in_the_cache_that_is_no_commit_is_said(resolved: Run, tmp_path: Path) -> None:
+    branch = tmp_path / "home/hub" / f"models--{REPO.replace('/', '--')}" / "refs/main"
+    branch.parent.mkdir(parents=True)
+    branch.write_text("../../../../etc")
+    result = resolved(REPO, HF_HUB_OFFLINE="1")
+    assert "makes nothing of what it was given" in result.stderr, result.stderr
+    assert "what is kept in" in result.stderr
 
 
 def test_a_blob_is_hashed_once_if_its_name_is_a_sha256(
@@ -640,6 +680,7 @@ def answer(kind: str, status: int, said: str = "") -> Exception:
         ("HfHubHTTPError", 401, "hf_x", "the Hub does not accept the token"),
         ("HfHubHTTPError", 401, None, "the Hub asks for a token"),
         ("HfHubHTTPError", 403, "hf_x", "the token may not do that"),
+        ("HfHubHTTPError", 403, None, "the Hub asks for a token"),
         ("HfHubHTTPError", 409, None, "somebody else changed it at the same time"),
         ("HfHubHTTPError", 412, None, "somebody else changed it at the same time"),
         ("HfHubHTTPError", 429, None, "too many requests"),
@@ -668,6 +709,7 @@ def test_every_answer_of_the_hub_has_its_words(
     may_log_in = status == 401 and (token is None or kind == "HfHubHTTPError")
     log_in = "hf auth login" in str(hub.explain(answer(kind, status), REPO, "download"))
     assert log_in == (may_log_in or kind == "GatedRepoError")
+    assert "write access" not in str(hub.explain(answer(kind, status), REPO, "download"))
 
 
 def client_error(kind: str, text: str = "") -> Exception:
@@ -991,6 +1033,10 @@ def test_a_download_is_broken_off_past_what_it_may_have(monkeypatch: pytest.Monk
     bars[0].update(1)
     with pytest.raises(HubError, match="it does not end"):
         bars[0].update(1)
+    for _ in range(hub.MOST_TURNS):
+        bars[0].update(-9)
+    with pytest.raises(HubError, match="the connection always breaks off"):
+        bars[0].update(-9)
     # clients before 1.0 take no bar
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download",

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from contentvec_parity.bench import measure as bench
 from contentvec_parity.bench import worker as bench_worker
 from contentvec_parity.bench.measure import Engine, Settings, Worker, operations
 from contentvec_parity.bench.onnx_file import write_onnx
 from contentvec_parity.commands.bench import beside
+from mlx_contentvec.cli import main
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import MissingDependency, ParityError
 
@@ -465,3 +467,35 @@ def test_a_pipe_is_no_checkpoint(
     done = run_cli("bench", tmp_path / "pipe", converted_tiny)
     assert done.returncode == 1
     assert "pipe is not a checkpoint" in done.stderr
+    done = run_cli("bench", "nowhere.pt", converted_tiny)
+    assert done.returncode == 1
+    assert "no such file: nowhere.pt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--batches", "1,100000000000", "100,000,000,000 x 1 s do not fit into memory"),
+        ("--batches", "1" + "0" * 400, "do not fit into memory"),
+        ("--lengths", "1,1e8", "1 x 1e+08 s do not fit into memory"),
+        ("--lengths", "1e300", "1 x 1e+300 s do not fit into memory"),
+        ("--lengths", "1e-9", "too short to give one frame"),
+        ("--threads", "1000000", "more threads than this machine"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_runs(
+    tiny_checkpoint: Path,
+    converted_tiny: Path,
+    monkeypatch: Any,
+    option: str,
+    value: str,
+    said: str,
+) -> None:
+    def worker(*_: object, **__: object) -> None:
+        raise AssertionError("something runs")
+
+    monkeypatch.setattr(bench, "Worker", worker)
+    command = ["bench", str(tiny_checkpoint), str(converted_tiny), "--beside=none"]
+    done = CliRunner().invoke(main, [*command, "--lengths", "1", option, value])
+    assert done.exit_code == 1
+    assert said in done.output

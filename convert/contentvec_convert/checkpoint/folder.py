@@ -86,6 +86,12 @@ def _weight_map(index: Path) -> dict[str, str]:
                     found=brief(shard),
                     expected="the plain name of a file beside it",
                 )
+            if shard in INDEX_FILES:
+                raise file.corrupt(
+                    "it names an index in the place of weights",
+                    found=shard,
+                    expected="files that hold tensors",
+                )
         if len(set(weight_map.values())) > limits.SHARDS:
             raise file.corrupt("it names too many files", expected=f"at most {limits.SHARDS:,}")
         return weight_map

@@ -207,7 +207,8 @@ def _fetched(source: Path, revision: str | None) -> tuple[Path, Fetched | None]:
     from ..repository import is_address
 
     name, keys = str(source), [row.key for row in KNOWN_FILES]
-    if name not in keys and not is_address(name):
+    # in a folder that is here it is a path of this machine
+    if name not in keys and (is_there(Path(source.parts[0])) or not is_address(name)):
         raise IdentityError(
             f"cannot read {_shown(source)}: No such file or directory",
             expected="a checkpoint, a Hugging Face folder, a repository like owner/name, or a name "

@@ -451,7 +451,6 @@ def bench(
     from .onnx_file import write_onnx
 
     _require_installed(beside)
-
     config = ModelConfig.from_dict(json.loads(read_metadata(converted[0])["config"]))
     settings = dataclasses.replace(settings, normalize=config.normalize)
     if settings.live:
@@ -459,6 +458,7 @@ def bench(
 
         seconds = Window.of(config, CONTEXT, BLOCK).samples / config.sample_rate
         settings = dataclasses.replace(settings, lengths=(seconds,), batches=(1,))
+    _require_possible(settings, config)
     with tempfile.TemporaryDirectory() as folder:
         huggingface = checkpoint
         if checkpoint.is_file() and set(beside) - {"fairseq"}:
@@ -497,6 +497,41 @@ def bench(
         wanted = with_errors and not settings.live
         document["errors"] = errors(engines, settings, checkpoint, progress) if wanted else []
     return document
+
+
+def _require_possible(settings: Settings, config: ModelConfig) -> None:
+    """Raise ParityError for threads, a length or a batch that no implementation could take."""
+    from mlx_contentvec.memory import process_memory, whole_clip_bytes
+
+    cores = os.cpu_count() or 1
+    if settings.threads > cores:
+        raise ParityError(
+            "there are more threads than this machine runs at once",
+            found=f"--threads {settings.threads}",
+            expected=f"at most {cores}",
+        )
+    available = process_memory() or sys.maxsize
+    for seconds in settings.lengths:
+        # beyond a million years it need not be exact
+        samples = round(min(seconds, 1e15) * config.sample_rate)
+        if samples < config.receptive_field:
+            raise ParityError(
+                f"a clip of {seconds:g} s is too short to give one frame",
+                found=f"{samples:,} samples",
+                expected=f"{config.receptive_field} or more at {config.sample_rate} Hz",
+                hint="give longer ones with --lengths",
+            )
+        for batch in settings.batches:
+            needed = 4 * samples * batch
+            if needed <= available:  # else it is more than floating-point arithmetic may hold
+                needed = whole_clip_bytes(config, samples, batch)
+            if needed > available:
+                raise ParityError(
+                    f"{batch:,} x {seconds:g} s do not fit into memory at once",
+                    found=f"{needed // 2**30:,} GiB or more",
+                    expected=f"at most {available // 2**30:,} GiB, which is all that there is",
+                    hint="give less with --lengths and --batches",
+                )
 
 
 def _require_installed(beside: Sequence[str]) -> None:

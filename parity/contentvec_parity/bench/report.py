@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_contentvec.errors import MissingDependency, OutputError, install_hint
+from mlx_contentvec.errors import MissingDependency, OutputError, import_hint, install_hint
 from mlx_contentvec.files import write_bytes
 
 Document = Mapping[str, Any]
@@ -171,9 +171,10 @@ def require_plot(path: Path) -> Any:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
-    except ImportError:
+    except ImportError as error:
         raise MissingDependency(
-            "drawing a plot needs matplotlib", hint=install_hint("report")
+            f"drawing a plot needs matplotlib: {error}",
+            hint=import_hint(error, install_hint("report")),
         ) from None
     return pyplot
 

@@ -124,9 +124,9 @@ def _mlx(path: str, settings: dict[str, Any]) -> Run:
     def run(source: Waveform) -> NDArray[np.float32]:
         batch, samples = source.shape
         # in one go whatever it takes, but without the freed buffers of other lengths
-        limit = max(limit_of(None), whole_clip_bytes(model.config, samples, batch))
-        dtype = model.layer_norm.weight.dtype
-        with bounded(limit, held_bytes(model.config, samples, batch, dtype)):
+        needed = whole_clip_bytes(model.config, samples, batch)
+        limit = max(limit_of(None), needed)
+        with bounded(limit, held_bytes(needed, model.layer_norm.weight.dtype)):
             features: Any = model(source)["x"]
             return to_numpy(features.astype(mx.float32))
 

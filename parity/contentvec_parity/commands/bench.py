@@ -10,8 +10,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from mlx_contentvec.errors import ParityError, printable
-from mlx_contentvec.files import check_reports, is_file, is_folder, write_text
+from mlx_contentvec.files import check_reports, write_text
 
 from . import file_of
 
@@ -46,8 +45,8 @@ def beside(text: str) -> tuple[str, ...]:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
-@click.argument("converted", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("converted", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--lengths",
     type=numbers(float),
@@ -144,12 +143,9 @@ def bench(
     from contentvec_convert.conversion import ledger_path
 
     from ..bench.report import require_plot
+    from ..harness import require_files
 
-    if not is_file(checkpoint) and not is_folder(checkpoint):
-        raise ParityError(
-            f"{printable(str(checkpoint))} is not a checkpoint",
-            expected="a regular file, or a folder in the Hugging Face layout",
-        )
+    require_files(checkpoint, *converted)
     report = file_of(json_file)
     if plot_file is not None:
         require_plot(plot_file)

@@ -10,7 +10,7 @@ from typing import Any
 from contentvec_convert.known_files import KNOWN_FILES, KnownFile
 from mlx_contentvec import hub
 from mlx_contentvec.config import ModelConfig
-from mlx_contentvec.errors import MissingDependency, install_hint
+from mlx_contentvec.errors import MissingDependency, import_hint, install_hint
 
 from ..report import document as report
 from . import evidence as files
@@ -200,7 +200,9 @@ def fill(template: str, **facts: Any) -> str:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
-        raise MissingDependency("a model card needs jinja2", hint=install_hint("report")) from error
+        raise MissingDependency(
+            f"a model card needs jinja2: {error}", hint=import_hint(error, install_hint("report"))
+        ) from error
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         undefined=StrictUndefined,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_contentvec.errors import MissingDependency, install_hint
+from mlx_contentvec.errors import MissingDependency, import_hint, install_hint
 
 from ..inputs import INPUT_SETS, SAMPLE_RATE
 from ..references.recording import small
@@ -92,7 +92,7 @@ def require_packages() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise MissingDependency(
-                f"the page needs {name}: {error}", hint=install_hint("report")
+                f"the page needs {name}: {error}", hint=import_hint(error, install_hint("report"))
             ) from error
 
 

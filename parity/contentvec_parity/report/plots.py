@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_contentvec.errors import MissingDependency, install_hint
+from mlx_contentvec.errors import MissingDependency, import_hint, install_hint
 
 from .document import headline, stage_entries
 
@@ -30,7 +30,7 @@ def _matplotlib() -> Any:
         import matplotlib
     except ImportError as error:
         raise MissingDependency(
-            f"plots need matplotlib: {error}", hint=install_hint("report")
+            f"plots need matplotlib: {error}", hint=import_hint(error, install_hint("report"))
         ) from error
     return matplotlib
 

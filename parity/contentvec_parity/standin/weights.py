@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_contentvec.errors import ConfigError, MissingDependency, install_hint
+from mlx_contentvec.errors import ConfigError, MissingDependency, import_hint, install_hint
 
 #: Counts up whenever the same seed would give other bytes.
 GENERATOR_VERSION = 1
@@ -334,10 +334,10 @@ def import_torch() -> Any:
     """Torch, or MissingDependency with the extra that brings it."""
     try:
         import torch
-    except ImportError:
+    except ImportError as error:
         raise MissingDependency(
-            "a stand-in is written by torch, whose file format it has",
-            hint=install_hint("parity"),
+            f"a stand-in is written by torch, whose file format it has: {error}",
+            hint=import_hint(error, install_hint("parity")),
         ) from None
     return torch
 
