@@ -715,12 +715,16 @@ def test_a_file_that_appears_meanwhile_is_kept(
     assert np.load(theirs).ndim == 2
 
 
-def test_a_folder_in_the_way_of_one_output_stops_no_other(
-    model: ContentvecModel, tmp_path: Path
+def test_a_folder_that_comes_in_the_way_of_one_output_stops_no_other(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a.wav", "b.wav"):
         write_clip(tmp_path / name)
-    (tmp_path / "out/a.npy").mkdir(parents=True)
+
+    def just_after_the_look(*_: Any) -> None:
+        (tmp_path / "out/a.npy").mkdir()
+
+    monkeypatch.setattr(run_module, "require_files", just_after_the_look)
     summary, _ = run(model, tmp_path / "out", [tmp_path / "a.wav", tmp_path / "b.wav"], force=True)
     assert [Path(failure.source).name for failure in summary.failed] == ["a.wav"]
     assert (tmp_path / "out/b.npy").exists() and summary.extracted == 1
