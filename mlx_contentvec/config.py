@@ -20,6 +20,8 @@ from .json_text import JsonError, parse_object
 V1_LAYER = 9
 #: epsilon of every normalisation in fairseq (torch.nn's default)
 EPS = 1e-5
+#: epsilon of the input's normalisation in transformers' ``Wav2Vec2FeatureExtractor``
+EXTRACTOR_EPS = 1e-7
 
 BASE_CONV_LAYERS = ((512, 10, 5), *(((512, 3, 2),) * 4), *(((512, 2, 2),) * 2))
 
@@ -81,6 +83,8 @@ class ModelConfig:
     speaker_dim: int = 256
     #: the waveform must be brought to zero mean and unit variance first
     normalize: bool = False
+    #: what is added to the variance in that
+    normalize_eps: float = EPS
     sample_rate: int = 16000
 
     def __post_init__(self) -> None:
@@ -121,6 +125,9 @@ class ModelConfig:
                 refuse(
                     f"{field} must be a positive integer below {MAX_SIZE:,}, not {_shown(value)}"
                 )
+        eps = self.normalize_eps
+        if not (isinstance(eps, float) and 0 < eps < 1):
+            refuse(f"normalize_eps must be a number between 0 and 1, not {_shown(eps)}")
         conditioned = self.encoder_layers_1
         if not (_is_size(conditioned) or (type(conditioned) is int and conditioned == 0)):
             refuse(f"encoder_layers_1 must be 0 or more, not {_shown(conditioned)}")

@@ -265,19 +265,21 @@ class Normalization:
     """Zero mean and unit variance over a whole clip, as large models were trained.
 
     Source: fairseq/data/audio/raw_audio_dataset.py, ``postprocess``:
-    ``F.layer_norm(feats, feats.shape)``, whose epsilon is 1e-5.
+    ``F.layer_norm(feats, feats.shape)``, whose epsilon is 1e-5;
+    transformers/models/wav2vec2/feature_extraction_wav2vec2.py,
+    ``zero_mean_unit_var_norm``, with 1e-7.
     """
 
     mean: float
     deviation: float
 
     @classmethod
-    def of(cls, waveform: Buffer, block: int = 1 << 20) -> Normalization:
+    def of(cls, waveform: Buffer, eps: float, block: int = 1 << 20) -> Normalization:
         """That of a clip, (samples,), read ``block`` samples at a time."""
         mean = float(waveform.mean(dtype=np.float64))
         blocks = (waveform[at : at + block] - mean for at in range(0, len(waveform), block))
         squares = sum(float(np.square(x, dtype=np.float64).sum()) for x in blocks)
-        return cls(mean, float(np.sqrt(squares / len(waveform) + EPS)))
+        return cls(mean, float(np.sqrt(squares / len(waveform) + eps)))
 
     def __call__(self, waveform: Buffer) -> Buffer:
         """Any part of the clip, normalised."""
@@ -286,10 +288,14 @@ class Normalization:
 
 def normalization_of(waveform: Buffer, config: ModelConfig) -> Callable[[Buffer], Buffer]:
     """How a model of this configuration wants parts of ``waveform``, (samples,)."""
-    return Normalization.of(waveform) if config.normalize else lambda samples: samples
+    if not config.normalize:
+        return lambda samples: samples
+    return Normalization.of(waveform, config.normalize_eps)
 
 
-def normalize_waveform(waveform: mx.array, lengths: mx.array | None = None) -> mx.array:
+def normalize_waveform(
+    waveform: mx.array, eps: float = EPS, lengths: mx.array | None = None
+) -> mx.array:
     """Each clip by its own :class:`Normalization`; padding becomes 0.
 
     The original's loader normalises a clip, then pads it with zeros.
@@ -298,16 +304,16 @@ def normalize_waveform(waveform: mx.array, lengths: mx.array | None = None) -> m
     waveform: (batch, samples)    lengths: (batch,) samples that count, or None for all
     """
     if is_traced(waveform):
-        return _normalize_traced(waveform, lengths)
+        return _normalize_traced(waveform, eps, lengths)
     clips = np.asarray(waveform)
     counts = [clips.shape[1]] * len(clips) if lengths is None else lengths.tolist()
     normalized = np.zeros_like(clips)
     for row, clip, count in zip(normalized, clips, counts, strict=True):
-        row[:count] = Normalization.of(clip[:count])(clip[:count])
+        row[:count] = Normalization.of(clip[:count], eps)(clip[:count])
     return mx.array(normalized)
 
 
-def _normalize_traced(waveform: mx.array, lengths: mx.array | None) -> mx.array:
+def _normalize_traced(waveform: mx.array, eps: float, lengths: mx.array | None) -> mx.array:
     """The same by operations that have gradients, in float32."""
     samples = waveform.shape[1]
     count = mx.full((len(waveform), 1), samples) if lengths is None else lengths[:, None]
@@ -315,4 +321,4 @@ def _normalize_traced(waveform: mx.array, lengths: mx.array | None) -> mx.array:
     mean = mx.where(inside, waveform, 0).sum(axis=1, keepdims=True) / count
     centred = mx.where(inside, waveform - mean, 0)
     variance = (centred * centred).sum(axis=1, keepdims=True) / count
-    return centred * mx.rsqrt(variance + EPS)
+    return centred * mx.rsqrt(variance + eps)

@@ -377,7 +377,7 @@ class ContentvecModel(Hubert):
         padding = inputs.padded_frames(waveform, config, padding_mask, lengths)
         if config.normalize and not normalized:
             counts = lengths if padding_mask is None else inputs.unpadded_lengths(padding_mask)
-            waveform = inputs.normalize_waveform(waveform, counts)
+            waveform = inputs.normalize_waveform(waveform, config.normalize_eps, counts)
         return walk, waveform, {"padding": padding, "lengths": lengths, "speaker": speaker}
 
     def extract_features(

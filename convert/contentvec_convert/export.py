@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_contentvec import __version__, rvc_mlx
-from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.config import EPS, EXTRACTOR_EPS, ModelConfig
 from mlx_contentvec.errors import (
     ConfigError,
     ContentvecError,
@@ -93,6 +93,9 @@ _CHOSEN: dict[str, Callable[[Array], tuple[Array, ...]]] = {
     "fold_weight_norm": split_weight_norm,
 }
 
+#: what a library adds to the variance of a clip that it normalises, where not EPS
+_EPS = {"transformers": EXTRACTOR_EPS}
+
 
 def export(source: str | Path, output: str | Path, *, to: str, force: bool = False) -> Export:
     """Write the converted file ``source`` as a checkpoint of another library.
@@ -103,7 +106,8 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
 
     Weights keep their precision; bfloat16, which numpy lacks, becomes float32.
     The result appears at ``output`` after it has been read back, recognised,
-    and found to hold the same configuration and tensors.
+    and found to hold the same configuration and tensors; each library normalises input
+    with an epsilon of its own, which a note says.
 
     Raises UnsupportedCheckpoint if ``source`` is quantised or not a converted
     file, MappingError if its tensors are not those of its configuration,
@@ -132,10 +136,18 @@ def export(source: str | Path, output: str | Path, *, to: str, force: bool = Fal
             with explained(output):
                 written, notes = _WRITERS[to](converted, config, draft)
             require_unchanged(before, IdentityError)
-            _verify(draft, config, written)
+            as_there = (
+                replace(config, normalize_eps=_EPS.get(to, EPS)) if config.normalize else config
+            )
+            _verify(draft, as_there, written)
             room.publish(
                 draft, force=force, may_replace=lambda: _require_replaceable(source, output)
             )
+    if as_there != config:
+        notes += (
+            f"{to} adds {as_there.normalize_eps:g} to the variance of a clip, not "
+            f"{config.normalize_eps:g}: of quiet audio it gives other features",
+        )
     return Export(output, to, len(written), notes)
 
 

@@ -120,6 +120,7 @@ def test_the_limits_of_a_configuration_leave_room_for_the_largest() -> None:
         {"encoder_embed_dim": 2**24},
         {"conv_bias": 1},
         {"normalize": "yes"},
+        *({"normalize_eps": eps} for eps in (0.0, -1e-7, 1.0, 1e300, float("nan"), "1e-5", True)),
         {"encoder_layers_1": False},
         {"sample_rate": 10**5000},
     ):

@@ -239,7 +239,7 @@ class TestNormalisedInput:
         clips = level * np.stack([waveform(4000, 1) + 0.5, waveform(4000, 2)])
         clips[1, 2719:] = 77.0
         lengths = [4000, 2719]
-        got = np.array(normalize_waveform(mx.array(clips), mx.array(lengths)))
+        got = np.array(normalize_waveform(mx.array(clips), lengths=mx.array(lengths)))
         for row, length in enumerate(lengths):
             exact = clips[row, :length].astype(np.float64)
             expected = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)

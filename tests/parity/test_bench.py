@@ -86,7 +86,7 @@ def test_the_originals_that_are_timed_compute_the_features_that_mlx_does(
     speech: Callable[..., Any],
 ) -> None:
     need("transformers", "scripts/test installs it")
-    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize": False}
+    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize_eps": None}
     path = {"transformers": folder, "fairseq": tiny_checkpoint}[engine]
     source = np.stack([speech(4000), speech(4000, 8)])
     original = bench_worker.ENGINES[engine](str(path), settings)(source)
@@ -113,7 +113,7 @@ def test_the_engines_that_are_timed_compute_the_features_that_the_original_does(
         path = folder
     else:
         path = request.getfixturevalue("onnx")
-    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize": True}
+    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize_eps": 1e-5}
     theirs = bench_worker.ENGINES[engine](str(path), settings)
     original = bench_worker.ENGINES["transformers"](str(folder), settings)
     # at other lengths than were traced
@@ -399,7 +399,7 @@ def test_live_measures_one_block_beside_a_window_of_the_same_length(
 
 
 def test_the_block_that_is_timed_is_computed_every_time(converted_tiny: Path) -> None:
-    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize": False}
+    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "normalize_eps": None}
     run = bench_worker.ENGINES["live"](str(converted_tiny), settings)
     source = np.zeros((1, 137 * 320 + 400), np.float32)
     # the last frame of a block is complete 80 samples into the next

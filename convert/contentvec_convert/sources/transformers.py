@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Container, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.config import EXTRACTOR_EPS, ModelConfig
 from mlx_contentvec.errors import ConfigError, CorruptCheckpoint, UnsupportedCheckpoint
 from mlx_contentvec.json_text import JsonError, read_object
 
@@ -180,6 +181,8 @@ def plan(
         final_dim = tensors[f"{head}.weight"].shape[0] if head else None
         config = _read_config(checkpoint.config, heads, normalize, sample_rate, final_dim)
         _require_layers(config, tensors, prefix)
+    if config.normalize:
+        config = replace(config, normalize_eps=EXTRACTOR_EPS)
     return Plan(
         naming=NAMING,
         config=config,

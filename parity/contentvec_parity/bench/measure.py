@@ -91,7 +91,8 @@ class Settings:
     starts: int = 3
     #: "cpu", or "gpu" for what MLX and torch find
     device: str = "cpu"
-    normalize: bool = False
+    #: what is added to the variance of a clip, None where it is not normalised
+    normalize_eps: float | None = None
     #: measure only blocks of ``model.live``, and the others on a window of its length
     live: bool = False
 
@@ -146,7 +147,7 @@ class Worker:
             "dtype": engine.dtype,
             "threads": settings.threads,
             "device": settings.device,
-            "normalize": settings.normalize,
+            "normalize_eps": settings.normalize_eps,
         }
         self.engine = engine
         self._complaints: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
@@ -452,7 +453,8 @@ def bench(
 
     _require_installed(beside)
     config = ModelConfig.from_dict(json.loads(read_metadata(converted[0])["config"]))
-    settings = dataclasses.replace(settings, normalize=config.normalize)
+    if config.normalize:
+        settings = dataclasses.replace(settings, normalize_eps=config.normalize_eps)
     if settings.live:
         from mlx_contentvec.live import BLOCK, CONTEXT, Window
 

@@ -23,8 +23,6 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_contentvec.config import EPS
-
 from .onnx_file import FEATURES, SOURCE
 
 Waveform = NDArray[np.float32]
@@ -173,11 +171,12 @@ def _torch_device(settings: dict[str, Any]) -> Any:
 
 
 def _as_wanted(source: Waveform, settings: dict[str, Any]) -> Waveform:
-    """Each clip as the original is given it: by ``F.layer_norm`` if the model wants that."""
-    if not settings["normalize"]:
+    """Each clip as the original is given it, normalised if the model wants that."""
+    eps = settings["normalize_eps"]
+    if eps is None:
         return source
     centred = source - source.mean(axis=1, keepdims=True)
-    deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + np.float32(EPS))
+    deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + np.float32(eps))
     normalized: Waveform = centred / deviation
     return normalized
 

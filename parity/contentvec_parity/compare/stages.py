@@ -34,6 +34,7 @@ ARCHITECTURE = (
     "conv_pos_groups",
     "conv_pos_batch_norm",
     "normalize",
+    "normalize_eps",
     "sample_rate",
 )
 

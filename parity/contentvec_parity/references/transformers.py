@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_contentvec.config import ModelConfig
+from mlx_contentvec.config import EPS, EXTRACTOR_EPS, ModelConfig
 from mlx_contentvec.errors import ParityError, name_list
 from mlx_contentvec.files import is_file, is_folder
 
@@ -83,6 +83,8 @@ class Loader(NamedTuple):
 
     normalize: bool
     sample_rate: int
+    #: what is added to the variance in that
+    eps: float = EPS
 
 
 def _loader(path: Path, large: bool) -> Loader:
@@ -92,9 +94,10 @@ def _loader(path: Path, large: bool) -> Loader:
     if not any(
         is_file(path / name) for name in ("preprocessor_config.json", "processor_config.json")
     ):
-        return Loader(large, ModelConfig.sample_rate)
+        return Loader(large, ModelConfig.sample_rate, EXTRACTOR_EPS if large else EPS)
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(path, local_files_only=True)
-    return Loader(bool(extractor.do_normalize), int(extractor.sampling_rate))
+    normalize = bool(extractor.do_normalize)
+    return Loader(normalize, int(extractor.sampling_rate), EXTRACTOR_EPS if normalize else EPS)
 
 
 def _from_fairseq(path: Path) -> tuple[Any, Loader]:
@@ -202,6 +205,7 @@ def _config(model: Any, loader: Loader) -> ModelConfig:
         conv_pos_batch_norm=getattr(positional, "batch_norm", None) is not None,
         final_dim=None if final is None else final.out_features,
         normalize=loader.normalize,
+        normalize_eps=loader.eps,
         sample_rate=loader.sample_rate,
     )
 
@@ -227,15 +231,22 @@ class TransformersOriginal(TorchOriginal):
         )
 
     def _normalized(self, waveforms: Tensor, padding_mask: NDArray[np.bool_] | None) -> Tensor:
-        """As fairseq does it, whose models these are.
-
-        ``Wav2Vec2FeatureExtractor`` adds 1e-7 to the variance, where they were trained with 1e-5.
-        """
+        """By the extractor of transformers, or for a file of fairseq's by its loader's rule."""
+        import torch
         from torch.nn.functional import layer_norm
         from torch.nn.utils.rnn import pad_sequence
+        from transformers import Wav2Vec2FeatureExtractor
 
         clips = without_padding(waveforms, padding_mask)
-        return pad_sequence([layer_norm(x, x.shape) for x in clips], batch_first=True)
+        if self.config.normalize_eps == EPS:
+            made = [layer_norm(x, x.shape) for x in clips]
+        else:
+            given = [x.numpy() for x in clips]
+            made = [
+                torch.from_numpy(x)
+                for x in Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm(given, None)
+            ]
+        return pad_sequence(made, batch_first=True)
 
     def _projection(self, model: Any) -> Any:
         return model.feature_projection.projection
