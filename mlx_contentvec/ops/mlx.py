@@ -35,6 +35,11 @@ CONV_SHORT_K_BLOCK = 32
 FEW_INPUTS = 1024
 #: numbers that are summed in a row over time on a GPU
 SUM_BLOCK = 8
+#: a linear layer of more inputs than this, the second of each feed-forward, is added up in
+#: parts on Metal. Of a device that adds one product after the other this leaves the features
+#: 1.4 instead of 1.5 times PyTorch's rms error, a layer by itself 2.0 instead of 2.6 (PyTorch
+#: on a Zen 4). cuBLAS splits such sums itself
+LONG_SUM, LONG_SUM_PARTS = 2048, 4
 #: taps of the positional convolution in one product on CUDA: its largest error is 0.96 times
 #: PyTorch's on a CPU, with 32 taps 1.70 (float32, H200). Half precision rounds after each
 #: product, so that fewer of them are better
@@ -109,6 +114,21 @@ def gelu(x: mx.array) -> mx.array:
     Source: fairseq/modules/gelu.py, ``gelu``.
     """
     return _in_one_pass(_gelu, x)
+
+
+def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    """A linear layer.
+
+    x: (..., in)    weight: (out, in)    bias: (out,) or None    returns: (..., out)
+    """
+    out, inputs = weight.shape
+    in_parts = SHORT_SUMS and device_kind() == "metal" and x.dtype == mx.float32
+    if in_parts and inputs > LONG_SUM and inputs % LONG_SUM_PARTS == 0:
+        rows = x.reshape(-1, LONG_SUM_PARTS, inputs // LONG_SUM_PARTS).transpose(1, 0, 2)
+        matrices = weight.reshape(out, LONG_SUM_PARTS, -1).transpose(1, 2, 0)
+        y = (rows @ matrices).sum(axis=0).reshape(*x.shape[:-1], out)
+        return y if bias is None else y + bias
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
 def windows(x: mx.array, kernel: int, stride: int) -> mx.array:

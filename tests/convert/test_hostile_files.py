@@ -112,7 +112,7 @@ def test_a_hugging_face_folder_of_absurdly_many_layers_is_refused(
 
 def test_the_limits_of_a_configuration_leave_room_for_the_largest() -> None:
     assert ModelConfig(encoder_layers=MAX_LAYERS).encoder_layers == MAX_LAYERS
-    for fields in (
+    impossible: list[dict[str, Any]] = [
         {"encoder_layers": MAX_LAYERS, "encoder_layers_1": 1},
         {"conv_layers": ((8, 2, 2),) * 65},
         {"conv_layers": 7},
@@ -123,7 +123,8 @@ def test_the_limits_of_a_configuration_leave_room_for_the_largest() -> None:
         *({"normalize_eps": eps} for eps in (0.0, -1e-7, 1.0, 1e300, float("nan"), "1e-5", True)),
         {"encoder_layers_1": False},
         {"sample_rate": 10**5000},
-    ):
+    ]
+    for fields in impossible:
         with pytest.raises(ConfigError) as caught:
             ModelConfig(**fields)
         assert len(str(caught.value)) < 300

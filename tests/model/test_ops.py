@@ -62,6 +62,16 @@ class TestEveryForm:
         near = x[np.abs(x) < 1]
         assert closeness(mlx_ops.gelu(array(near)), exact_gelu(near)) < 2e-7
 
+    @pytest.mark.parametrize("inputs", [2048, 2052, 2053])
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_a_linear_layer_is_one_product(
+        self, inputs: int, biased: bool, rng: np.random.Generator
+    ) -> None:
+        x, weight = rng.standard_normal((2, 7, inputs)), rng.standard_normal((5, inputs)) / 45
+        bias = rng.standard_normal(5)
+        got = mlx_ops.linear(array(x), array(weight), array(bias) if biased else None)
+        assert closeness(got, x @ weight.T + biased * bias) < 1e-5
+
     @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (10, 5), (4, 1)])
     def test_a_convolution_is_the_sum_over_its_taps(
         self, kernel: int, stride: int, rng: np.random.Generator
@@ -337,7 +347,7 @@ def test_what_a_gpu_adds_in_a_row_is_short_in_every_form() -> None:
     ran = run_python("-m", "tests.model.worst_order", cwd=PROJECT)
     assert ran.returncode == 0, ran.stderr
     losses = json.loads(ran.stdout)
-    assert len(losses) == 5
+    assert len(losses) == 6
     assert max(losses.values()) < 1.1, losses
 
 

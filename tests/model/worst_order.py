@@ -59,6 +59,14 @@ def positional(run: int) -> float:
     return loss(got, rows, weight.transpose(1, 2, 0).reshape(-1, 48), run)
 
 
+def feed_forward(run: int) -> float:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 60, 3072)).astype(np.float32)
+    weight = (rng.standard_normal((48, 3072)) / 55).astype(np.float32)
+    got = mlx_ops.linear(mx.array(x), mx.array(weight), None)[0]
+    return loss(got, x[0], weight.T, run)
+
+
 def main() -> None:
     mx.set_default_device(mx.cpu)
     # here it would be compiled for the CPU, by a C++ compiler that need not be there
@@ -70,6 +78,8 @@ def main() -> None:
         found[f"{kind}, kernel 2"] = convolution(2, run=32)
     # Metal has a kernel of its own for grouped convolutions
     found["cuda, positional"] = positional(run=16 * 48)
+    mlx_ops.device_kind = lambda: "metal"
+    found["metal, feed-forward"] = feed_forward(run=768)
     json.dump(found, sys.stdout)
 
 
