@@ -23,6 +23,7 @@ from .host_copy import to_numpy
 #: that off. Errors of layers 9 and 12 are 0.93 and 0.90 times PyTorch's on a CPU with it
 #: (H200), 1.51 and 1.38 times without (H100); a pass takes 3 to 8 % longer (1 to 60 s,
 #: H200, float32). On a device that adds one product after the other: 0.5 instead of 1.3
+#: (PyTorch on an EPYC of family 25, model 1)
 SHORT_SUMS = os.environ.get("MLX_CONTENTVEC_SUMS", "short") != "plain"
 #: products that are summed in a row in a convolution on a GPU. Of windows of 1536 inputs,
 #: blocks of 256, 192 and 128 give the stages 1.5 to 1.6, 1.3 to 1.4 and 1.1 to 1.2 times
