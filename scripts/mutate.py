@@ -40,6 +40,7 @@ TESTS: dict[str, list[str]] = {
     "mlx_contentvec/files.py": ["tests/convert/test_writer.py", "tests/test_files.py"],
     "mlx_contentvec/folders.py": ["tests/test_folders.py"],
     "mlx_contentvec/hub.py": ["tests/model/test_hub.py"],
+    "mlx_contentvec/hub_client.py": ["tests/model/test_hub.py"],
     "mlx_contentvec/json_text.py": ["tests/test_json_text.py"],
     "mlx_contentvec/safetensors_header.py": [
         "tests/checkpoint",

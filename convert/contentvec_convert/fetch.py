@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from mlx_contentvec import hub
+from mlx_contentvec import hub_client
 from mlx_contentvec.errors import (
     HubError,
     IdentityError,
@@ -388,14 +388,16 @@ class _Bounded:
     def truncate(self) -> int:
         """As the client does where it begins anew, from the file's position."""
         self._turns += 1
-        hub.require_few_turns(self._turns, repository_of(self._row), self._row.hub_path or "")
+        hub_client.require_few_turns(
+            self._turns, repository_of(self._row), self._row.hub_path or ""
+        )
         return self._file.truncate()
 
     def write(self, piece: bytes) -> int:
         if self._file.tell() + len(piece) > self._most:
             # not a byte of it can be the file's
             self._file.truncate(0)
-            raise hub.endless(repository_of(self._row), self._row.hub_path or "", self._most)
+            raise hub_client.endless(repository_of(self._row), self._row.hub_path or "", self._most)
         with explained(self._path):
             return self._file.write(piece)
 
@@ -409,7 +411,7 @@ def _download_from(row: KnownFile, file: _Bounded, done: int) -> None:
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     repo_id = repository_of(row)
-    with hub.plain_words(repo_id, f"download {row.hub_path} from"):
+    with hub_client.plain_words(repo_id, f"download {row.hub_path} from"):
         http_get(
             hf_hub_url(repo_id, row.hub_path or "", revision=row.revision),
             cast(BinaryIO, file),
@@ -424,7 +426,7 @@ def _in_cache(row: KnownFile) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     repo_id, name = repository_of(row), row.hub_path or ""
-    with hub.plain_words(repo_id, f"look for {name} of"):
+    with hub_client.plain_words(repo_id, f"look for {name} of"):
         found = try_to_load_from_cache(repo_id, name, revision=row.revision)
     if not isinstance(found, str):
         return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from mlx_contentvec import hub
+from mlx_contentvec import hub, hub_client
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import HubError, IdentityError, name_list, printable
 
@@ -123,16 +123,16 @@ def find_model(address: str, revision: str | None = None) -> tuple[KnownFile, ..
 
     owner, name, *inside = address.split("/")
     repo_id = f"{owner}/{name}"
-    no_repository = hub.not_the_hub(
+    no_repository = hub_client.not_the_hub(
         f"cannot look at {repo_id}",
         found="JSON of another form",
         expected="the description of a repository",
     )
-    with hub.plain_words(repo_id, "look at", hub.PAPER_BYTES):
+    with hub_client.plain_words(repo_id, "look at", hub_client.PAPER_BYTES):
         try:
             info = HfApi(library_name="mlx-contentvec").model_info(repo_id, revision=revision)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if hub.is_of_another_form(error):
+            if hub_client.is_of_another_form(error):
                 raise no_repository from error
             raise
     files = [entry.rfilename for entry in info.siblings or ()]
@@ -237,18 +237,18 @@ def _metadata(row: KnownFile) -> HfFileMetadata:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     repo_id, path = repository_of(row), row.hub_path or ""
-    with hub.plain_words(repo_id, f"look at {row.hub_path} of"):
+    with hub_client.plain_words(repo_id, f"look at {row.hub_path} of"):
         url = hf_hub_url(repo_id, path, revision=row.revision)
         metadata = get_hf_file_metadata(url, library_name="mlx-contentvec")
-    hub.require_plausible_metadata(repo_id, path, metadata, MOST_BYTES)
+    hub_client.require_plausible_metadata(repo_id, path, metadata, MOST_BYTES)
     return metadata
 
 
 def small_file(repo_id: str, path: str, revision: str | None) -> Path:
     """A configuration of a repository, in the client's cache. Raises HubError if it is large."""
-    with hub.plain_words(repo_id, f"download {path} from"):
-        hub.require_plausible_file(repo_id, path, revision)
-        return hub.download(repo_id, path, revision)
+    with hub_client.plain_words(repo_id, f"download {path} from"):
+        hub_client.require_plausible_file(repo_id, path, revision)
+        return hub_client.download(repo_id, path, revision)
 
 
 def repository_of(row: KnownFile) -> str:

@@ -268,7 +268,7 @@ def test_a_description_without_end_is_broken_off(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-    monkeypatch.setattr("mlx_contentvec.hub.PAPER_BYTES", 1 << 20)
+    monkeypatch.setattr("mlx_contentvec.hub_client.PAPER_BYTES", 1 << 20)
     server.add_repo("someone/voice", {})
     server.fail("GET", times=9, endless=True)
     with pytest.raises(HubError, match="it does not end"):
@@ -463,7 +463,7 @@ def test_a_configuration_that_is_stated_to_be_large_is_not_downloaded(
         return tmp_path
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: stated)
-    monkeypatch.setattr(repository.hub, "download", download)
+    monkeypatch.setattr(repository.hub_client, "download", download)
     if said is None:
         assert repository.small_file("a/b", "x/config.json", "v1") == tmp_path
         assert asked == [("a/b", "x/config.json", "v1")]

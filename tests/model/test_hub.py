@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mlx_contentvec import ContentvecModel, hub
+from mlx_contentvec import ContentvecModel, hub, hub_client
 from mlx_contentvec.errors import ContentvecError, HubError, OutputError
 from mlx_contentvec.loading import find_weights
 from tests.forks import run_python
@@ -700,16 +700,16 @@ def test_every_answer_of_the_hub_has_its_words(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     for error in (answer(kind, status), answer(kind, status, " \nwhy\nand more")):
-        explained = hub.explain(error, REPO, "download")
+        explained = hub_client.explain(error, REPO, "download")
         assert explained is not None
         assert explained.problem.startswith(f"cannot download {REPO}: ")
         assert said in explained.problem
         why = ": why" if error.server_message else ""  # type: ignore[attr-defined]
         assert explained.found == f"HTTP {status}{why}"
     may_log_in = status == 401 and (token is None or kind == "HfHubHTTPError")
-    log_in = "hf auth login" in str(hub.explain(answer(kind, status), REPO, "download"))
+    log_in = "hf auth login" in str(hub_client.explain(answer(kind, status), REPO, "download"))
     assert log_in == (may_log_in or kind == "GatedRepoError")
-    assert "write access" not in str(hub.explain(answer(kind, status), REPO, "download"))
+    assert "write access" not in str(hub_client.explain(answer(kind, status), REPO, "download"))
 
 
 def client_error(kind: str, text: str = "") -> Exception:
@@ -820,7 +820,7 @@ def test_every_error_of_the_client_has_its_words(
         # and round again
         error.__context__ = outer
         error = outer
-    explained = hub.explain(error, REPO, "download")
+    explained = hub_client.explain(error, REPO, "download")
     if said is None:
         assert explained is None
     else:
@@ -839,13 +839,13 @@ def test_an_answer_of_another_form_is_what_the_client_cannot_make_its_objects_of
         ([], False),
     ):
         error = raised_in(KeyError("id"), *modules)
-        assert hub.is_of_another_form(error) == of_another_form, modules
+        assert hub_client.is_of_another_form(error) == of_another_form, modules
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), HubError("said"), OutputError("full")])
 def test_what_is_not_of_the_clients_making_stays_what_it_is(error: Exception) -> None:
     error.__cause__ = Lost("gone") if isinstance(error, ContentvecError) else None
-    with pytest.raises(type(error)) as caught, hub.plain_words(REPO, "look at"):
+    with pytest.raises(type(error)) as caught, hub_client.plain_words(REPO, "look at"):
         raise error
     assert caught.value is error
 
@@ -855,7 +855,7 @@ def test_what_the_system_refuses_the_client_is_said() -> None:
 
     for path, found in (("/cache/x", "/cache/x"), (None, constants.HF_HUB_CACHE)):
         error = OSError(errno.ENOSPC, "No space left on device", path)
-        explained = hub.explain(error, REPO, "download")
+        explained = hub_client.explain(error, REPO, "download")
         assert explained is not None
         assert explained.problem == f"cannot download {REPO}: No space left on device"
         assert explained.found == found
@@ -872,7 +872,7 @@ def test_a_reason_without_words_is_named_by_its_kind() -> None:
         (wrapped[0], "gone"),
         (wrapped[1], "Lost"),
     ):
-        explained = hub.explain(error, REPO, "download")
+        explained = hub_client.explain(error, REPO, "download")
         assert explained is not None
         assert explained.found == found
 
@@ -900,10 +900,10 @@ def test_what_the_hub_states_of_a_file_is_plausible(
     stated = {"etag": "0" * 40, "commit_hash": "0" * 40, "size": 9, **facts}
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: SimpleNamespace(**stated))
     if said is None:
-        hub.require_plausible_file(REPO, name)
+        hub_client.require_plausible_file(REPO, name)
         return
     with pytest.raises(HubError) as refused:
-        hub.require_plausible_file(REPO, name)
+        hub_client.require_plausible_file(REPO, name)
     assert said in str(refused.value)
     assert ("too large" in str(refused.value)) == (said == "too large")
 
@@ -1015,7 +1015,7 @@ def test_a_commit_that_is_in_the_cache_is_not_asked_for(
             lambda *_, cached=cached, **__: cached,
         )
         asked.clear()
-        answered = hub.require_plausible_file(REPO, "config.json", revision)
+        answered = hub_client.require_plausible_file(REPO, "config.json", revision)
         assert answered == bool(asked) == (not offline and (cached is None or revision != "0" * 40))
 
 
@@ -1027,13 +1027,13 @@ def test_a_download_is_broken_off_past_what_it_may_have(monkeypatch: pytest.Monk
         return "/cache/config.json"
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert hub.download(REPO, "config.json") == Path("/cache/config.json")
+    assert hub_client.download(REPO, "config.json") == Path("/cache/config.json")
     bars[0].update(2**26 - 1)
     bars[0].update(None)
     bars[0].update(1)
     with pytest.raises(HubError, match="it does not end"):
         bars[0].update(1)
-    for _ in range(hub.MOST_TURNS):
+    for _ in range(hub_client.MOST_TURNS):
         bars[0].update(-9)
     with pytest.raises(HubError, match="the connection always breaks off"):
         bars[0].update(-9)
@@ -1042,8 +1042,8 @@ def test_a_download_is_broken_off_past_what_it_may_have(monkeypatch: pytest.Monk
         "huggingface_hub.hf_hub_download",
         lambda repo_id, name, revision, local_files_only: f"/cache/{revision}/{local_files_only}",
     )
-    assert hub.download(REPO, "config.json", "v1") == Path("/cache/v1/False")
-    assert hub.download(REPO, "config.json", "v1", cached=True) == Path("/cache/v1/True")
+    assert hub_client.download(REPO, "config.json", "v1") == Path("/cache/v1/False")
+    assert hub_client.download(REPO, "config.json", "v1", cached=True) == Path("/cache/v1/True")
 
 
 # the Hub -----------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from mlx_contentvec import hub
+from mlx_contentvec import hub, hub_client
 from mlx_contentvec.errors import HubError, name_list
 from mlx_contentvec.files import is_file
 from mlx_contentvec.json_text import JsonError, read_object
@@ -81,7 +81,7 @@ def publish(
             hint="convert the real checkpoint: mlx-contentvec fetch contentvec",
         )
     api = HfApi(library_name=LIBRARY)
-    with hub.plain_words(repo_id, "publish to"):
+    with hub_client.plain_words(repo_id, "publish to"):
         step("asking the Hub who you are")
         _require_writer(api)
         step(f"opening {repo_id}")
