@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ _NO_WRITING = {
 }
 #: seconds that a server may have the client wait before it asks again
 _PATIENCE = 900
+#: bytes that so many seconds of an answer bring at least; less would take days for weights
+_LEAST, _LULL = 1 << 16, 60.0
 #: times that a download may begin anew; the client does so for as long as anything arrives
 MOST_TURNS = 5
 #: what is raised where an answer is parsed -> what the answer was
@@ -228,6 +231,25 @@ def _watched(repo_id: str, doing: str, most: int | None) -> Iterator[None]:
             )
         if most is not None:
             answer.iter_bytes = bounded(answer.iter_bytes, most)
+        answer.iter_raw = in_time(answer.iter_raw)
+
+    def in_time(pieces: Callable[..., Iterator[bytes]]) -> Any:
+        def read(*arguments: Any, **options: Any) -> Iterator[bytes]:
+            begun, arrived = time.monotonic(), 0
+            for piece in pieces(*arguments, **options):
+                arrived += len(piece)
+                if (now := time.monotonic()) - begun > _LULL:
+                    if arrived < _LEAST:
+                        raise HubError(
+                            f"cannot {doing} {repo_id}: next to nothing arrives",
+                            found=f"{arrived:,} bytes in {now - begun:.0f} seconds",
+                            expected=f"{_LEAST:,} bytes or more",
+                            hint="run the same again later, or from another network",
+                        )
+                    begun, arrived = now, 0
+                yield piece
+
+        return read
 
     def bounded(pieces: Callable[..., Iterator[bytes]], most: int) -> Any:
         def read(*arguments: Any, **options: Any) -> Iterator[bytes]:

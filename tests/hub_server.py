@@ -17,6 +17,7 @@ instead of ``127.0.0.1``, so a client that leaks its token there is caught
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -96,7 +97,8 @@ class Fault:
     body and hangs up; ``shorten`` sends a complete answer without its last bytes;
     ``alter`` changes the body that is sent; ``headers`` replaces headers of the answer;
     ``silence`` says nothing for that many seconds and hangs up; ``endless`` never stops
-    sending zeros; ``no_ranges`` sends a file from its begin, whatever part was asked for.
+    sending zeros; ``no_ranges`` sends a file from its begin, whatever part was asked for;
+    ``trickle`` sends a byte, waits for that many seconds, and so on.
     """
 
     match: str
@@ -111,6 +113,7 @@ class Fault:
     silence: float | None = None
     endless: bool = False
     no_ranges: bool = False
+    trickle: float | None = None
 
 
 @dataclass(frozen=True)
@@ -331,6 +334,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.sent = min(fault.drop_response, len(content))
             time.sleep(0.05)  # let it arrive before the connection goes
+            raise _HungUp
+        if fault and fault.trickle is not None:
+            with contextlib.suppress(OSError):
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(fault.trickle)
             raise _HungUp
         self.wfile.write(content)
         self.sent = len(content)

@@ -462,6 +462,16 @@ def test_a_server_that_never_answers_is_given_up(fetch: Run, server: HubServer) 
     assert time.monotonic() - begun < 25
 
 
+def test_a_server_that_trickles_is_given_up(fetch: Run, server: HubServer, tmp_path: Path) -> None:
+    """Each byte arrives in time, and all of them would in days."""
+    server.fail("GET /storage", trickle=0.02)
+    result = fetch(before="from mlx_contentvec import hub_client\nhub_client._LULL = 0.3\n")
+    assert result.returncode == 1
+    assert "next to nothing arrives" in result.stderr and "expected" in result.stderr
+    assert not (tmp_path / "hubert_base.pt").exists()
+    assert fetch().returncode == 0  # from where it was
+
+
 def test_two_downloads_of_one_file_do_not_mix(fetch: Run, tmp_path: Path) -> None:
     import fcntl
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlx_contentvec import ContentvecModel, hub, hub_client
@@ -1311,6 +1312,34 @@ def test_a_paper_without_end_is_broken_off(server: HubServer, resolved: Run) -> 
     result = resolved(REPO)
     assert "it does not end" in result.stderr, result.stderr
     assert server.asked("GET .*SHA256SUMS")[0].sent < 200_000_000
+
+
+@pytest.mark.parametrize(
+    ("pieces", "given_up"),
+    [
+        ([1 << 16] * 5, False),
+        ([1 << 16, (1 << 16) - 1], True),
+        ([1, 1 << 16, 1], False),  # of 40 seconds each
+        ([1 << 20, 1, 1, 1], True),
+    ],
+)
+def test_what_a_minute_brings_decides(
+    pieces: list[int], given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import get_session
+
+    clock = iter(np.cumsum([0] + [40 if pieces[0] == 1 else 61] * len(pieces)))
+    monkeypatch.setattr(hub_client.time, "monotonic", lambda: next(clock))
+    answer = SimpleNamespace(
+        headers={}, status_code=200, iter_raw=lambda: (bytes(size) for size in pieces)
+    )
+    with hub_client.plain_words(REPO, "download"):
+        get_session().event_hooks["response"][-1](answer)
+    if given_up:
+        with pytest.raises(HubError, match=f"cannot download {REPO}: next to nothing arrives"):
+            list(answer.iter_raw())
+    else:
+        assert sum(map(len, answer.iter_raw())) == sum(pieces)
 
 
 def test_a_server_that_never_answers_is_asked_once(server: HubServer, resolved: Run) -> None:
