@@ -15,8 +15,11 @@ import re
 import shlex
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +177,7 @@ def require_few_turns(turns: int, repo_id: str, name: str) -> None:
     if turns > MOST_TURNS:
         raise HubError(
             f"cannot download {name} from {repo_id}: the connection always breaks off",
-            found=f"{turns} turns, each from the begin of the file",
+            found=f"{turns} turns, each from the beginning of the file",
             expected="a server that goes on where it broke off",
             hint="run the same again later, or from another network",
         )
@@ -215,63 +218,90 @@ def plain_words(repo_id: str, doing: str, most: int | None = None) -> Iterator[N
 def _watched(repo_id: str, doing: str, most: int | None) -> Iterator[None]:
     """Look at answers before the client does, which waits for as long as a server says.
 
-    Clients before 1.0 cannot be told.
+    Clients before 1.0 cannot be told. The hook stays in the client's session, which is the
+    process's, and looks at nothing that this thread has not asked for here.
     """
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
-    def look(answer: Any) -> None:
-        stated = f"{answer.headers.get('Retry-After')} {answer.headers.get('RateLimit')}"
-        wait = max(re.findall(r"\d+", stated), key=float, default="0")
-        if answer.status_code == 429 and float(wait) > _PATIENCE:
-            raise HubError(
-                f"cannot {doing} {repo_id}: too many requests",
-                found=f"HTTP 429, to be asked again after {wait[:20]} seconds",
-                expected=f"at most {_PATIENCE} seconds",
-                hint="run the same again after that time",
-            )
-        if most is not None:
-            answer.iter_bytes = bounded(answer.iter_bytes, most)
-        answer.iter_raw = in_time(answer.iter_raw)
-
-    def in_time(pieces: Callable[..., Iterator[bytes]]) -> Any:
-        def read(*arguments: Any, **options: Any) -> Iterator[bytes]:
-            begun, arrived = time.monotonic(), 0
-            for piece in pieces(*arguments, **options):
-                arrived += len(piece)
-                if (now := time.monotonic()) - begun > _LULL:
-                    if arrived < _LEAST:
-                        raise HubError(
-                            f"cannot {doing} {repo_id}: next to nothing arrives",
-                            found=f"{arrived:,} bytes in {now - begun:.0f} seconds",
-                            expected=f"{_LEAST:,} bytes or more",
-                            hint="run the same again later, or from another network",
-                        )
-                    begun, arrived = now, 0
-                yield piece
-
-        return read
-
-    def bounded(pieces: Callable[..., Iterator[bytes]], most: int) -> Any:
-        def read(*arguments: Any, **options: Any) -> Iterator[bytes]:
-            arrived = 0
-            for piece in pieces(*arguments, **options):
-                arrived += len(piece)
-                if arrived > most:
-                    raise endless(repo_id, "the description", most)
-                yield piece
-
-        return read
-
     session: Any = get_session()
     hooks = getattr(session, "event_hooks", None)
-    if hooks is None:
-        yield
-        return
-    session.event_hooks = {**hooks, "response": [*hooks["response"], look]}
+    if hooks is not None and _look not in hooks["response"]:
+        session.event_hooks = {**hooks, "response": [*hooks["response"], _look]}
+    before = _watch.set(_Watch(repo_id, doing, most))
     try:
         yield
     finally:
-        session.event_hooks = hooks
+        _watch.reset(before)
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """What answers are held to; the fields are the arguments of ``plain_words``."""
+
+    repo_id: str
+    doing: str
+    most: int | None
+
+    def require_patience(self, answer: Any) -> None:
+        """Raise HubError where the client would wait for too long before it asks again."""
+        wait = _seconds_to_wait(answer.headers)
+        if answer.status_code == 429 and wait > _PATIENCE:
+            raise HubError(
+                f"cannot {self.doing} {self.repo_id}: too many requests",
+                found=f"HTTP 429, to be asked again after {wait:.15g} seconds",
+                expected=f"at most {_PATIENCE} seconds",
+                hint="run the same again after that time",
+            )
+
+    def in_time(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """``pieces`` as they arrive. Raises HubError if next to nothing does."""
+        begun, arrived = time.monotonic(), 0
+        for piece in pieces:
+            arrived += len(piece)
+            if (now := time.monotonic()) - begun > _LULL:
+                if arrived < _LEAST:
+                    raise HubError(
+                        f"cannot {self.doing} {self.repo_id}: next to nothing arrives",
+                        found=f"{arrived:,} bytes in {now - begun:.0f} seconds",
+                        expected=f"{_LEAST:,} bytes or more",
+                        hint="run the same again later, or from another network",
+                    )
+                begun, arrived = now, 0
+            yield piece
+
+    def bounded(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """``pieces`` of an answer that is taken whole into memory. Raises HubError for too many."""
+        arrived = 0
+        for piece in pieces:
+            arrived += len(piece)
+            if self.most is not None and arrived > self.most:
+                raise endless(self.repo_id, "the description", self.most)
+            yield piece
+
+
+_watch: ContextVar[_Watch | None] = ContextVar("_watch", default=None)
+
+
+def _look(answer: Any) -> None:
+    watch = _watch.get()
+    if watch is None:
+        return
+    watch.require_patience(answer)
+    raw, decoded = answer.iter_raw, answer.iter_bytes
+    answer.iter_raw = lambda *given, **options: watch.in_time(raw(*given, **options))
+    answer.iter_bytes = lambda *given, **options: watch.bounded(decoded(*given, **options))
+
+
+def _seconds_to_wait(headers: Mapping[str, str]) -> float:
+    """What an answer has the client wait for, 0 where it does not say."""
+    after, limit = headers.get("Retry-After", ""), headers.get("RateLimit", "")
+    said = [float(seconds) for seconds in re.findall(r"\bt=(\d+)", limit)]
+    if after.strip().isdecimal():
+        said.append(float(after))
+    elif after:
+        with suppress(ValueError, OverflowError):
+            said.append(parsedate_to_datetime(after).timestamp() - time.time())
+    return max(said, default=0.0)
 
 
 def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
@@ -316,15 +346,6 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
             found=str(error),
             hint="install it, or unset ALL_PROXY and HTTPS_PROXY, or name an http:// proxy there",
         )
-    if isinstance(error, (ValueError, OverflowError)) and _raised_in(error, _CLIENT):
-        # such as a Content-Range without a number, or a branch in the cache that is no commit
-        return HubError(
-            f"cannot {doing} {repo_id}: the Hub's client makes nothing of what it was given",
-            found=_scrub(str(error)),
-            expected="answers as the Hub gives them, or files of its cache",
-            hint=f"check HF_ENDPOINT, now {constants.ENDPOINT},\nand what is kept in "
-            f"{constants.HF_HUB_CACHE}",
-        )
     lost = next((e for e in chain if type(e).__module__.split(".")[0] in _NETWORK), None)
     if lost is None:
         lost = next((e for e in chain if isinstance(e, OSError) and e.errno in _LOST), None)
@@ -340,6 +361,15 @@ def explain(error: BaseException, repo_id: str, doing: str) -> HubError | None:
         return HubError(
             f"cannot {doing} {repo_id}: the Hub does not answer, and it is not in the cache",
             hint="check the network and run the same again",
+        )
+    if isinstance(error, (ValueError, OverflowError)) and _raised_in(error, _CLIENT):
+        # such as a Content-Range without a number, or a branch in the cache that is no commit
+        return HubError(
+            f"cannot {doing} {repo_id}: the Hub's client makes nothing of what it was given",
+            found=_scrub(str(error)),
+            expected="answers as the Hub gives them, or files of its cache",
+            hint=f"check HF_ENDPOINT, now {constants.ENDPOINT},\nand what is kept in "
+            f"{constants.HF_HUB_CACHE}",
         )
     if any("Consistency check failed" in str(e) for e in chain if isinstance(e, OSError)):
         return HubError(

@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -829,6 +830,21 @@ def test_every_error_of_the_client_has_its_words(
         assert said in explained.problem
 
 
+def test_a_client_whose_errors_are_value_errors_is_understood_too() -> None:
+    """Before huggingface_hub 1.0 that a file is not in the cache is a ValueError."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    class Earlier(LocalEntryNotFoundError, ValueError):
+        """That of huggingface_hub 0.34."""
+
+    error = raised_in(Earlier("offline"), "huggingface_hub.file_download")
+    explained = hub_client.explain(error, REPO, "download")
+    assert explained is not None and "the Hub does not answer" in explained.problem
+    error.__cause__ = Lost("no route")
+    explained = hub_client.explain(error, REPO, "download")
+    assert explained is not None and "the connection to" in explained.problem
+
+
 def test_an_answer_of_another_form_is_what_the_client_cannot_make_its_objects_of() -> None:
     for modules, of_another_form in (
         (["huggingface_hub.hf_api"], True),
@@ -1330,16 +1346,91 @@ def test_what_a_minute_brings_decides(
 
     clock = iter(np.cumsum([0] + [40 if pieces[0] == 1 else 61] * len(pieces)))
     monkeypatch.setattr(hub_client.time, "monotonic", lambda: next(clock))
-    answer = SimpleNamespace(
-        headers={}, status_code=200, iter_raw=lambda: (bytes(size) for size in pieces)
-    )
+    made = answer_of(*pieces)
     with hub_client.plain_words(REPO, "download"):
-        get_session().event_hooks["response"][-1](answer)
+        get_session().event_hooks["response"][-1](made)
     if given_up:
         with pytest.raises(HubError, match=f"cannot download {REPO}: next to nothing arrives"):
-            list(answer.iter_raw())
+            list(made.iter_raw())
     else:
-        assert sum(map(len, answer.iter_raw())) == sum(pieces)
+        assert sum(map(len, made.iter_raw())) == sum(pieces)
+
+
+def answer_of(*pieces: int, status: int = 200, **headers: str) -> Any:
+    """An answer as the client's session gives it to its hooks."""
+
+    def read() -> Iterator[bytes]:
+        return (bytes(size) for size in pieces)
+
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return SimpleNamespace(headers=names, status_code=status, iter_raw=read, iter_bytes=read)
+
+
+def test_each_thread_looks_at_its_own_answers() -> None:
+    """The client's session, in which a hook stands, is that of the process."""
+    from huggingface_hub.utils import get_session
+
+    first, second = threading.Event(), threading.Event()
+    said: list[str] = []
+
+    def looks_at_a_description() -> None:
+        with hub_client.plain_words("o/a", "look at", most=10):
+            first.set()
+            second.wait(10)
+            made = answer_of(8, 8)
+            for hook in get_session().event_hooks["response"]:
+                hook(made)
+            with pytest.raises(HubError) as refused:
+                list(made.iter_bytes())
+            said.append(str(refused.value))
+
+    other = threading.Thread(target=looks_at_a_description)
+    other.start()
+    assert first.wait(10)
+    with hub_client.plain_words("o/b", "download"):
+        second.set()
+        other.join()
+        for _ in range(2):
+            made = answer_of(8, 8)
+            for hook in get_session().event_hooks["response"]:
+                hook(made)
+            assert len(list(made.iter_bytes())) == len(list(made.iter_raw())) == 2
+    assert "the description from o/a: it does not end" in said[0]
+    hooks = get_session().event_hooks["response"]
+    assert len(hooks) == len(set(hooks))
+    untouched = answer_of(8)
+    read = untouched.iter_raw
+    for hook in hooks:
+        hook(untouched)
+    assert untouched.iter_raw is read
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry_After": "1000"}, 1000),
+        ({"Retry_After": "900"}, None),
+        ({"RateLimit": '"api";r=4999;t=2'}, None),
+        ({"RateLimit": '"api";r=0;t=901'}, 901),
+        ({"Retry_After": "Sun, 06 Nov 1994 08:49:37 GMT"}, None),
+        ({"Retry_After": "Sun, 06 Nov 2094 08:49:37 GMT"}, "2"),
+        ({"Retry_After": "in a while"}, None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_how_long_the_client_would_wait(
+    headers: dict[str, str], seconds: float | str | None, status: int
+) -> None:
+    from huggingface_hub.utils import get_session
+
+    with hub_client.plain_words(REPO, "download"):
+        hook = get_session().event_hooks["response"][-1]
+        if seconds is None or status != 429:
+            hook(answer_of(status=status, **headers))
+            return
+        with pytest.raises(HubError, match=f"to be asked again after {seconds}"):
+            hook(answer_of(status=status, **headers))
 
 
 def test_a_server_that_never_answers_is_asked_once(server: HubServer, resolved: Run) -> None:
