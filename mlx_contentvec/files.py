@@ -180,10 +180,15 @@ def require_unchanged(states: Mapping[Path, FileState], kind: type[ContentvecErr
         except (OSError, ValueError):
             now = None
         if now != before:
-            raise kind(
-                f"{path} changed while it was being read",
-                hint="wait until nothing writes to it any more, then try again",
-            )
+            raise changed(path, kind)
+
+
+def changed(path: Path, kind: type[ContentvecError]) -> ContentvecError:
+    """What to raise where a file is no longer the one that was read."""
+    return kind(
+        f"{path} changed while it was being read",
+        hint="wait until nothing writes to it any more, then try again",
+    )
 
 
 def open_own(path: Path, flags: int = os.O_RDWR) -> int:

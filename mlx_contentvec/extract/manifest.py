@@ -70,6 +70,8 @@ class Manifest:
         self._packed: dict[str, dict[str, Record]] = {}
         #: clip -> the file that it was packed into
         self._pack_of: dict[str, str] = {}
+        #: records of finished outputs, their sources as they are now
+        self._found_again: list[Record] = []
         for path in sorted(folder.glob(f".{NAME}*.jsonl")):
             for record in _lines(path):
                 self._note(record)
@@ -97,13 +99,16 @@ class Manifest:
         path = self.folder / output
         if not is_there(path):
             record = self.packed(self._pack_of.get(output, "")).get(output)
-            made = record is not None and _is_of(record, source, settings)
+            made = record is not None and _source_of(record, source, settings) is not None
             return OutputStatus(State.FINISHED if made else State.PENDING)
         records = self.records(output)
         if not records:
             return OutputStatus(State.TAKEN, "it was there before and is not in the manifest")
         for record in records:
-            if _is_of(record, source, settings) and holds(path, record):
+            same = _source_of(record, source, settings)
+            if same is not None and holds(path, record):
+                if same != record["source"]:
+                    self._found_again.append({**record, "source": same})
                 return OutputStatus(State.FINISHED)
         latest = records[-1]
         if latest["source"]["path"] != str(source):
@@ -111,6 +116,15 @@ class Manifest:
         if latest["settings"] != settings:
             return OutputStatus(State.TAKEN, f"it was made with {_difference(latest, settings)}")
         return OutputStatus(State.PENDING)
+
+    def note_found_again(self) -> None:
+        """Record where finished sources lie now, and their times, so that none is read again.
+
+        They had been moved, copied or touched, and were found to be the same by their content.
+        """
+        with contextlib.suppress(OutputError):  # it costs the next run time, nothing else
+            self.add(*self._found_again)
+        self._found_again.clear()
 
     def add(self, *records: Record) -> None:
         """Put records on the disk: when this returns, a power cut does not lose them.
@@ -156,6 +170,10 @@ def require_files(folder: Path, outputs: Iterable[str]) -> None:
 
 def identity(path: Path) -> Record:
     """What a source file is known by. Where it lies and when it was written may change."""
+    return {**_state(path), "crc32": checksum(path)}
+
+
+def _state(path: Path) -> Record:
     stat = path.stat()
     return {
         "path": str(path),
@@ -163,7 +181,6 @@ def identity(path: Path) -> Record:
         "mtime_ns": stat.st_mtime_ns,
         # a program that writes into a file can put the other time back
         "ctime_ns": stat.st_ctime_ns,
-        "crc32": checksum(path),
     }
 
 
@@ -329,26 +346,22 @@ def _ends_a_line(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def _is_of(record: Record, source: Path, settings: Record) -> bool:
-    return bool(record["settings"] == settings) and _same_file(record["source"], source)
+def _source_of(record: Record, source: Path, settings: Record) -> Record | None:
+    """``same_source`` of a record that was made with ``settings``."""
+    return same_source(record["source"], source) if record["settings"] == settings else None
 
 
-def _same_file(recorded: Record, source: Path) -> bool:
-    """Whether ``source`` still is, or by its content might as well be, the recorded file."""
+def same_source(recorded: Record, source: Path) -> Record | None:
+    """What ``source`` is known by now, if it is, or by its content might be, the recorded file."""
     try:
-        stat = source.stat()
+        now = {**recorded, **_state(source)}
+        # moved, copied or touched: its content decides
+        same = now == recorded or (
+            now["bytes"] == recorded["bytes"] and checksum(source) == recorded["crc32"]
+        )
     except OSError:
-        return False
-    if stat.st_size != recorded["bytes"]:
-        return False
-    times = recorded["mtime_ns"], recorded.get("ctime_ns")
-    if str(source) == recorded["path"] and (stat.st_mtime_ns, stat.st_ctime_ns) == times:
-        return True
-    # moved, copied or touched: its content decides
-    try:
-        return bool(checksum(source) == recorded["crc32"])
-    except OSError:
-        return False
+        return None
+    return now if same else None
 
 
 def _difference(record: Record, settings: Record) -> str:

@@ -33,8 +33,16 @@ from ..errors import (
     name_list,
     printable,
 )
-from ..files import Draft, appeared, file_state, is_file, require_unchanged
-from .manifest import Manifest, Record, State, identity, prepared, require_files
+from ..files import Draft, appeared, changed, is_file
+from .manifest import (
+    Manifest,
+    Record,
+    State,
+    identity,
+    prepared,
+    require_files,
+    same_source,
+)
 from .sharding import Ranks, share_of
 from .sources import Source
 from .windows import Seams
@@ -186,6 +194,7 @@ def plan_jobs(
             found=name_list(taken, limit=3),
             hint="choose another folder, or replace them with --force",
         )
+    manifest.note_found_again()
     return pending, finished
 
 
@@ -281,7 +290,6 @@ class Extraction:
         try:
             # before anything waits for a pipe
             with open_regular(path, printable(job.source)):
-                before = {path: file_state(path)}
                 source = identity(path)
             clip = read_audio(
                 path,
@@ -290,8 +298,11 @@ class Extraction:
                 max_memory=self.max_memory,
                 stopped=stop.is_set,
             )
-            require_unchanged(before, AudioError)
-            return Decoded(clip, source)
+            # what only has other times, by a tag or a second name, is as it was
+            now = same_source(source, path)
+            if now is None:
+                raise changed(path, AudioError)
+            return Decoded(clip, now)
         except ContentvecError as error:
             return error
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
@@ -386,11 +397,9 @@ class Extraction:
                 except WeightsError as error:
                     self._fail(job, error)
                     continue
-                path = self.manifest.folder / job.output
-                # before a record says that it is ours
-                if not job.replaces and os.path.lexists(path):
-                    self._fail(job, appeared(path))
+                if not self._is_free(job):
                     continue
+                path = self.manifest.folder / job.output
                 try:
                     with self._unless_of_its_name(job):
                         draft, written = drafts.enter_context(prepared(path, npy_parts(features)))
@@ -398,6 +407,8 @@ class Extraction:
                 except OutputError as error:
                     failed = error
                     break
+            # once more: writing takes its time, and a record says what is ours
+            whole = [one for one in whole if self._is_free(one[0])]
             self.manifest.add(*(record for _, _, record in whole))
             for job, draft, record in whole:
                 with self._unless_of_its_name(job):
@@ -424,13 +435,25 @@ class Extraction:
             **written,
         }
 
+    def _is_in_the_way(self, job: Job) -> bool:
+        """Whether something has come to where an output is to be, which it must not replace."""
+        return not job.replaces and os.path.lexists(self.manifest.folder / job.output)
+
+    def _is_free(self, job: Job) -> bool:
+        """Whether an output's name still is; where not, it has failed."""
+        taken = self._is_in_the_way(job)
+        if taken:
+            self._fail(job, appeared(self.manifest.folder / job.output))
+        return not taken
+
     @contextlib.contextmanager
     def _unless_of_its_name(self, job: Job) -> Iterator[None]:
-        """Have an output fail by itself if the file system refuses its name, and no other."""
+        """Have an output fail by itself if its name is taken or refused, and no other."""
         try:
             yield
         except OutputError as error:
-            if getattr(error.__cause__, "errno", None) not in _NAME_ERRORS:
+            of_its_name = getattr(error.__cause__, "errno", None) in _NAME_ERRORS
+            if not of_its_name and not self._is_in_the_way(job):
                 raise
             self._fail(job, error)
 

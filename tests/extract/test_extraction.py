@@ -21,12 +21,14 @@ from hypothesis import strategies as st
 from mlx_contentvec.audio import Clip, read_audio
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, ConfigError, OutputError, printable
+from mlx_contentvec.extract import manifest as manifest_module
 from mlx_contentvec.extract import packing
 from mlx_contentvec.extract import run as run_module
 from mlx_contentvec.extract.applio import check_model_info, write_model_info
 from mlx_contentvec.extract.manifest import (
     LOCK,
     Manifest,
+    checksum,
     ignores_case,
     locked,
     prepared,
@@ -713,6 +715,78 @@ def test_a_file_that_appears_meanwhile_is_kept(
         run(model, tmp_path / "out", [tmp_path / "b.wav"])
     run(model, tmp_path / "out", [tmp_path / "b.wav"], force=True)
     assert np.load(theirs).ndim == 2
+
+
+@pytest.mark.parametrize("when", ["_record", "add"])
+def test_a_file_that_appears_at_the_last_moment_is_kept_and_fails_alone(
+    when: str, model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the features have been written, or once their record has been."""
+    theirs = tmp_path / "out/b.npy"
+    where = Extraction if when == "_record" else Manifest
+    own = getattr(where, when)
+
+    def appearing(*given: Any) -> Any:
+        theirs.write_bytes(b"another's")
+        return own(*given)
+
+    for name in ("a.wav", "b.wav", "c.wav"):
+        write_clip(tmp_path / name)
+    monkeypatch.setattr(where, when, appearing)
+    clips = [tmp_path / name for name in ("a.wav", "b.wav", "c.wav")]
+    summary, _ = run(model, tmp_path / "out", clips)
+    assert theirs.read_bytes() == b"another's"
+    assert [Path(failure.source).name for failure in summary.failed] == ["b.wav"]
+    assert (tmp_path / "out/a.npy").exists() and (tmp_path / "out/c.npy").exists()
+    assert summary.extracted == 2
+    if when == "_record":  # no record says that it is ours
+        monkeypatch.undo()
+        with pytest.raises(OutputError, match="not of this run"):
+            run(model, tmp_path / "out", clips)
+
+
+def test_audio_that_is_tagged_meanwhile_is_the_same(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tag, a second name or another mode changes the time of its status, and nothing else."""
+    clip = write_clip(tmp_path / "x.wav")
+    decode = run_module.read_audio
+
+    def tagging(path: Path, **options: Any) -> Any:
+        clip.chmod(0o600)
+        return decode(path, **options)
+
+    monkeypatch.setattr(run_module, "read_audio", tagging)
+    summary, _ = run(model, tmp_path / "out", [clip])
+    assert summary.extracted == 1 and not summary.failed
+
+
+@pytest.mark.parametrize("change", ["another mode", "another folder", "an earlier manifest"])
+def test_what_was_found_by_its_content_is_not_read_again(
+    change: str, model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, out = write_clip(tmp_path / "x.wav"), tmp_path / "out"
+    run(model, out, [clip])
+    if change == "another mode":
+        clip.chmod(0o600)
+    elif change == "another folder":
+        (tmp_path / "moved").mkdir()
+        clip = clip.rename(tmp_path / "moved/x.wav")
+    else:
+        lines = (out / ".mlx-contentvec.jsonl").read_text()
+        (out / ".mlx-contentvec.jsonl").write_text(re.sub(r'"ctime_ns": \d+, ', "", lines))
+    read: list[Path] = []
+
+    def noted(path: Path) -> str:
+        read.append(path)
+        return checksum(path)
+
+    monkeypatch.setattr(manifest_module, "checksum", noted)
+    for times in (1, 0):
+        summary, finished = run(model, out, [clip])
+        assert (summary.extracted, finished) == (0, 1)
+        assert read.count(clip) == times
+        read.clear()
 
 
 def test_a_folder_that_comes_in_the_way_of_one_output_stops_no_other(
