@@ -104,7 +104,7 @@ class Manifest:
         records = self.records(output)
         if not records:
             return OutputStatus(State.TAKEN, "it was there before and is not in the manifest")
-        for record in records:
+        for record in reversed(records):  # the last one knows its source as it is now
             same = _source_of(record, source, settings)
             if same is not None and holds(path, record):
                 if same != record["source"]:
