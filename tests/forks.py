@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import json
@@ -228,6 +229,10 @@ if __name__ == "__main__":
     for _library in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(_library)
+    # What is alive by now, a fork neither looks at when it ends nor has to copy for that: three
+    # quarters of the time of a short one.
+    gc.collect()
+    gc.freeze()
     _request = _serve(socket.socket(fileno=int(sys.argv[1])))
     _main = _become(_request, _path, _interrupt)
     # outside of any function, so that it ends as every process does
