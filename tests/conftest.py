@@ -291,7 +291,8 @@ def _write_evidence(checkpoint: Path, folder: Path) -> None:
 def run_cli() -> RunCli:
     """``run_cli("convert", path, ...)``: the command line in a process of its own, output as text.
 
-    Keywords: cwd, env (additions), input, timeout in seconds (120).
+    Keywords: cwd, env (additions), input, timeout in seconds (120), original: whether it has
+    imported the original when it begins, see :mod:`tests.forks`.
     """
 
     def run(
@@ -300,6 +301,7 @@ def run_cli() -> RunCli:
         env: dict[str, str] | None = None,
         input: str | None = None,
         timeout: float = 120,
+        original: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
@@ -313,6 +315,7 @@ def run_cli() -> RunCli:
             env=environment,
             input=input,
             timeout=timeout,
+            original=original,
         )
 
     return run

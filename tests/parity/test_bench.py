@@ -343,7 +343,8 @@ def test_the_command_measures_and_reports(
     run_cli: Callable[..., Any], tiny_checkpoint: Path, converted_tiny: Path, torch: Any
 ) -> None:
     few = ("--lengths", "0.2", "--repeats", "1", "--starts", "1", "--beside", "none")
-    done = run_cli("bench", tiny_checkpoint, converted_tiny, *few, "--json", "-")
+    arguments = ("bench", tiny_checkpoint, converted_tiny, *few, "--json", "-")
+    done = run_cli(*arguments, original=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [engine["label"] for engine in report["engines"]] == ["MLX float32", "floor"]
@@ -379,7 +380,8 @@ def test_live_measures_one_block_beside_a_window_of_the_same_length(
 ) -> None:
     need("transformers", "scripts/test installs it")
     beside = ("--live", "--repeats", "2", "--beside", "transformers")
-    done = run_cli("bench", tiny_checkpoint, converted_tiny, *beside, "--json", "-")
+    arguments = ("bench", tiny_checkpoint, converted_tiny, *beside, "--json", "-")
+    done = run_cli(*arguments, original=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [engine["kind"] for engine in report["engines"]] == ["live", "transformers", "floor"]
