@@ -90,6 +90,22 @@ def run_python(
     )
 
 
+def run_command(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+    **streams: object,
+) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run`` for code that starts this Python with the original and reads the text."""
+    assert command[0] == sys.executable
+    assert streams.pop("check", False) is False and streams == {
+        "capture_output": True,
+        "text": True,
+    }
+    return run_python(*command[1:], env=env, timeout=timeout, original=True)
+
+
 def _start_up(variables: Mapping[str, str]) -> dict[str, str]:
     """Those of ``_AT_START``; PYTHONPATH is followed by a fork as well."""
     return {
