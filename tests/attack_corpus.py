@@ -1,7 +1,7 @@
 """Files made to break a command: each is one good file of ``hostile_seeds`` made wrong in one way.
 
 ``cases(seeds)`` gives a name and a function for each; ``python -m tests.attack_corpus SEEDS
-[SHARE SHARES [FIRST]]`` runs them, or every SHARES-th, with limits, see :mod:`tests.limited`.
+[FIRST]`` runs them, or those from FIRST on, with limits, see :mod:`tests.limited`.
 """
 
 from __future__ import annotations
@@ -243,20 +243,20 @@ TARGETS = (
     ByCall("Applio's notes", ("package",), "package/model_info.json", read_applio_notes),
     InHeader("stored config", ("tiny.safetensors",), "tiny.safetensors", "config",
              "inspect tiny.safetensors", "export tiny.safetensors --to transformers -o out",
-             "extract . -w tiny.safetensors -o out --layer 3"),
+             "extract . -w tiny.safetensors -o out --layer 1"),
     InHeader("stored source", ("tiny.safetensors", "tiny.recording.safetensors"),
              "tiny.safetensors", "source",
              "inspect tiny.safetensors", "convert tiny.safetensors -o out.safetensors "
              "--allow-unknown",
              "parity tiny.safetensors --reference tiny.recording.safetensors"),
     InHeader("stored quantisation", ("q8.safetensors",), "q8.safetensors", "quantization",
-             "inspect q8.safetensors", "extract . -w q8.safetensors -o out --layer 3"),
+             "inspect q8.safetensors", "extract . -w q8.safetensors -o out --layer 1"),
     InHeader("recording", ("tiny.safetensors", "tiny.recording.safetensors"),
              "tiny.recording.safetensors", "recording",
              "parity tiny.safetensors --reference tiny.recording.safetensors"),
     InHeader("header", ("tiny.safetensors",), "tiny.safetensors", "",
              "inspect tiny.safetensors", "convert tiny.safetensors -o out.safetensors "
-             "--allow-unknown", "extract . -w tiny.safetensors -o out --layer 3",
+             "--allow-unknown", "extract . -w tiny.safetensors -o out --layer 1",
              "parity tiny.safetensors --reference tiny.safetensors"),
 )  # fmt: skip
 
@@ -322,7 +322,7 @@ NAMES = {
 NAMED = (
     ("tiny.pt", ".pt", ["inspect", "convert -o out.safetensors --allow-unknown"]),
     ("tiny.safetensors", ".safetensors", ["inspect", "inspect --json", "export --to fairseq"]),
-    ("voice.wav", ".wav", ["extract -o out --layer 3 -w", "inspect", "convert"]),
+    ("voice.wav", ".wav", ["extract -o out --layer 1 -w", "inspect", "convert"]),
     ("tiny.parity.json", ".json", ["parity judge", "convert"]),
 )
 
@@ -360,6 +360,5 @@ def cases(seeds: Path) -> Iterator[tuple[str, Make]]:
 
 
 if __name__ == "__main__":
-    _seeds, *_numbers = sys.argv[1:]
-    _share, _shares, _first = [*map(int, _numbers), *(0, 1, 0)[len(_numbers) :]]
-    serve([*cases(Path(_seeds))][_share::_shares][_first:], LIMITS)
+    _seeds, *_first = sys.argv[1:]
+    serve([*cases(Path(_seeds))][int(*_first) :], LIMITS)

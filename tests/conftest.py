@@ -34,11 +34,6 @@ if _WORKERS > 1:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
 
-# Before OpenBLAS is loaded for MLX: whichever is first computes PyTorch's matrix
-# products as well, and the original would no longer be the original.
-with contextlib.suppress(ImportError):
-    importlib.import_module("torch")
-
 # Where the Hub is, whether it may be asked and as whom is each test's to say. Before
 # huggingface_hub is imported, which reads them once.
 for _variable in (
@@ -65,10 +60,48 @@ def optional(module: str, how_to_get_it: str) -> ModuleType:
     pytest.skip(reason)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Before OpenBLAS is loaded for MLX: whichever is first computes PyTorch's matrix
+    # products as well, and the original would no longer be the original. A process that only
+    # starts those that test needs neither.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch")
+
+
+#: files by the time that they take, ten seconds and more: begun first, so that test processes
+#: that have only short ones left end together
+LONGEST = (
+    "test_attacks.py",
+    "test_documentation.py",
+    "parity/test_parity_cli.py",
+    "publishing/test_publish.py",
+    "parity/test_bench.py",
+    "publishing/test_package.py",
+    "parity/test_every_field_of_a_report.py",
+    "model/test_hub.py",
+    "convert/test_fetch.py",
+    "extract/test_extract_cli.py",
+    "model/test_threads.py",
+    "parity/test_parity_planted.py",
+    "convert/test_conversion.py",
+    "extract/test_extraction.py",
+    "model/test_features.py",
+    "test_full_disk.py",
+    "test_project.py",
+    "checkpoint/test_checkpoint_attacks.py",
+    "convert/test_convert_cli.py",
+    "parity/test_standin.py",
+    "convert/test_fullsize_formats.py",
+    "convert/test_repository.py",
+    "test_every_field.py",
+    "publishing/test_verify.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # those of whole pages and programs, the longest, come first: test processes that have only
-    # short ones left end together
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    place = {PROJECT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish() -> None:
@@ -291,7 +324,8 @@ def _write_evidence(checkpoint: Path, folder: Path) -> None:
 def run_cli() -> RunCli:
     """``run_cli("convert", path, ...)``: the command line in a process of its own, output as text.
 
-    Keywords: cwd, env (additions), input, timeout in seconds (120).
+    Keywords: cwd, env (additions), input, timeout in seconds (120), original: whether it has
+    imported the original when it begins, see :mod:`tests.forks`.
     """
 
     def run(
@@ -300,6 +334,7 @@ def run_cli() -> RunCli:
         env: dict[str, str] | None = None,
         input: str | None = None,
         timeout: float = 120,
+        original: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
@@ -313,6 +348,7 @@ def run_cli() -> RunCli:
             env=environment,
             input=input,
             timeout=timeout,
+            original=original,
         )
 
     return run

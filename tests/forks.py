@@ -6,6 +6,9 @@ reads a variable or starts a thread when it is imported, and forks itself for ea
 that is asked for. What runs in a fork has its own arguments, directory, variables and streams,
 and ends as any other process: :mod:`tests.test_forks` compares both kinds.
 
+A second server has imported the original as well, which takes two seconds: for commands that
+run it, where something else than their imports is tested.
+
 Where a process is measured, killed or asked what it imports, start a new one instead.
 """
 
@@ -13,10 +16,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
+import gc
 import importlib
 import io
 import json
+import logging
 import os
 import runpy
 import selectors
@@ -25,9 +31,10 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +46,13 @@ LIBRARIES = (
     *("jinja2", "numpy", "rich.console", "rich.progress", "rich.table"),
     *("safetensors.numpy", "soxr", "yaml"),
 )
+#: what the server for commands that run the original imports besides
+ORIGINAL = ("torch", "fairseq.checkpoint_utils")
 #: variables that are read when Python or a library starts: a process that has others is no fork
-_AT_START = ("PYTHON", "LC_", "LANG", "LD_", "OMP_", "OPENBLAS_", "MKL_", "MALLOC_", "GLIBC_")
+_AT_START = (
+    *("PYTHON", "LC_", "LANG", "LD_", "OMP_", "OPENBLAS_", "MKL_", "MALLOC_", "GLIBC_"),
+    *("TORCH", "PYTORCH", "KMP_", "CUDA_"),
+)
 
 
 def run_python(
@@ -49,10 +61,12 @@ def run_python(
     env: Mapping[str, str] | None = None,
     input: str | None = None,
     timeout: float = 120,
+    original: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """``python -m MODULE ...`` or ``python -c CODE ...`` in a process of its own, output as text.
 
     It has the variables ``env``, or those of this process.
+    original: it has imported the original when it begins, where it is forked
     """
     words = [os.fspath(argument) for argument in arguments]
     variables = dict(os.environ if env is None else env)
@@ -61,7 +75,7 @@ def run_python(
         and words[0] in ("-m", "-c")
         and _start_up(variables) == _start_up(os.environ)
     ):
-        return _server().run(words, cwd, variables, input, timeout)
+        return _server(original).run(words, cwd, variables, input, timeout)
     return subprocess.run(
         [sys.executable, *words],
         cwd=cwd,
@@ -76,6 +90,22 @@ def run_python(
     )
 
 
+def run_command(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+    **streams: object,
+) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run`` for code that starts this Python with the original and reads the text."""
+    assert command[0] == sys.executable
+    assert streams.pop("check", False) is False and streams == {
+        "capture_output": True,
+        "text": True,
+    }
+    return run_python(*command[1:], env=env, timeout=timeout, original=True)
+
+
 def _start_up(variables: Mapping[str, str]) -> dict[str, str]:
     """Those of ``_AT_START``; PYTHONPATH is followed by a fork as well."""
     return {
@@ -85,17 +115,70 @@ def _start_up(variables: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+_CLIENT = """\
+#!{python} -IS
+import json, os, socket, struct, sys
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect("\\0" + "{name}")
+    arguments = ["-m", "{module}", *sys.argv[1:]]
+    request = {{"arguments": arguments, "cwd": os.getcwd(), "env": dict(os.environ)}}
+    message = json.dumps(request).encode()
+    socket.send_fds(connection, [struct.pack("<Q", len(message))], [0, 1, 2])
+    connection.sendall(message)
+    status = int(connection.recv(16))
+sys.exit(status)
+"""
+
+
+@contextlib.contextmanager
+def program(path: Path, module: str) -> Iterator[None]:
+    """A program at ``path`` that is ``python -m MODULE``, which has imported the original.
+
+    For shells, whose variables must be those of this process as far as they are read at the
+    start. One runs at a time. Linux only.
+    """
+    name = f"{os.getpid()}-{id(path)}"
+    path.write_text(_CLIENT.format(python=sys.executable, name=name, module=module))
+    path.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"\0{name}")
+        listening.listen()
+        relay = threading.Thread(target=_relay, args=(listening,))
+        relay.start()
+        try:
+            yield
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            relay.join()
+
+
+def _relay(listening: socket.socket) -> None:
+    """Let the server run what the programs that connect ask for, until nothing listens."""
+    while True:
+        try:
+            connection, _ = listening.accept()
+        except OSError:
+            return
+        with connection:
+            message, descriptors = _receive(connection)
+            assert _start_up(json.loads(message)["env"]) == _start_up(os.environ)
+            server = _server(True)
+            server.start(message, descriptors)
+            status = server.wait()
+            connection.sendall(str(status if status >= 0 else 128 - status).encode())
+
+
 # ---- the process that asks
 
 
 class _Server:
-    """The server of this process, and a connection to it."""
+    """A server of this process, and a connection to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, original: bool) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno()), *(ORIGINAL if original else ())],
                 env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -107,6 +190,19 @@ class _Server:
     def close(self) -> None:
         self._socket.close()
         self._process.wait()
+
+    def start(self, request: bytes, streams: list[int]) -> int:
+        """The number of the process that has these streams, which are closed here."""
+        try:
+            _send(self._socket, request, streams)
+        finally:
+            for descriptor in streams:
+                os.close(descriptor)
+        return int(_receive(self._socket)[0])
+
+    def wait(self) -> int:
+        """The exit status of the process that was started last."""
+        return os.waitstatus_to_exitcode(int(_receive(self._socket)[0]))
 
     def run(
         self,
@@ -120,13 +216,8 @@ class _Server:
         streams = [os.pipe() for _ in range(3)]
         given, theirs = streams[0][1], [streams[0][0], streams[1][1], streams[2][1]]
         read = {streams[1][0]: b"", streams[2][0]: b""}
-        try:
-            _send(self._socket, json.dumps(request).encode(), theirs)
-        finally:
-            for descriptor in theirs:
-                os.close(descriptor)
+        process = self.start(json.dumps(request).encode(), theirs)
         end = time.monotonic() + timeout
-        process = int(_receive(self._socket)[0])
         with contextlib.ExitStack() as cleanup:
             for descriptor in read:
                 cleanup.callback(os.close, descriptor)
@@ -142,14 +233,14 @@ class _Server:
                     ready = selector.select(end - time.monotonic())
                     if not ready and time.monotonic() > end:
                         os.kill(process, signal.SIGKILL)
-                        _receive(self._socket)
+                        self.wait()
                         raise subprocess.TimeoutExpired(arguments, timeout)
                     for key, _ in ready:
                         piece = os.read(key.fd, 1 << 16)
                         read[key.fd] += piece
                         if not piece:
                             selector.unregister(key.fd)
-        status = os.waitstatus_to_exitcode(int(_receive(self._socket)[0]))
+        status = self.wait()
         out, error = (
             io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read() for data in read.values()
         )
@@ -157,8 +248,8 @@ class _Server:
 
 
 @functools.cache
-def _server() -> _Server:
-    return _Server()
+def _server(original: bool) -> _Server:
+    return _Server(original)
 
 
 def _send(to: socket.socket, message: bytes, descriptors: Sequence[int] = ()) -> None:
@@ -221,13 +312,31 @@ def _become(
     return main
 
 
+def _leave(names: set[str]) -> None:
+    """Keep Python from clearing these modules as it ends: what a fork does last before that."""
+    modules = [sys.modules.pop(name) for name in names if name in sys.modules]
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(modules))
+
+
 if __name__ == "__main__":
     # Ctrl-C ends the process that asks
     _interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _path = sys.path[1:]
-    for _library in LIBRARIES:
+    _path, _own = sys.path[1:], set(sys.modules)
+    logging.disable(logging.WARNING)
+    for _library in (*LIBRARIES, *sys.argv[2:]):
         with contextlib.suppress(ImportError):
             importlib.import_module(_library)
+    # fairseq sets up the logging of the process that imports it
+    logging.disable(logging.NOTSET)
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
+    # What is alive by now, a fork neither looks at when it ends nor takes apart: it would have to
+    # copy it for that, which takes most of the time of a short command.
+    atexit.register(_leave, set(sys.modules) - _own)
+    _libc = ctypes.CDLL(None)
+    _libc.on_exit(_libc._exit, None)  # torch's own tables, after Python has ended
+    gc.collect()
+    gc.freeze()
     _request = _serve(socket.socket(fileno=int(sys.argv[1])))
     _main = _become(_request, _path, _interrupt)
     # outside of any function, so that it ends as every process does

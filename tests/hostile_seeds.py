@@ -14,10 +14,27 @@ from contentvec_parity import harness, inputs
 from contentvec_parity.publishing.package import package
 from contentvec_parity.references import recording
 from contentvec_parity.report import document as report
+from contentvec_parity.standin.weights import PRESETS, Preset
 from contentvec_parity.standin.write import write_standin
 from mlx_contentvec.cli import main
 from tests.originals import TINY_BASE, save_transformers, transformers_hubert
 from tests.small_models import DEEP, random_weights_file
+
+#: half as long to verify as the preset "tiny", with frames as long
+LEAST = Preset(
+    model={
+        **PRESETS["tiny"].model,
+        "encoder_layers": 1,
+        "encoder_embed_dim": 32,
+        "encoder_ffn_embed_dim": 32,
+        "encoder_attention_heads": 2,
+        "final_dim": 8,
+        "conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
+        "conv_pos": 16,
+        "conv_pos_groups": 4,
+    },
+    classes=4,
+)
 
 #: audio file -> ffmpeg's arguments that encode it
 AUDIO = {
@@ -46,11 +63,14 @@ AUDIO = {
 }
 
 
-def make_seeds(folder: Path) -> Path:
-    """Write them into ``folder``: models, a package, features, audio."""
+def make_seeds(folder: Path, preset: str = "tiny") -> Path:
+    """Write them into ``folder``: models, a package, features, audio.
+
+    preset: of the stand-in that most of them are made of
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_standin(folder / "tiny.pt", "tiny")
-    write_standin(folder / "legacy.pt", "tiny", legacy=True)
+    write_standin(folder / "tiny.pt", preset)
+    write_standin(folder / "legacy.pt", preset, legacy=True)
     convert(folder / "tiny.pt", folder / "tiny.safetensors", allow_unknown=True)
     convert(folder / "tiny.pt", folder / "half.safetensors", dtype="float16", allow_unknown=True)
     convert(folder / "tiny.pt", folder / "q8.safetensors", dtype="q8", allow_unknown=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests import forks
-from tests.forks import run_python
+from tests.forks import program, run_python
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
 
@@ -113,6 +113,44 @@ def test_it_is_killed_when_it_takes_too_long() -> None:
 def test_one_leaves_nothing_to_the_next() -> None:
     code = "import builtins, os; print(hasattr(builtins, 'left')); builtins.left = os.chdir('/')"
     assert [run_python("-c", code).stdout for _ in range(2)] == ["False\n"] * 2
+
+
+@linux
+def test_one_that_has_imported_the_original_has_nothing_else_of_it(need: Any) -> None:
+    need("fairseq", "scripts/test installs fairseq-fixed")
+    code = (
+        "import logging, sys, threading\n"
+        "print(sorted({'torch', 'fairseq', 'mlx', 'huggingface_hub'} & set(sys.modules)))\n"
+        "print(logging.root.handlers, logging.root.level, logging.root.manager.disable)\n"
+        "print(threading.active_count(), [name for name in sys.modules if 'contentvec' in name])\n"
+        "sys.exit(3)"
+    )
+    done = run_python("-c", code, original=True)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == "['fairseq', 'torch']\n[] 30 0\n1 []\n"
+
+
+@linux
+def test_a_program_is_to_a_shell_what_its_module_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "probe.py").write_text(
+        "import os, sys\n"
+        "if 'killed' in sys.argv: os.kill(os.getpid(), 9)\n"
+        "print(sys.argv[1:], os.getcwd(), os.environ['A'], sys.stdin.read())\n"
+        "sys.stderr.write('errors')\n"
+        "sys.exit(len(sys.argv))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    line = "cd below; echo in | A=b ../probe x ''; echo $?; A=b ../probe killed </dev/null; echo $?"
+    with program(tmp_path / "probe", "probe"):
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+    where = tmp_path / "below"
+    assert done.stdout == f"['x', ''] {where} b in\n\n3\n137\n"
+    assert done.stderr == "errors"
 
 
 @linux

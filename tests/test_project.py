@@ -20,6 +20,7 @@ import pytest
 import mlx_contentvec
 from contentvec_parity import machine
 from mlx_contentvec.cli import COMMANDS
+from tests.conftest import LONGEST
 
 PROJECT = Path(__file__).resolve().parent.parent
 #: package -> its folder, lowest first: each may import itself and those above it in this table
@@ -179,6 +180,19 @@ def test_the_line_in_the_list_of_commands_fits(command: str) -> None:
     _, line = COMMANDS[command]
     assert line.endswith(".")
     assert len(line) <= 60
+
+
+def test_the_files_that_are_tested_first_exist() -> None:
+    for name in LONGEST:
+        assert (PROJECT / "tests" / name).is_file(), name
+
+
+def test_torch_was_imported_before_mlx(torch: Any) -> None:
+    # its BLAS is then its own, see pytest_configure in tests/conftest.py
+    import mlx.core
+
+    order = list(sys.modules)
+    assert order.index(torch.__name__) < order.index(mlx.core.__name__)
 
 
 # -- order -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,8 @@ def part_of(output: str) -> str:
 
 def pack_of(part: str) -> str:
     """The file that the clips of a folder go into."""
-    return str(PurePosixPath(part).relative_to(PARTS).with_name(FILE))
+    folder = part.removeprefix(f"{PARTS}/").rpartition("/")[0]
+    return f"{folder}/{FILE}" if folder else FILE
 
 
 def check_packs(parts: list[str], manifest: Manifest, settings: Record, force: bool) -> None:
@@ -139,7 +140,7 @@ def pack(parts: list[str], manifest: Manifest, settings: Record) -> list[str]:
 
 
 def _key(part: str) -> str:
-    return PurePosixPath(part).name.removesuffix(".npy")
+    return part.rpartition("/")[2].removesuffix(".npy")
 
 
 def _in_part(path: Path, record: Record) -> _Tensor:

@@ -589,10 +589,11 @@ def test_an_interrupted_run_decodes_no_further(
 ) -> None:
     for i in range(2):
         write_clip(tmp_path / f"in/{i}.wav", seed=i)
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def read(path: Path, *, stopped: Callable[[], bool], **options: Any) -> Clip:
         if path.name == "1.wav":  # of hours
+            begun.set()
             for _ in range(1000):
                 if stopped():
                     ended.set()
@@ -601,6 +602,7 @@ def test_an_interrupted_run_decodes_no_further(
         return read_audio(path, **options)
 
     def interrupt(*_: object) -> None:
+        begun.wait(5)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlx_contentvec.extract.run.read_audio", read)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from contentvec_parity.bench import measure as bench
+from contentvec_parity.bench import onnx_file
 from contentvec_parity.bench import worker as bench_worker
 from contentvec_parity.bench.measure import Engine, Settings, Worker, operations
 from contentvec_parity.bench.onnx_file import write_onnx
@@ -23,6 +25,7 @@ from contentvec_parity.commands.bench import beside
 from mlx_contentvec.cli import main
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import MissingDependency, ParityError
+from tests.forks import run_command
 
 SETTINGS = Settings(lengths=(0.2,), repeats=2, starts=1)
 
@@ -161,8 +164,11 @@ def test_a_live_benchmark_checks_whole_clips_too(features: dict[str, Any]) -> No
     bench.require_same_features(engines, SETTINGS, quietly)
 
 
-def test_a_model_that_cannot_be_exported_says_why(tmp_path: Path, need: Any) -> None:
+def test_a_model_that_cannot_be_exported_says_why(
+    tmp_path: Path, need: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     need("transformers", "scripts/test installs it")
+    monkeypatch.setattr(onnx_file, "subprocess", SimpleNamespace(run=run_command))
     with pytest.raises(ParityError, match="cannot export the model to ONNX") as caught:
         write_onnx(tmp_path / "nothing", tmp_path / "model.onnx")
     assert "nothing" in str(caught.value.found)
@@ -343,7 +349,8 @@ def test_the_command_measures_and_reports(
     run_cli: Callable[..., Any], tiny_checkpoint: Path, converted_tiny: Path, torch: Any
 ) -> None:
     few = ("--lengths", "0.2", "--repeats", "1", "--starts", "1", "--beside", "none")
-    done = run_cli("bench", tiny_checkpoint, converted_tiny, *few, "--json", "-")
+    arguments = ("bench", tiny_checkpoint, converted_tiny, *few, "--json", "-")
+    done = run_cli(*arguments, original=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [engine["label"] for engine in report["engines"]] == ["MLX float32", "floor"]
@@ -379,7 +386,8 @@ def test_live_measures_one_block_beside_a_window_of_the_same_length(
 ) -> None:
     need("transformers", "scripts/test installs it")
     beside = ("--live", "--repeats", "2", "--beside", "transformers")
-    done = run_cli("bench", tiny_checkpoint, converted_tiny, *beside, "--json", "-")
+    arguments = ("bench", tiny_checkpoint, converted_tiny, *beside, "--json", "-")
+    done = run_cli(*arguments, original=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [engine["kind"] for engine in report["engines"]] == ["live", "transformers", "floor"]

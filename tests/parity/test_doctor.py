@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from contentvec_parity import doctor, machine
 from contentvec_parity.commands import doctor as command
 from mlx_contentvec.backend import mx
 from mlx_contentvec.errors import BackendError, ParityError
+from tests.forks import run_command
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -111,6 +113,7 @@ def test_it_measures_a_stand_in_with_both_kinds_of_sums_on_a_gpu(
         asked.append((arguments[0], environment))
         return own(*arguments, environment=environment)
 
+    monkeypatch.setattr(doctor, "subprocess", SimpleNamespace(run=run_command))
     monkeypatch.setattr(doctor, "_run", watching)
     monkeypatch.setattr(doctor, "SECONDS", (0.2, 0.4))
     found = doctor.measure("metal", preset="tiny")

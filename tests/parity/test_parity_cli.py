@@ -147,7 +147,7 @@ def test_the_markdown_holds_tables_and_the_verdict(passed: tuple[Any, Path]) -> 
 def test_a_wrong_file_fails_with_1_and_the_report_explains_itself(
     fairseq: Any, run_cli: RunCli, tiny_checkpoint: Path, wrong: Path
 ) -> None:
-    done = run_cli("parity", tiny_checkpoint, wrong, "--quick")
+    done = run_cli("parity", tiny_checkpoint, wrong, "--quick", original=True)
     assert done.returncode == 1
     assert done.stdout.startswith("FAILED  layer.2 is the first stage that is wrong by itself")
     said = " ".join(done.stdout.split())
@@ -276,6 +276,7 @@ def test_the_users_own_audio_is_compared_and_named(
     done = run_cli(
         *("parity", tiny_checkpoint, converted_tiny, "--quick", "--json", "-"),
         *("--audio", tmp_path / "my voice.wav"),
+        original=True,
     )
     assert done.returncode == 0, done.stderr
     (clip,) = [c for c in json.loads(done.stdout)["clips"] if c["name"] == "my voice.wav"]

@@ -387,7 +387,7 @@ def test_the_full_size_one_has_the_size_of_hubert_base(standin: Path) -> None:
 def test_the_command_writes_one_and_says_what_it_is(
     run_cli: Callable[..., Any], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    done = run_cli("standin", tmp_path / "a.pt", "--preset", "tiny")
+    done = run_cli("standin", tmp_path / "a.pt", "--preset", "tiny", original=True)
     assert done.returncode == 0, done.stderr
     assert "synthetic weights (preset tiny, seed 500" in done.stdout
     assert (tmp_path / "a.pt").read_bytes() == tiny_checkpoint.read_bytes()
@@ -399,7 +399,7 @@ def test_the_command_writes_one_and_says_what_it_is(
 
 def test_the_command_reports_as_json(run_cli: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "b.pt"
-    done = run_cli("standin", path, "--preset", "tiny", "--seed", "9", "--json")
+    done = run_cli("standin", path, "--preset", "tiny", "--seed", "9", "--json", original=True)
     facts = json.loads(done.stdout)
     assert facts["size"] == path.stat().st_size
     assert facts["stand_in"] == standin.marker("tiny", 9)
