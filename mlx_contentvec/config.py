@@ -184,9 +184,12 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown, missing = sorted(set(fields) - known), sorted(known - set(fields))
         if unknown or missing:
+            kinds = {"unknown": unknown, "missing": missing}
             raise ConfigError(
                 "the stored configuration does not fit this version",
-                found=f"unknown fields {_shown(unknown)}, missing fields {_shown(missing)}",
+                found=", ".join(
+                    f"{k} fields {_shown(names)}" for k, names in kinds.items() if names
+                ),
                 hint="convert the checkpoint again with this version of mlx-contentvec",
             )
         return cls(**fields)

@@ -341,17 +341,18 @@ class ContentvecModel(Hubert):
         if project:
             chain.append("final_proj")
         stages = dict(walk.stages(**conditions))
-        x, previous = walk.waveform(waveform), None
+        x = walk.waveform(waveform)
         frames = self.config.frames(waveform.shape[1])
         if isinstance(walk, CpuHubert) and (step := front_end_step(frames)) < frames:
             counts = None if conditions["lengths"] is None else conditions["lengths"].tolist()
             x = front_end(walk, self.config, x, step, lengths=counts)
             chain = chain[chain.index("positional") :]
         waits = ops.waits_between_stages(waveform.size, self.layer_norm.weight.dtype)
+        pipeline = ops.Pipeline(waits)
         for position, name in enumerate(chain):
             x = stages[name](x)
             if isinstance(walk, MlxHubert) and (waits or position % 2):
-                previous = ops.pipelined(x, previous, waits)
+                pipeline.add(x)
         return {"x": mx.array(x), "padding_mask": conditions["padding"]}
 
     def _prepare(

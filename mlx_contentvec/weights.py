@@ -30,7 +30,7 @@ from .hub import how_to_convert
 from .hubert import Hubert, Linear
 from .json_text import JsonError, parse_object
 from .ops.mlx import in_gemm_layout, to_gemm_layout
-from .safetensors_header import HeaderError, check_file
+from .safetensors_header import HeaderError, UnknownDtype, check_file
 
 Arrays = dict[str, mx.array]
 
@@ -94,6 +94,13 @@ def _check_header(path: Path) -> None:
     """Raise WeightsError unless every byte of a safetensors file belongs to one tensor."""
     try:
         check_file(path)
+    except UnknownDtype as error:
+        raise WeightsError(
+            f"{path.name} is no converted file: {error.problem}",
+            found=error.found,
+            expected=error.expected,
+            hint="convert the checkpoint that it is from",
+        ) from None
     except HeaderError as error:
         raise WeightsError(
             f"{path.name} is damaged: {error.problem}",

@@ -16,7 +16,7 @@ from mlx_contentvec import terminal
 from mlx_contentvec.cli import _unexpected
 from mlx_contentvec.errors import AudioError, ContentvecError, counted, did_you_mean
 from mlx_contentvec.extract.sources import find_sources
-from mlx_contentvec.terminal import Status, labelled, late_bar, say, wrapped
+from mlx_contentvec.terminal import NamedPath, Status, labelled, late_bar, say, wrapped
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +63,17 @@ def test_later_lines_stand_below_the_text_of_the_first() -> None:
 def test_no_word_is_broken() -> None:
     path = "a/" * 60
     assert path in wrapped(labelled("ledger", f"see {path} there"), 40)
+
+
+@pytest.mark.parametrize("given", [".", "..", "./", "../folder"])
+def test_a_folder_by_its_place_has_a_name(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    monkeypatch.chdir(folder / "inner" if given == ".." else folder)
+    path = NamedPath().convert(given, None, None)
+    assert path.name == "folder" and path.samefile(folder)
 
 
 def test_one_is_not_several() -> None:

@@ -210,6 +210,8 @@ def test_help_shows_the_run_and_its_subcommands(run_cli: RunCli) -> None:
     assert done.returncode == 0
     for expected in ("CHECKPOINT CONVERTED", "--reference", "record", "judge", "Exit status"):
         assert expected in done.stdout
+    assert "[-1.0<=x<=1.0]" in done.stdout.replace("[-1<=x<=1]", "[-1.0<=x<=1.0]")
+    assert "None" not in done.stdout  # of an option without bounds
 
 
 def test_files_that_are_not_there_are_named(run_cli: RunCli, tiny_checkpoint: Path) -> None:

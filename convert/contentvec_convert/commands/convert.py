@@ -13,7 +13,7 @@ import click
 
 from mlx_contentvec.errors import IdentityError, name_list
 from mlx_contentvec.files import explained, is_folder, is_there, similar_name
-from mlx_contentvec.terminal import labelled, late_bar, say
+from mlx_contentvec.terminal import NamedPath, labelled, late_bar, say
 
 # Nothing here imports numpy: hashing the source takes longest and begins first.
 from ..identity import Identification, Identity
@@ -83,7 +83,7 @@ def _words_of_mlx_lm(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path), required=False)
+@click.argument("source", type=NamedPath(), required=False)
 @click.option(
     "-o",
     "--output",
@@ -167,7 +167,7 @@ def convert(
 
 
 @click.command()
-@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE", type=NamedPath())
 @_HEADS
 @_NORMALIZE
 @click.option("--tensors", is_flag=True, help="List every tensor.")

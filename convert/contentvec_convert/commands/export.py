@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mlx_contentvec.terminal import say
+from mlx_contentvec.terminal import NamedPath, say
 
 from ..export import FORMATS
 from ..export import export as export_file
@@ -17,7 +17,7 @@ _ENDINGS = {"transformers": "-transformers", "fairseq": ".pt", "rvc-mlx": "-rvc-
 
 
 @click.command()
-@click.argument("converted", type=click.Path(path_type=Path))
+@click.argument("converted", type=NamedPath())
 @click.option("--to", type=click.Choice(FORMATS), required=True, help="The library to write for.")
 @click.option(
     "-o",

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from mlx_contentvec.files import check_reports, write_text
+from mlx_contentvec.terminal import NamedPath
 
 from . import file_of
 
@@ -45,8 +46,8 @@ def beside(text: str) -> tuple[str, ...]:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("converted", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=NamedPath())
+@click.argument("converted", nargs=-1, required=True, type=NamedPath())
 @click.option(
     "--lengths",
     type=numbers(float),

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlx_contentvec.files import check_reports, write_text
-from mlx_contentvec.terminal import FiniteRange
+from mlx_contentvec.terminal import FiniteRange, NamedPath
 
 from ..compare.verdict import RATIO, Gates
 from . import file_of
@@ -45,7 +45,7 @@ def parity() -> None:
     """Compare the MLX model with the original."""
 
 
-_FILE = click.Path(path_type=Path)
+_FILE = NamedPath()
 
 _GATES = (
     click.option(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_contentvec.errors import printable
-from mlx_contentvec.terminal import say
+from mlx_contentvec.terminal import NamedPath, say
 
 if TYPE_CHECKING:
     from ..publishing.evidence import Package
 
-_FILE = click.Path(path_type=Path)
+_FILE = NamedPath()
 #: not in --help: the tools are tested with synthetic weights, and with nothing else so
 _STAND_IN = click.option("--test-only-stand-in", "stand_in", is_flag=True, hidden=True)
 
