@@ -342,6 +342,23 @@ class FolderFiles(PackageFiles):
         path = self.folder / name
         return path if is_file(path) else None
 
+    def weights(self, dtype: str | None = None) -> Path:
+        """See :meth:`PackageFiles.weights`; also the only converted file, whatever its name."""
+        # what has a configuration beside it is a package, or transformers' folder
+        if not any(map(self.find, (*WEIGHTS, CONFIG))) and dtype in (None, *FLOATS):
+            names = [path.name for path in sorted(self.folder.glob("[!.]*.safetensors"))]
+            names = [name for name in names if not name.endswith("recording.safetensors")]
+            if len(names) == 1:
+                return self.file(names[0])
+            if names:
+                raise HubError(
+                    f"{self.where} holds several files of weights",
+                    found=name_list(names),
+                    expected=" or ".join(WEIGHTS) + ", or one file",
+                    hint="name the file itself",
+                )
+        return super().weights(dtype)
+
     def conversion(self) -> str:
         """See :meth:`PackageFiles.conversion`."""
         if any(is_file(self.folder / name) for name in TORCH_WEIGHTS):

@@ -164,10 +164,16 @@ def name_outputs(sources: Sequence[Source], *, ignore_case: bool = False) -> lis
     if collided := [i for indices in _collisions(outputs, ignore_case) for i in indices]:
         raise OutputError(
             "different files would have one output",
-            found=name_list(printable(str(sources[i].path)) for i in collided),
+            found=name_list(_shown(sources[i].path) for i in collided),
             hint="extract them in separate runs, each with a folder of its own",
         )
     return outputs
+
+
+def _shown(path: Path) -> str:
+    """A path that shows in which form its letters are: two may look the same."""
+    text = str(path)
+    return printable(text) if unicodedata.is_normalized("NFC", text) else ascii(text)
 
 
 def name_rvc_outputs(

@@ -198,8 +198,9 @@ def test_names_never_collide(files: list[tuple[str, str]]) -> None:
 def test_names_that_a_mac_takes_for_one_are_told_apart() -> None:
     composed, decomposed = "\u00e9.wav", "e\u0301.wav"
     assert named(f"/d/a/{composed}", f"/d/b/{decomposed}") == ["a/\u00e9.npy", "b/e\u0301.npy"]
-    with pytest.raises(OutputError, match="one output"):
+    with pytest.raises(OutputError, match="one output") as caught:
         named(f"/d/{composed}", f"/d/{decomposed}")
+    assert "e\\u0301.wav" in str(caught.value)  # printed, the two look the same
     assert named("/d/a/Take.wav", "/d/b/take.wav") == ["Take.npy", "take.npy"]
     sources = [
         Source(Path(p), PurePosixPath(Path(p).name)) for p in ("/d/a/Take.wav", "/d/b/take.wav")

@@ -144,6 +144,24 @@ def test_a_folder_with_the_earlier_name_gives_that(tmp_path: Path) -> None:
     assert hub.resolve(folder).name == "contentvec_base.safetensors"
 
 
+def test_a_folder_with_one_file_of_any_name_gives_that(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path, {"spin.safetensors": WEIGHTS, "spin.recording.safetensors": b"", "a.txt": b""}
+    )
+    (folder / ".hidden.safetensors").touch()
+    for dtype in (None, "float16"):
+        assert hub.resolve(folder, dtype=dtype) == folder / "spin.safetensors"
+    with pytest.raises(HubError, match="no q8 weights"):
+        hub.resolve(folder, dtype="q8")
+    (folder / "other.safetensors").touch()
+    with pytest.raises(HubError, match="several files of weights") as caught:
+        hub.resolve(folder)
+    assert "other.safetensors, spin.safetensors" in str(caught.value)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(HubError, match="holds no MLX weights"):
+        hub.resolve(folder)
+
+
 @pytest.mark.parametrize("ask", ["", "model.safetensors"])
 def test_a_changed_byte_is_refused(tmp_path: Path, ask: str) -> None:
     folder = write(tmp_path, package(**{"model.safetensors": b"X" + WEIGHTS[1:]}))
