@@ -163,7 +163,7 @@ class SelfAttention(nn.Module):
         if qkv is None:
             projected = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
         else:
-            projected = mx.split(mx.addmm(qkv[1], x, qkv[0].T), 3, axis=-1)
+            projected = mx.split(ops.linear(x, *qkv), 3, axis=-1)
         queries, keys, values = (
             y.reshape(batch, frames, self.heads, -1).transpose(0, 2, 1, 3) for y in projected
         )

@@ -362,14 +362,14 @@ def attention(
     return attended.transpose(0, 2, 1, 3).reshape(batch, frames, heads * width)
 
 
-def output_slice(linear: nn.Module, rows: slice) -> Callable[[mx.array], mx.array]:
+def output_slice(layer: nn.Module, rows: slice) -> Callable[[mx.array], mx.array]:
     """A linear or quantised layer that computes some of its outputs only."""
-    bias = linear.bias[rows]
-    if not isinstance(linear, nn.QuantizedLinear):
-        weight = to_gemm_layout(linear.weight[rows])
-        return lambda x: mx.addmm(bias, x, weight.T)
+    bias = layer.bias[rows]
+    if not isinstance(layer, nn.QuantizedLinear):
+        weight = to_gemm_layout(layer.weight[rows])
+        return lambda x: linear(x, weight, bias)
     weight, scales, biases = (
-        mx.contiguous(array[rows]) for array in (linear.weight, linear.scales, linear.biases)
+        mx.contiguous(array[rows]) for array in (layer.weight, layer.scales, layer.biases)
     )
     return lambda x: (
         mx.quantized_matmul(
@@ -377,9 +377,9 @@ def output_slice(linear: nn.Module, rows: slice) -> Callable[[mx.array], mx.arra
             weight,
             scales=scales,
             biases=biases,
-            group_size=linear.group_size,
-            bits=linear.bits,
-            mode=linear.mode,
+            group_size=layer.group_size,
+            bits=layer.bits,
+            mode=layer.mode,
         )
         + bias
     )
