@@ -38,7 +38,7 @@ from mlx_contentvec.files import (
 )
 from mlx_contentvec.folders import Room
 
-from .checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .identity import state_of
 from .ledger import account
 from .rules import TRANSFORMS, Array, Rule
@@ -314,7 +314,7 @@ def _write_rvc_mlx(
 ) -> tuple[dict[str, Array], tuple[str, ...]]:
     metadata = rvc_mlx.metadata_of(config)
     tensors = {
-        name: np.ascontiguousarray(_array(tensor)) for name, tensor in converted.tensors.items()
+        name: np.ascontiguousarray(tensor.numbers()) for name, tensor in converted.tensors.items()
     }
     notes: tuple[str, ...] = ()
     if config.final_dim is None:
@@ -348,16 +348,12 @@ def _undone(converted: Checkpoint, rules: Iterable[Rule]) -> dict[str, Array]:
     """The source tensors of ``rules`` for the targets in ``converted``, contiguous."""
     tensors: dict[str, Array] = {}
     for rule in rules:
-        target = _array(converted.tensors[rule.target])
+        target = converted.tensors[rule.target].numbers()
         arrays = TRANSFORMS[rule.transform].undo(target)
         if arrays is None:
             arrays = _CHOSEN[rule.transform](target)
         tensors.update(zip(rule.sources, map(np.ascontiguousarray, arrays), strict=True))
     return tensors
-
-
-def _array(stored: StoredTensor) -> Array:
-    return stored.float32() if stored.dtype == "bfloat16" else stored.read()
 
 
 def _check_output(source: Path, output: Path, to: str, force: bool) -> None:

@@ -239,10 +239,7 @@ def _whole(rule: Rule, stored: list[StoredTensor]) -> Array:
     if transform.lossless:
         arrays = [widen(stored[0].read(), stored[0].dtype)]
     else:
-        arrays = [
-            widen(tensor.read(), tensor.dtype) if tensor.dtype == "bfloat16" else tensor.read()
-            for tensor in stored
-        ]
+        arrays = [tensor.numbers() for tensor in stored]
     return np.ascontiguousarray(transform.apply(*arrays))
 
 

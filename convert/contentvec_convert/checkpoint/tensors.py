@@ -120,6 +120,10 @@ class StoredTensor:
             np.ndarray(self.shape, dtype, buffer=span.data, strides=self.strides), order="C"
         )
 
+    def numbers(self) -> Array:
+        """:meth:`read`, but bfloat16, which numpy lacks, as float32."""
+        return self.float32() if self.dtype == "bfloat16" else self.read()
+
     def float32(self) -> Array:
         """The elements as contiguous float32.
 
