@@ -65,15 +65,24 @@ def stated_threads() -> int:
     return int(stated) if stated.isdecimal() and int(stated) else os.cpu_count() or 1
 
 
-def address_space_left() -> float:
-    """Bytes that this process may still map; infinite where nothing limits it (``ulimit -v``)."""
-    with contextlib.suppress(ImportError, OSError):
+def address_space() -> float:
+    """Bytes that this process may map; infinite where nothing limits it (``ulimit -v``)."""
+    with contextlib.suppress(ImportError):
         import resource
 
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:
+            return limit
+    return math.inf
+
+
+def address_space_left() -> float:
+    """Bytes that this process may still map; infinite where nothing limits or counts them."""
+    limit = address_space()
+    if limit < math.inf:
+        with contextlib.suppress(OSError):
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            return limit - pages * resource.getpagesize()
+            return limit - pages * os.sysconf("SC_PAGE_SIZE")
     return math.inf
 
 

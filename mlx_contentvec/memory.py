@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .backend import address_space_left, device_kind, mx, require_no_fork
+from .backend import address_space, address_space_left, device_kind, mx, require_no_fork
 from .config import ModelConfig
 from .errors import MORE_MEMORY, BackendError, ConfigError
 from .ops import cpu
@@ -298,10 +298,4 @@ def process_memory() -> int | None:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
-    with contextlib.suppress(ImportError):
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
-            there = min(there, limit)
-    return there
+    return int(min(there, address_space()))
