@@ -94,19 +94,15 @@ def _check_header(path: Path) -> None:
     """Raise WeightsError unless every byte of a safetensors file belongs to one tensor."""
     try:
         check_file(path)
-    except UnknownDtype as error:
-        raise WeightsError(
-            f"{path.name} is no converted file: {error.problem}",
-            found=error.found,
-            expected=error.expected,
-            hint="convert the checkpoint that it is from",
-        ) from None
     except HeaderError as error:
+        what, hint = "damaged", "copy or download the file again, or convert its checkpoint again"
+        if isinstance(error, UnknownDtype):
+            what, hint = "no converted file", "convert the checkpoint that it is from"
         raise WeightsError(
-            f"{path.name} is damaged: {error.problem}",
+            f"{path.name} is {what}: {error.problem}",
             found=error.found,
             expected=error.expected,
-            hint="copy or download the file again, or convert its checkpoint again",
+            hint=hint,
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
