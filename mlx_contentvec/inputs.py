@@ -12,7 +12,7 @@ import numpy.typing as npt
 from . import memory
 from .audio import LOUDEST_PEAK, as_float32, require_unmasked
 from .backend import device_kind, mx
-from .config import EPS, ModelConfig, stage_input
+from .config import ModelConfig, stage_input
 from .errors import AudioError, ConfigError
 from .first_release import ignore_speaker
 from .ops import is_traced
@@ -293,9 +293,7 @@ def normalization_of(waveform: Buffer, config: ModelConfig) -> Callable[[Buffer]
     return Normalization.of(waveform, config.normalize_eps)
 
 
-def normalize_waveform(
-    waveform: mx.array, eps: float = EPS, lengths: mx.array | None = None
-) -> mx.array:
+def normalize_waveform(waveform: mx.array, eps: float, lengths: mx.array | None = None) -> mx.array:
     """Each clip by its own :class:`Normalization`; padding becomes 0.
 
     The original's loader normalises a clip, then pads it with zeros.

@@ -241,7 +241,7 @@ class TestNormalisedInput:
         clips = level * np.stack([waveform(4000, 1) + 0.5, waveform(4000, 2)])
         clips[1, 2719:] = 77.0
         lengths = [4000, 2719]
-        got = np.array(normalize_waveform(mx.array(clips), lengths=mx.array(lengths)))
+        got = np.array(normalize_waveform(mx.array(clips), 1e-5, mx.array(lengths)))
         for row, length in enumerate(lengths):
             exact = clips[row, :length].astype(np.float64)
             expected = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5)
@@ -252,13 +252,13 @@ class TestNormalisedInput:
         large = model(VARIANTS["large"])
         raw = mx.array(0.5 * waveform()[None] + 0.2)
         assert float(mx.abs(large(raw)["x"] - large(mx.array(waveform()[None]))["x"]).max()) < 1e-4
-        first = large.run_stage("conv.0", normalize_waveform(raw))
+        first = large.run_stage("conv.0", normalize_waveform(raw, 1e-5))
         assert bool((large.stage_outputs(raw)["conv.0"] == first).all())
 
     def test_what_the_caller_normalised_is_used_as_it_is(self) -> None:
         large = model(VARIANTS["large"])
         raw = 0.5 * waveform()[None] + 0.2
-        ready = normalize_waveform(mx.array(raw))
+        ready = normalize_waveform(mx.array(raw), 1e-5)
         expected = large(raw)["x"]
         assert bool((large(ready, normalized=True)["x"] == expected).all())
         stages = large.stage_outputs(ready, names=["final_norm"], normalized=True)

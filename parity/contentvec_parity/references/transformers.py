@@ -75,7 +75,8 @@ def _from_folder(path: Path) -> tuple[Any, Loader]:
             f"{path.name} does not fill transformers' HuBERT",
             found=f"no tensor for {name_list(sorted(lacking))}",
         )
-    return model, _loader(path, config.feat_extract_norm == "layer")
+    loader = _loader(path, config.feat_extract_norm == "layer")
+    return model, loader._replace(eps=EXTRACTOR_EPS) if loader.normalize else loader
 
 
 class Loader(NamedTuple):
@@ -94,10 +95,9 @@ def _loader(path: Path, large: bool) -> Loader:
     if not any(
         is_file(path / name) for name in ("preprocessor_config.json", "processor_config.json")
     ):
-        return Loader(large, ModelConfig.sample_rate, EXTRACTOR_EPS if large else EPS)
+        return Loader(large, ModelConfig.sample_rate)
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(path, local_files_only=True)
-    normalize = bool(extractor.do_normalize)
-    return Loader(normalize, int(extractor.sampling_rate), EXTRACTOR_EPS if normalize else EPS)
+    return Loader(bool(extractor.do_normalize), int(extractor.sampling_rate))
 
 
 def _from_fairseq(path: Path) -> tuple[Any, Loader]:
