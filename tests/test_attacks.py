@@ -19,6 +19,8 @@ for _needed in ("av", "torch", "transformers"):
     # looked for, not imported: the processes with limits import this file
     if importlib.util.find_spec(_needed) is None:
         pytest.skip(f"needs {_needed}: scripts/test installs it", allow_module_level=True)
+if shutil.which("ffmpeg") is None:
+    pytest.skip("needs ffmpeg, which makes the good files", allow_module_level=True)
 
 
 @pytest.fixture(scope="session")

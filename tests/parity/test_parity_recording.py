@@ -327,6 +327,7 @@ def test_a_recording_never_replaces_its_own_source(tiny_checkpoint: Path, tmp_pa
     assert checkpoint.read_bytes() == tiny_checkpoint.read_bytes()
 
 
+@pytest.mark.usefixtures("fairseq")
 def test_a_folder_that_cannot_be_written_to_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def pair(request: pytest.FixtureRequest, make_standin: Make, fairseq: Any) -> tu
 
 
 def unpickle(path: Path) -> dict[str, Any]:
+    """What torch reads: the fixture ``fairseq`` is needed, whose dictionary every file holds."""
     import torch
 
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
@@ -285,6 +286,7 @@ def test_every_tensor_moves_the_features(
 # -- the file --------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fairseq")
 @pytest.mark.parametrize("dtype", standin.DTYPES)
 def test_each_dtype_holds_the_seeded_values_rounded_once(
     dtype: str, make_standin: Make, torch: Any
@@ -298,12 +300,14 @@ def test_each_dtype_holds_the_seeded_values_rounded_once(
         assert np.all(error <= step / 2 * np.maximum(np.abs(values), 2.0**-14)), name
 
 
+@pytest.mark.usefixtures("fairseq")
 def test_the_older_format_holds_the_same(make_standin: Make, tiny_checkpoint: Path) -> None:
     legacy = make_standin("tiny", legacy=True)
     assert not zipfile.is_zipfile(legacy)
     assert list(flatten(unpickle(legacy))) == list(flatten(unpickle(tiny_checkpoint)))
 
 
+@pytest.mark.usefixtures("fairseq")
 @pytest.mark.parametrize(
     "options",
     [
@@ -325,6 +329,7 @@ def test_fairseqs_says_so_too(make_standin: Make, fairseq: Any) -> None:
     assert unpickle(path)["extra_state"]["stand_in"] == standin.marker("tiny", 3)
 
 
+@pytest.mark.usefixtures("fairseq")
 def test_the_converters_reader_sees_the_same_tensors(tiny_checkpoint: Path) -> None:
     from contentvec_convert.checkpoint import open_checkpoint
 
@@ -371,6 +376,7 @@ def test_an_unknown_preset_or_dtype_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("fairseq")
 @pytest.mark.fullsize
 def test_the_full_size_one_has_the_size_of_hubert_base(standin: Path) -> None:
     state = unpickle(standin)
