@@ -113,6 +113,8 @@ def serve(
 
     for module in modules:
         importlib.import_module(module)
+    if core := sys.modules.get("mlx.core"):
+        core.set_default_device(core.cpu)  # CUDA's driver does not work under such limits
     tell(ready=True)
     with tempfile.TemporaryDirectory(prefix="limited-") as home:
         os.environ["HF_HOME"] = str(Path(home) / "hub")
