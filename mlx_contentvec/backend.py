@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendError, import_hint, install_hint
+from .errors import BackendError, import_hint, install_hint, is_out_of_memory
 
 #: shared library names of OpenBLAS on the common Linux distributions
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -138,9 +138,10 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
             hint = "MLX on Linux needs one backend, cpu, cuda12 or cuda13:\n" + install_hint("cpu")
         else:
             hint = "reinstall MLX: pip install --force-reinstall mlx"
-        raise BackendError(
-            f"MLX cannot be imported: {error}", hint=import_hint(error, hint)
-        ) from error
+        hint = import_hint(error, hint)
+        if is_out_of_memory(error) and address_space() < math.inf and _has_linux_backend("cuda"):
+            hint = "CUDA takes addresses for all memory there is: ulimit -v unlimited"
+        raise BackendError(f"MLX cannot be imported: {error}", hint=hint) from error
     return core, layers, openblas
 
 

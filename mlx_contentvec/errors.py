@@ -146,8 +146,11 @@ def install_hint(extra: str) -> str:
     return f"pip install 'mlx-contentvec[{extra}]>=0.2'\nor in a clone: pip install '.[{extra}]'"
 
 
-#: the dynamic linker's words for a library that has no room
-_NO_ROOM = ("failed to map segment", "cannot map zero-fill pages", "Cannot allocate memory")
+#: the words of the dynamic linker for a library that has no room, and of CUDA's driver
+_NO_ROOM = (
+    *("failed to map segment", "cannot map zero-fill pages", "Cannot allocate memory"),
+    "out of memory",
+)
 
 
 #: what to do where memory ran out

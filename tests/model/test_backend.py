@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes.util
+import math
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mlx_contentvec import ContentvecModel, backend
 from mlx_contentvec.cli import _unexpected
-from mlx_contentvec.errors import BackendError, import_hint
+from mlx_contentvec.errors import MORE_MEMORY, BackendError, import_hint
 from mlx_contentvec.ops import blas
 
 PROJECT = Path(__file__).resolve().parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="run it on Linux: a Mac has Accelerate")
+without_a_gpu = pytest.mark.skipif(
+    not backend._has_linux_backend("cpu"),
+    reason="MLX computes on a GPU here: install mlx[cpu] in another environment",
+)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -99,15 +106,15 @@ def test_so_they_do_where_mlx_was_imported_before() -> None:
 
 
 @linux
+@without_a_gpu
 def test_openblas_is_taken_where_it_is() -> None:
     if ctypes.util.find_library("openblas") is None:
         pytest.skip("no OpenBLAS here: apt-get install libopenblas0")
-    if not backend._has_linux_backend("cpu"):
-        pytest.skip("MLX computes on a GPU here: install mlx[cpu] in another environment")
     assert python(WHOSE).stdout.startswith("libopenblas.so")
 
 
 @linux
+@without_a_gpu
 def test_openblas_is_left_out_where_a_limit_leaves_it_no_buffers() -> None:
     code = (
         "import resource, pathlib, numpy\n"
@@ -120,10 +127,37 @@ def test_openblas_is_left_out_where_a_limit_leaves_it_no_buffers() -> None:
 
 def test_a_library_without_room_is_not_to_be_installed() -> None:
     why = "libmlx.so: failed to map segment from shared object"
-    for error in (ImportError(why), OSError(12, "Cannot allocate memory"), MemoryError()):
+    driver = ImportError("cudaMalloc(&data, size) failed: out of memory")
+    for error in (ImportError(why), OSError(12, "Cannot allocate memory"), MemoryError(), driver):
         assert "memory ran out" in import_hint(error, "pip install mlx")
     assert import_hint(ImportError("No module named 'mlx'"), "install it") == "install it"
     assert "not enough memory" in str(_unexpected(ImportError(why)))
+
+
+def test_a_limit_on_addresses_is_said_to_be_too_low_for_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = builtins.__import__
+
+    def without_room(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "mlx.core":
+            raise ImportError(
+                "cudaDeviceGetDefaultMemPool(&mem_pools_[i], i) failed: out of memory"
+            )
+        return own(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_room)
+    for limit, wheel, hint in (
+        (2e11, "cuda", "CUDA takes addresses for all memory there is: ulimit -v unlimited"),
+        (2e11, "cpu", f"memory ran out: {MORE_MEMORY}"),
+        (math.inf, "cuda", f"memory ran out: {MORE_MEMORY}"),
+    ):
+        monkeypatch.setattr(backend, "address_space", lambda limit=limit: limit)
+        monkeypatch.setattr(backend, "_has_linux_backend", lambda kind, wheel=wheel: kind == wheel)
+        monkeypatch.setattr(backend, "_load_openblas", lambda: None)
+        with pytest.raises(BackendError, match="out of memory") as caught:
+            backend._import_mlx()
+        assert caught.value.hint == hint
 
 
 def test_a_model_for_which_a_limit_leaves_no_memory_is_not_loaded(
