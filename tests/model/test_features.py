@@ -459,6 +459,13 @@ class FakeGpu:
         monkeypatch.setattr(memory.mx, "set_cache_limit", self.set_cache_limit)
         monkeypatch.setattr(memory.mx, "get_active_memory", lambda: self.live)
         monkeypatch.setattr(memory.mx, "clear_cache", self.kept.clear)
+        monkeypatch.setattr(memory.mx, "synchronize", self.synchronize)
+        monkeypatch.setattr(memory, "_settled", 0)
+        self.leavings = self.waits = 0
+
+    def synchronize(self) -> None:
+        self.live, self.leavings = self.live - self.leavings, 0
+        self.waits += 1
 
     def set_limit(self, limit: int) -> int:
         before, self.limit = self.limit, limit
@@ -557,6 +564,26 @@ def test_threads_share_the_lowered_limit_and_the_last_sets_it_again(
     with pytest.raises(KeyError), memory.bounded(100):
         raise KeyError
     assert gpu.limit == 1 << 60
+
+
+def test_what_the_pass_before_has_not_let_go_of_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGpu(monkeypatch, held=5 << 20)
+    for leavings, more, live, waits in (
+        (0, 0, 5, 1),  # the first time
+        (0, 0, 5, 1),
+        (30, 0, 5, 2),
+        (0, 1, 6, 2),
+        (0, 7, 13, 3),  # a user's own
+        (0, 0, 13, 3),
+        (0, -8, 5, 3),
+        (8, 0, 5, 4),
+    ):
+        gpu.leavings = leavings << 20
+        gpu.live += gpu.leavings + (more << 20)
+        with memory.bounded(100):
+            assert (gpu.limit, gpu.waits) == ((live << 20) + 100, waits)
 
 
 @pytest.mark.parametrize(
