@@ -33,11 +33,16 @@ def count_values(raw: bytes) -> int:
 
 
 def parse_object(
-    text: str | bytes, *, size: int = JSON_BYTES, values: int = JSON_VALUES
+    text: str | bytes,
+    *,
+    size: int = JSON_BYTES,
+    values: int = JSON_VALUES,
+    surrogates: bool = False,
 ) -> dict[str, Any]:
     """The JSON object that a text, or its UTF-8 bytes, holds.
 
     size, values: bytes, and values and keys, that it may have at most
+    surrogates: take half of a character too, which stands for a byte of a name that is no UTF-8
 
     Raises JsonError for one that is no JSON or no object, beyond a limit of
     this module, uses a key twice, or has NaN or infinity, which JSON has not.
@@ -64,7 +69,7 @@ def parse_object(
         raise JsonError("it is not an object")
     if _depth(value) > NESTING:
         raise JsonError("it nests too deeply")
-    if _ESCAPED_SURROGATE.search(raw):
+    if not surrogates and _ESCAPED_SURROGATE.search(raw):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..audio import open_regular
-from ..errors import AudioError, OutputError, printable
+from ..errors import OutputError, printable
 from ..files import is_there
+from ..json_text import JsonError, read_object
 from .manifest import prepared
 
 FILE = "model_info.json"
@@ -49,14 +49,10 @@ def _read(folder: Path) -> dict[str, Any]:
     if not is_there(path):
         return {}
     try:
-        with open_regular(path, str(path)) as (file, size):
-            data = json.loads(file.read(_LARGEST)) if size <= _LARGEST else None
-    except (AudioError, OSError, ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
+        return read_object(path, size=_LARGEST)
+    except (OSError, JsonError) as error:
         raise OutputError(
-            f"{printable(str(path))} is not what Applio writes",
+            f"{printable(str(path))} is not what Applio writes: {error}",
             expected="a JSON object",
             hint="move it away, or mend it",
-        )
-    return data
+        ) from error

@@ -30,7 +30,7 @@ from ..files import (
     open_regular,
     remove_leftovers,
 )
-from ..json_text import count_values, require
+from ..json_text import JsonError, count_values, parse_object, require
 
 NAME = "mlx-contentvec"
 LOCK = f".{NAME}.lock"
@@ -331,11 +331,10 @@ def _lines(path: Path) -> Iterator[Record]:
         ) from error
     with file:
         while line := file.readline(_LINE_BYTES):
-            if not _is_readable(line):
-                continue
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                require(record, dict)
+            with contextlib.suppress(JsonError):
+                record = parse_object(
+                    line, size=_LINE_BYTES, values=_LINE_VALUES, surrogates=True
+                )
                 require(record, _PACK if "clips" in record else _CLIP)
                 yield record
 

@@ -400,7 +400,8 @@ needs_launcher = pytest.mark.skipif(LAUNCH is None, reason="mlx.launch comes wit
 def launched(count: int, *arguments: Any) -> list[str]:
     variables = [f"{k}={v}" for k, v in environment().items() if k in ("PYTHONPATH",)]
     return [
-        *(str(LAUNCH), "-n", str(count), "--env", "OMP_NUM_THREADS=1"),
+        # through nccl, which is CUDA's, each process has to have a GPU of its own
+        *(str(LAUNCH), "-n", str(count), "--backend", "ring", "--env", "OMP_NUM_THREADS=1"),
         *(part for variable in variables for part in ("--env", variable)),
         *("--", *map(str, [*COMMAND, *arguments])),
     ]

@@ -236,7 +236,10 @@ def test_applios_layout_is_flat_and_names_its_embedder(tmp_path: Path) -> None:
     check_model_info(tmp_path, "spin", force=True)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, "\xff", " " * (1 << 21)])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", "[" * 100_000, '{"a":' * 70 + "1" + "}" * 70, "\xff", " " * (1 << 21)],
+)
 def test_a_model_info_that_is_none_is_refused_and_kept(tmp_path: Path, text: str) -> None:
     (tmp_path / "model_info.json").write_text(text, encoding="latin-1")
     with pytest.raises(OutputError, match="is not what Applio writes"):

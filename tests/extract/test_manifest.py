@@ -284,6 +284,21 @@ def test_a_record_of_another_form_is_none(folder: Path, source: Path, lacking: s
     assert Manifest(folder).records("a.npy") == []
 
 
+def test_a_record_that_nests_deeply_is_none(folder: Path, source: Path) -> None:
+    record = keep(folder, source)
+    for depth, there in ((50, True), (70, False)):
+        inner = "[" * depth + "]" * depth
+        line = json.dumps({**record, "note": None}).replace("null", inner)
+        Manifest(folder).path.write_text(line + "\n")
+        assert bool(Manifest(folder).records("a.npy")) == there
+
+
+def test_a_name_that_is_no_utf_8_is_listed(folder: Path, source: Path) -> None:
+    name = os.fsdecode(b"\x82\xa0.npy")
+    keep(folder, source, name)
+    assert status(folder, source, name) == (State.FINISHED, "")
+
+
 def test_a_line_of_too_many_values_is_none(
     folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
