@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendError, import_hint, install_hint, is_out_of_memory
+from .errors import BackendError, import_hint, install_hint, is_out_of_memory, printable
 
 #: shared library names of OpenBLAS on the common Linux distributions
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -141,6 +141,12 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
         hint = import_hint(error, hint)
         if is_out_of_memory(error) and address_space() < math.inf and _has_linux_backend("cuda"):
             hint = "CUDA takes addresses for all memory there is: ulimit -v unlimited"
+        elif "no CUDA-capable device" in str(error):
+            visible = printable(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))[:80]
+            hint = (
+                f"this process sees no GPU (CUDA_VISIBLE_DEVICES: {visible}). Under mlx.launch "
+                "each process has one of its own; without a GPU:\n" + install_hint("cpu")
+            )
         raise BackendError(f"MLX cannot be imported: {error}", hint=hint) from error
     return core, layers, openblas
 

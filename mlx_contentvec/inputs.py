@@ -16,6 +16,7 @@ from .config import ModelConfig, stage_input
 from .errors import AudioError, ConfigError
 from .first_release import ignore_speaker
 from .ops import is_traced
+from .ops.host_copy import from_numpy, to_numpy
 
 Buffer = npt.NDArray[np.float32]
 
@@ -29,9 +30,7 @@ def to_mlx(x: Any, name: str) -> mx.array:
         return x
     require_unmasked(x, name)
     try:
-        if isinstance(x, np.ndarray):
-            x = _native(x)
-        return mx.array(x)
+        return from_numpy(_native(x)) if isinstance(x, np.ndarray) else mx.array(x)
     except Exception as error:  # whatever the object raises that is asked to become an array
         kind = f"numpy, {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
         raise AudioError(
@@ -303,12 +302,12 @@ def normalize_waveform(waveform: mx.array, eps: float, lengths: mx.array | None 
     """
     if is_traced(waveform):
         return _normalize_traced(waveform, eps, lengths)
-    clips = np.asarray(waveform)
+    clips = to_numpy(waveform, copy=False)
     counts = [clips.shape[1]] * len(clips) if lengths is None else lengths.tolist()
     normalized = np.zeros_like(clips)
     for row, clip, count in zip(normalized, clips, counts, strict=True):
         row[:count] = Normalization.of(clip[:count], eps)(clip[:count])
-    return mx.array(normalized)
+    return from_numpy(normalized)
 
 
 def _normalize_traced(waveform: mx.array, eps: float, lengths: mx.array | None) -> mx.array:

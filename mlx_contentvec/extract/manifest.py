@@ -332,9 +332,7 @@ def _lines(path: Path) -> Iterator[Record]:
     with file:
         while line := file.readline(_LINE_BYTES):
             with contextlib.suppress(JsonError):
-                record = parse_object(
-                    line, size=_LINE_BYTES, values=_LINE_VALUES, surrogates=True
-                )
+                record = parse_object(line, size=_LINE_BYTES, values=_LINE_VALUES, surrogates=True)
                 require(record, _PACK if "clips" in record else _CLIP)
                 yield record
 

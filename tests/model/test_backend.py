@@ -134,19 +134,27 @@ def test_a_library_without_room_is_not_to_be_installed() -> None:
     assert "not enough memory" in str(_unexpected(ImportError(why)))
 
 
+def import_refused(monkeypatch: pytest.MonkeyPatch, why: str) -> str:
+    """The hint where MLX cannot be imported because of ``why``."""
+    own = builtins.__import__
+
+    def refused(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "mlx.core":
+            raise ImportError(why)
+        return own(name, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", refused)
+        patch.setattr(backend, "_load_openblas", lambda: None)
+        with pytest.raises(BackendError) as caught:
+            backend._import_mlx()
+    assert why in str(caught.value)
+    return str(caught.value.hint)
+
+
 def test_a_limit_on_addresses_is_said_to_be_too_low_for_cuda(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = builtins.__import__
-
-    def without_room(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "mlx.core":
-            raise ImportError(
-                "cudaDeviceGetDefaultMemPool(&mem_pools_[i], i) failed: out of memory"
-            )
-        return own(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without_room)
     for limit, wheel, hint in (
         (2e11, "cuda", "CUDA takes addresses for all memory there is: ulimit -v unlimited"),
         (2e11, "cpu", f"memory ran out: {MORE_MEMORY}"),
@@ -154,10 +162,21 @@ def test_a_limit_on_addresses_is_said_to_be_too_low_for_cuda(
     ):
         monkeypatch.setattr(backend, "address_space", lambda limit=limit: limit)
         monkeypatch.setattr(backend, "_has_linux_backend", lambda kind, wheel=wheel: kind == wheel)
-        monkeypatch.setattr(backend, "_load_openblas", lambda: None)
-        with pytest.raises(BackendError, match="out of memory") as caught:
-            backend._import_mlx()
-        assert caught.value.hint == hint
+        why = "cudaDeviceGetDefaultMemPool(&mem_pools_[i], i) failed: out of memory"
+        assert import_refused(monkeypatch, why) == hint
+
+
+@linux
+def test_a_process_that_sees_no_gpu_is_told_which_it_may_see(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    why = "cudaMallocManaged(&data, size) failed: no CUDA-capable device is detected"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1\x1b[2J")
+    hint = import_refused(monkeypatch, why)
+    assert "sees no GPU (CUDA_VISIBLE_DEVICES: 1\\x1b[2J)" in hint
+    assert "mlx-contentvec[cpu]" in hint
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "CUDA_VISIBLE_DEVICES: not set" in import_refused(monkeypatch, why)
 
 
 def test_a_model_for_which_a_limit_leaves_no_memory_is_not_loaded(

@@ -1,18 +1,20 @@
-"""Results from a GPU to the host: what the driver copies, and what it does not."""
+"""Waveforms to a GPU, and results back: what the driver copies, and what it does not."""
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mlx_contentvec.backend import mx
+from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.ops import host_copy
 from tests.small_models import DEEP, noise, random_model
 
-LARGE = noise(40_000).reshape(200, 200)
+LARGE = noise(90_000).reshape(300, 300)
 
 
 class Driver:
@@ -21,12 +23,17 @@ class Driver:
     def __init__(self, result: int = 0) -> None:
         self.result = result
         self.copied: list[int] = []
+        self.waited: list[int] = []
 
     def cuMemcpy(self, to: int, source: int, size: int) -> int:  # noqa: N802
         if not self.result:
             ctypes.memmove(to, source, size)
             self.copied.append(size)
         return self.result
+
+    def cuStreamSynchronize(self, stream: None) -> int:  # noqa: N802
+        self.waited.append(len(self.copied))
+        return 0
 
 
 @pytest.fixture
@@ -87,3 +94,27 @@ def test_features_are_copied_by_the_driver(driver: Driver, monkeypatch: pytest.M
     expected = np.array(model(clip[None])["x"])[0]
     np.testing.assert_array_equal(model.extract(clip, sample_rate=16000), expected)
     assert driver.copied == [expected.nbytes]
+
+
+def test_the_driver_copies_a_waveform_and_is_waited_for(driver: Driver) -> None:
+    taken = host_copy.from_numpy(LARGE)
+    assert np.array_equal(np.asarray(taken), LARGE)
+    assert (driver.copied, driver.waited) == ([LARGE.nbytes], [1])
+    assert not np.shares_memory(np.asarray(taken), LARGE)
+    for other in (LARGE.T, LARGE[:200], LARGE.astype(np.float16), LARGE > 0):
+        assert np.array_equal(np.asarray(host_copy.from_numpy(other)), other)
+    assert driver.copied == [LARGE.nbytes]
+
+
+@pytest.mark.parametrize("driver", [Driver(201), None], indirect=True, ids=["refuses", "none"])
+def test_without_the_driver_the_waveform_is_the_same(driver: Driver | None) -> None:
+    assert np.array_equal(np.asarray(host_copy.from_numpy(LARGE)), LARGE)
+
+
+@pytest.mark.parametrize("config", [DEEP, replace(DEEP, normalize=True)])
+def test_a_clip_is_copied_by_the_driver(driver: Driver, config: ModelConfig) -> None:
+    model, clip = random_model(config), noise(80_000)[None]
+    expected = np.array(model(mx.array(clip))["x"])
+    driver.copied.clear()
+    np.testing.assert_array_equal(np.array(model(clip)["x"]), expected)
+    assert driver.copied[0] == clip.nbytes
