@@ -22,9 +22,9 @@ from .blas import data_pointer
 #: bytes of a result that the driver copies: 1 MiB takes it 0.2 ms, and 0.3 to 1.2 by page
 #: faults (H200); less was not measured
 MIN_DRIVER_COPY = 1 << 16
-#: bytes of a waveform that the driver copies: 0.6 MB takes it 0.15 ms, and 0.7 by page faults
-#: (H200)
-MIN_DRIVER_UPLOAD = 1 << 18
+#: bytes of a waveform that the driver copies: one second takes it 0.19 ms until it has been
+#: read, and 0.39 by page faults (H200); less was not measured
+MIN_DRIVER_UPLOAD = 64_000
 
 
 @functools.cache

@@ -101,7 +101,7 @@ def test_the_driver_copies_a_waveform_and_is_waited_for(driver: Driver) -> None:
     assert np.array_equal(np.asarray(taken), LARGE)
     assert (driver.copied, driver.waited) == ([LARGE.nbytes], [1])
     assert not np.shares_memory(np.asarray(taken), LARGE)
-    for other in (LARGE.T, LARGE[:200], LARGE.astype(np.float16), LARGE > 0):
+    for other in (LARGE.T, LARGE[:50], LARGE.astype(np.float16), LARGE > 0):
         assert np.array_equal(np.asarray(host_copy.from_numpy(other)), other)
     assert driver.copied == [LARGE.nbytes]
 
