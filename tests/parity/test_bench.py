@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,9 @@ from contentvec_parity.commands.bench import beside
 from mlx_contentvec.cli import main
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import MissingDependency, ParityError
+from mlx_contentvec.inputs import Normalization
 from tests.forks import run_command
+from tests.small_models import LARGE, TINY, noise, random_weights_file
 
 SETTINGS = Settings(lengths=(0.2,), repeats=2, starts=1)
 
@@ -144,6 +148,85 @@ def features(monkeypatch: Any) -> dict[str, Any]:
 
     monkeypatch.setattr(bench, "Worker", Recorded)
     return found
+
+
+@dataclasses.dataclass
+class Process:
+    """A worker that computes nothing: how it is started, and answers of the right form."""
+
+    work: dict[str, Any]
+    env: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.stdin = self.stdout = self
+
+    def write(self, request: str) -> None:
+        if file := json.loads(request)["save"]:
+            np.save(file, np.ones((1, 9, 4), np.float32))
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def readline(self) -> str:
+        return json.dumps({"wall": 1.0, "cpu": 1.0, "memory": 1, "process_peak": 1})
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
+    """The workers that are started."""
+    started: list[Process] = []
+
+    def start(command: list[str], env: dict[str, str], **_: Any) -> Process:
+        started.append(Process(json.loads(command[-1]), env))
+        return started[-1]
+
+    fake = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(bench, "subprocess", fake)
+    monkeypatch.setattr(Worker, "close", lambda _: 1.0)  # there is no process to end
+    return started
+
+
+@pytest.mark.parametrize(
+    ("config", "eps"),
+    [
+        (TINY, None),
+        (dataclasses.replace(LARGE, normalize_eps=1e-5), 1e-5),
+        (dataclasses.replace(LARGE, normalize_eps=1e-7), 1e-7),
+    ],
+)
+def test_every_engine_normalises_by_the_epsilon_of_the_configuration(
+    config: ModelConfig,
+    eps: float | None,
+    processes: list[Process],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "_require_installed", lambda _: None)
+    metadata = {"config": config.to_json(), "source": "{}"}
+    monkeypatch.setattr(bench, "read_metadata", lambda _: metadata)
+    converted = random_weights_file(tmp_path / "model.safetensors", config)
+    options: dict[str, Any] = {"beside": ["torch-compile"], "with_errors": False}
+    bench.bench(tmp_path, [converted], SETTINGS, **options)
+    assert {process.work["engine"] for process in processes} == {"mlx", "torch-compile", "floor"}
+    assert {process.work["normalize_eps"] for process in processes} == {eps}
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-7])
+def test_the_others_are_given_clips_normalised_as_mlx_normalises_them(eps: float) -> None:
+    # quiet enough for the epsilon to count
+    source = np.stack([noise(4000), noise(4000, 8)]) * np.float32(1e-3)
+    given = bench_worker._as_wanted(source, {"normalize_eps": eps})
+    expected = np.stack([Normalization.of(clip, eps)(clip) for clip in source])
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-4)
+    other = bench_worker._as_wanted(source, {"normalize_eps": eps / 10})
+    assert np.abs(given - other).max() > 0.05
+    assert bench_worker._as_wanted(source, {"normalize_eps": None}) is source
+
+
+def test_a_worker_has_the_variables_that_it_is_given(processes: list[Process]) -> None:
+    Worker(Engine("MLX", "mlx", Path()), SETTINGS, {"MLX_CONTENTVEC_SUMS": "plain"})
+    assert processes[0].env["MLX_CONTENTVEC_SUMS"] == "plain"
+    assert processes[0].env["PATH"] == os.environ["PATH"]
 
 
 def test_an_engine_with_other_features_than_mlx_is_refused(features: dict[str, Any]) -> None:
