@@ -39,7 +39,7 @@ TESTS: dict[str, list[str]] = {
     "convert/contentvec_convert/writer.py": ["tests/convert/test_writer.py"],
     "mlx_contentvec/extract/run.py": ["tests/extract/test_extraction.py"],
     "mlx_contentvec/config.py": ["tests/model/test_config.py", "tests/model/test_model.py"],
-    "mlx_contentvec/inputs.py": ["tests/model/test_model.py"],
+    "mlx_contentvec/inputs.py": ["tests/model/test_inputs.py", "tests/model/test_model.py"],
     "mlx_contentvec/files.py": ["tests/convert/test_writer.py", "tests/test_files.py"],
     "mlx_contentvec/folders.py": ["tests/test_folders.py"],
     "mlx_contentvec/hub.py": ["tests/model/test_hub.py"],
