@@ -24,6 +24,7 @@ from contentvec_parity.bench import worker as bench_worker
 from contentvec_parity.bench.measure import Engine, Settings, Worker, operations
 from contentvec_parity.bench.onnx_file import write_onnx
 from contentvec_parity.commands.bench import beside
+from mlx_contentvec import memory
 from mlx_contentvec.cli import main
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import MissingDependency, ParityError
@@ -590,3 +591,31 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(
     done = CliRunner().invoke(main, [*command, "--lengths", "1", option, value])
     assert done.exit_code == 1
     assert said in done.output
+
+
+def test_threads_lengths_and_batches_may_be_as_large_as_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    needed = memory.whole_clip_bytes(TINY, 16000, 3)
+    monkeypatch.setattr(memory, "process_memory", lambda: needed)
+    frame = TINY.receptive_field / TINY.sample_rate
+    possible = Settings(threads=4, lengths=(frame, 1.0), batches=(1, 3))
+    bench._require_possible(possible, TINY)
+    for changes, said in (
+        ({"threads": 5}, "more threads than this machine"),
+        ({"lengths": (1.0, frame - 1 / 16000)}, "too short to give one frame"),
+        ({"batches": (1, 4)}, "4 x 1 s do not fit into memory"),
+        ({"lengths": (frame, 1.1)}, "3 x 1.1 s do not fit into memory"),
+        # the samples alone
+        ({"batches": (needed // 64000 + 1,)}, "do not fit into memory"),
+    ):
+        impossible = dataclasses.replace(possible, **changes)
+        with pytest.raises(ParityError, match=said):
+            bench._require_possible(impossible, TINY)
+    # where the system does not tell
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    monkeypatch.setattr(memory, "process_memory", lambda: None)
+    bench._require_possible(Settings(batches=(1000,)), TINY)
+    with pytest.raises(ParityError, match="more threads"):
+        bench._require_possible(Settings(threads=2), TINY)
