@@ -212,6 +212,55 @@ def test_every_engine_normalises_by_the_epsilon_of_the_configuration(
     assert {process.work["normalize_eps"] for process in processes} == {eps}
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "others", "written"),
+    [
+        ("a file", "", ""),
+        ("a file", "fairseq", ""),
+        ("a file", "transformers", "for transformers"),
+        ("a file", "fairseq openvino", "for transformers, onnx"),
+        ("a folder", "transformers fairseq torch-compile", ""),
+        ("a folder", "onnxruntime", "onnx"),
+        ("a folder", "openvino", "onnx"),
+    ],
+)
+def test_weights_are_exported_for_what_cannot_read_the_checkpoint(
+    checkpoint: str,
+    others: str,
+    written: str,
+    processes: list[Process],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exports: list[str] = []
+    metadata = {"config": TINY.to_json(), "source": "{}"}
+    given = converted = random_weights_file(tmp_path / "model.safetensors", TINY)
+    if checkpoint == "a folder":
+        given = tmp_path
+
+    def export(source: Path, output: Path, to: str) -> Any:
+        assert source == converted
+        exports.append(f"for {to}")
+        output.mkdir()
+        return SimpleNamespace(path=output)
+
+    def export_onnx(folder: Path, path: Path) -> None:
+        assert (folder == given) == (checkpoint == "a folder")
+        exports.append("onnx")
+        path.touch()
+
+    monkeypatch.setattr("contentvec_convert.export.export", export)
+    monkeypatch.setattr(onnx_file, "write_onnx", export_onnx)
+    monkeypatch.setattr(bench, "_require_installed", lambda _: None)
+    monkeypatch.setattr(bench, "read_metadata", lambda _: metadata)
+    monkeypatch.setattr("contentvec_parity.references.available", lambda _: True)
+    bench.bench(given, [converted], SETTINGS, beside=others.split(), with_errors=False)
+    assert exports == (written.split(", ") if written else [])
+    started = {process.work["engine"] for process in processes}
+    expected = {"mlx", "floor", *others.split()}
+    assert started == expected - ({"fairseq"} if checkpoint == "a folder" else set())
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-7])
 def test_the_others_are_given_clips_normalised_as_mlx_normalises_them(eps: float) -> None:
     # quiet enough for the epsilon to count
