@@ -200,6 +200,21 @@ def test_a_tensor_of_any_possible_shape_has_its_place(described: Header, size: i
     assert place == Place(0, size, "t", "float16", tuple(described["shape"]))
 
 
+@pytest.mark.parametrize(
+    ("size", "dtypes"),
+    [
+        (8, "F64 I64 U64 C64"),
+        (4, "F32 I32 U32"),
+        (2, "F16 BF16 I16 U16"),
+        (1, "F8_E4M3 F8_E5M2 I8 U8 BOOL"),
+    ],
+)
+def test_an_element_takes_the_bytes_that_safetensors_stores(size: int, dtypes: str) -> None:
+    for dtype in dtypes.split():
+        header = {"t": tensor(dtype=dtype, shape=[3], data_offsets=[0, 3 * size])}
+        assert places_of(header, 0, 3 * size)[0].end == 3 * size
+
+
 def test_every_byte_belongs_to_one_tensor() -> None:
     first, second, empty = tensor(), tensor(data_offsets=[12, 24]), tensor(shape=[0])
     empty["data_offsets"] = [12, 12]
