@@ -280,3 +280,27 @@ def test_a_clip_is_normalised_alike_in_blocks_of_any_size(block: int) -> None:
     found = inputs.Normalization.of(clip, 1e-5, block)
     assert found.mean == pytest.approx(exact.mean(), rel=1e-12)
     assert found.deviation == pytest.approx(np.sqrt(exact.var() + 1e-5), rel=1e-8)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("lengths", [None, [16000, 500, 7]])
+def test_each_clip_of_a_batch_is_normalised_by_its_own_samples(
+    lengths: list[int] | None, traced: bool
+) -> None:
+    expected = np.zeros_like(CLIPS)
+    for row, clip, count in zip(expected, CLIPS, lengths or [16000] * 3, strict=True):
+        row[:count] = inputs.Normalization.of(clip[:count], 1e-5)(clip[:count])
+    given = None if lengths is None else mx.array(lengths)
+    source = mx.array(CLIPS)
+    if traced:
+        (got,), (gradient,) = mx.vjp(
+            lambda x: [inputs.normalize_waveform(x, 1e-5, given)], [source], [source]
+        )
+        found = np.asarray(gradient)
+        assert found.any(axis=1).all()
+        for row, count in zip(found, lengths or [16000] * 3, strict=True):
+            assert not row[count:].any()
+    else:
+        got = inputs.normalize_waveform(source, 1e-5, given)
+        assert same(got, expected)
+    np.testing.assert_allclose(np.asarray(got), expected, atol=1e-4)
