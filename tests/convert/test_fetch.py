@@ -613,6 +613,15 @@ def test_what_the_cache_gives_takes_the_place_of_the_part(
     assert path.read_bytes() == CONTENT
 
 
+def test_a_copy_of_the_cache_begins_where_the_part_begins(tmp_path: Path) -> None:
+    (tmp_path / "cached").write_bytes(CONTENT)
+    part = tmp_path / "model.pt.part"
+    with part.open("w+b") as file:
+        file.write(b"begun")
+        fetch_module._copy(tmp_path / "cached", part, file)
+    assert part.read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize(("part", "contents"), [(b"begun", [OTHER, CONTENT]), (b"", [OTHER])])
 def test_only_what_was_begun_before_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: bytes, contents: list[bytes]
