@@ -15,6 +15,7 @@ from mlx_contentvec.config import (
     EXTRACTOR_EPS,
     PRESETS,
     V1_LAYER,
+    parameter_shapes,
     require_layer,
     stage_input,
     stage_names,
@@ -114,6 +115,14 @@ def test_a_model_is_not_built_of_what_cannot_be(fields: dict[str, Any]) -> None:
         ContentvecModel(**fields)
 
 
+@pytest.mark.parametrize("config", [*CONFIGS.values(), dataclasses.replace(TINY, final_dim=None)])
+def test_the_parameters_of_a_model_are_the_planned_ones(config: ModelConfig) -> None:
+    from mlx.utils import tree_flatten
+
+    parameters: Any = tree_flatten(ContentvecModel(config).parameters())
+    assert {name: tuple(array.shape) for name, array in parameters} == parameter_shapes(config)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_survives_json(name: str) -> None:
     assert ModelConfig.from_json(CONFIGS[name].to_json()) == CONFIGS[name]
@@ -138,6 +147,7 @@ def test_a_stored_configuration_that_is_no_json_cannot_be_read() -> None:
 def test_the_base_models_frames_are_those_of_fairseq() -> None:
     base = PRESETS["base"]
     assert (base.hop, base.receptive_field) == (320, 400)
+    assert {channels for channels, _, _ in base.conv_layers} == {512}
     counts = [base.frames(samples) for samples in (0, 9, 399, 400, 719, 720, 16000)]
     assert counts == [0, 0, 0, 1, 1, 2, 49]
     # a clip that ends in the middle of the convolutions
