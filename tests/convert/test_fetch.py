@@ -402,6 +402,7 @@ def test_a_server_that_begins_anew_and_always_breaks_off_is_given_up(
     assert len(server.asked("GET /storage")) < 10
     server.faults.clear()
     assert fetch().returncode == 0
+    assert f"cannot download hubert_base.pt from {REPO}" in result.stderr
 
 
 @pytest.mark.parametrize("header", ["Retry-After", "RateLimit"])
