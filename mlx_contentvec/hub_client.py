@@ -298,7 +298,7 @@ def _seconds_to_wait(headers: Mapping[str, str]) -> float:
     said = [float(seconds) for seconds in re.findall(r"\bt=(\d+)", limit)]
     if after.strip().isdecimal():
         said.append(float(after))
-    elif after:
+    else:
         with suppress(ValueError, OverflowError):
             said.append(parsedate_to_datetime(after).timestamp() - time.time())
     return max(said, default=0.0)

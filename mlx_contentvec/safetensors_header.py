@@ -116,7 +116,7 @@ def require_length(length: int, most: int = JSON_BYTES) -> None:
         raise HeaderError(
             "its header is too long",
             found=f"{length:,} bytes",
-            expected=f"at most {JSON_BYTES:,}",
+            expected=f"at most {most:,}",
         )
 
 
@@ -192,5 +192,5 @@ def _place(name: str, entry: Any) -> Place:
 def _brief(value: object) -> str:
     """``value`` on one line of bounded length."""
     # cut first: a list out of a file may be long
-    shown = str(value[:_CHARACTERS] if isinstance(value, (str, list)) else value)
+    shown = str(value[: _CHARACTERS + 1] if isinstance(value, (str, list)) else value)
     return shown if len(shown) <= _CHARACTERS else f"{shown[: _CHARACTERS - 3]}..."

@@ -18,12 +18,14 @@ from click.testing import CliRunner
 
 from mlx_contentvec import files
 from mlx_contentvec.cli import main
-from mlx_contentvec.errors import OutputError
+from mlx_contentvec.errors import OutputError, WeightsError
 from mlx_contentvec.files import (
     TEMPORARY_SUFFIX,
     Draft,
     cannot_write,
+    check_reports,
     check_target,
+    file_state,
     folder_lock,
     is_file,
     is_folder,
@@ -34,6 +36,7 @@ from mlx_contentvec.files import (
     open_regular,
     place,
     remove_leftovers,
+    require_unchanged,
     signals_held,
     sync,
     sync_folder,
@@ -83,6 +86,42 @@ def test_regular_files_are_opened_and_nothing_else(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
         with pytest.raises(ValueError, match="not a regular file"):
             open_regular(path)
+
+
+@pytest.mark.parametrize("change", ["none", "content", "replaced", "removed", "a pipe"])
+def test_a_file_that_changed_since_its_state_was_taken_is_named(
+    tmp_path: Path, change: str
+) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    for one in (path, other):
+        one.write_bytes(b"12")
+    states = {other: file_state(other), path: file_state(path)}
+    if change == "none":
+        require_unchanged(states, WeightsError)
+        return
+    stat = path.stat()
+    if change == "content":  # as a program does that puts the modification time back
+        path.write_bytes(b"21")
+        while path.stat().st_ctime_ns == stat.st_ctime_ns:  # clocks of files have ticks
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    else:
+        path.unlink()
+    if change == "replaced":
+        path.write_bytes(b"12")
+    elif change == "a pipe":
+        os.mkfifo(path)
+    with pytest.raises(WeightsError, match=f"{path} changed while it was being read"):
+        require_unchanged(states, WeightsError)
+
+
+def test_only_a_regular_file_has_a_state(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(ValueError, match="not a regular file"):
+            file_state(path)
+    with pytest.raises(FileNotFoundError):
+        file_state(tmp_path / "nothing")
 
 
 def test_what_is_no_regular_file_is_not_even_opened(
@@ -449,11 +488,48 @@ def test_a_name_too_long_for_the_system_is_an_error_like_others(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("report", "refused"),
+    [
+        ("new.html", None),
+        ("earlier.html", None),
+        ("folder/new.html", None),
+        ("folder/weights.pt", "{root}/folder is what it is made from"),
+        ("folder/deep/down.pt", "{root}/folder is what it is made from"),
+        ("weights.pt", "{root}/weights.pt is what it is made from"),
+        ("link.html", "{root}/weights.pt is what it is made from"),
+        ("second.html", "{root}/weights.pt is what it is made from"),
+        ("first.html", "another one goes there"),
+        ("deep/../first.html", "another one goes there"),
+        ("pipe", "it is a pipe or a device"),
+        ("nowhere/new.html", "the folder {root}/nowhere does not exist"),
+    ],
+)
+def test_a_report_replaces_nothing_but_an_earlier_report(
+    tmp_path: Path, report: str, refused: str | None
+) -> None:
+    for folder in (tmp_path / "folder" / "deep", tmp_path / "deep"):
+        folder.mkdir(parents=True)
+    for name in ("weights.pt", "folder/weights.pt", "folder/deep/down.pt", "earlier.html"):
+        (tmp_path / name).touch()
+    (tmp_path / "link.html").symlink_to("weights.pt")
+    os.link(tmp_path / "weights.pt", tmp_path / "second.html")
+    os.mkfifo(tmp_path / "pipe")
+    reports = [tmp_path / "first.html", tmp_path / report]
+    inputs = [tmp_path / "weights.pt", tmp_path / "folder", tmp_path / "gone.pt"]
+    if refused is None:
+        check_reports(reports, inputs)
+        return
+    with pytest.raises(OutputError) as caught:
+        check_reports(reports, inputs)
+    assert refused.format(root=tmp_path) in str(caught.value)
+
+
 def test_a_report_may_be_written_beside_an_input_that_links_to_itself(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    files.check_reports([tmp_path / "report"], [tmp_path / "loop"])
+    check_reports([tmp_path / "report"], [tmp_path / "loop"])
     with pytest.raises(OutputError, match="is what it is made from"):
-        files.check_reports([tmp_path / "loop"], [tmp_path / "loop"])
+        check_reports([tmp_path / "loop"], [tmp_path / "loop"])
 
 
 def test_a_limit_of_threads_is_no_fault_of_the_program(

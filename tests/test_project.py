@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -310,3 +311,18 @@ def test_a_python_script_says_how_it_is_called(script: Path, need: Any) -> None:
     assert os.access(script, os.X_OK)
     said = run(sys.executable, script, "--help", cwd=PROJECT)
     assert said.startswith(f"usage: {script.name}")
+
+
+def test_what_is_said_of_changes_is_said_of_code_that_is_there() -> None:
+    """Of the tables of ``scripts/mutate.py``: a row of a line that is gone excuses nothing."""
+    mutate = runpy.run_path(str(PROJECT / "scripts" / "mutate.py"))
+    for tests in mutate["TESTS"].values():
+        assert [name for name in tests if not (PROJECT / name).exists()] == []
+    gone = []
+    for name, code, about in mutate["EQUIVALENT"]:
+        source = mutate["Source"](PROJECT / name)
+        changes = (change for change in source.changes() if change.about == about)
+        if not any(source.lines[change.line - 1].strip() == code for change in changes):
+            gone.append((name, code, about))
+    assert gone == []
+    assert {name for name, *_ in mutate["EQUIVALENT"]} <= set(mutate["TESTS"])

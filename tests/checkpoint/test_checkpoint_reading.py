@@ -82,6 +82,9 @@ def assert_same(torch: ModuleType, stored: dict[str, StoredTensor], truth: dict[
         assert found.shape == tuple(expected.shape)
         assert found.read().shape == found.shape
         assert found.read().tobytes() == bits(torch, expected), name
+        numbers = expected.float() if expected.dtype is torch.bfloat16 else expected
+        assert found.numbers().tobytes() == bits(torch, numbers), name
+        assert found.numbers().dtype.itemsize == numbers.element_size()
         if expected.dtype.is_floating_point and expected.element_size() > 1:
             assert bits(torch, torch.from_numpy(found.float32())) == bits(torch, expected.float())
             assert bits(torch, torch.from_numpy(found.float64())) == bits(torch, expected.double())

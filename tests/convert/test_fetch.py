@@ -402,6 +402,7 @@ def test_a_server_that_begins_anew_and_always_breaks_off_is_given_up(
     assert len(server.asked("GET /storage")) < 10
     server.faults.clear()
     assert fetch().returncode == 0
+    assert f"cannot download hubert_base.pt from {REPO}" in result.stderr
 
 
 @pytest.mark.parametrize("header", ["Retry-After", "RateLimit"])
@@ -611,6 +612,15 @@ def test_what_the_cache_gives_takes_the_place_of_the_part(
     found = fetch_module._fetch_file(SMALL, path, force=False, progress=None)
     assert (found.name, found.sha256, len(left)) == ("model.pt", SMALL.sha256, 1)
     assert path.read_bytes() == CONTENT
+
+
+def test_a_copy_of_the_cache_begins_where_the_part_begins(tmp_path: Path) -> None:
+    (tmp_path / "cached").write_bytes(CONTENT)
+    part = tmp_path / "model.pt.part"
+    with part.open("w+b") as file:
+        file.write(b"begun")
+        fetch_module._copy(tmp_path / "cached", part, file)
+    assert part.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(("part", "contents"), [(b"begun", [OTHER, CONTENT]), (b"", [OTHER])])

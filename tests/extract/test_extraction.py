@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -502,6 +502,81 @@ def test_a_batch_is_written_while_the_next_is_computed(
     monkeypatch.setattr(extraction, "_keep", waiting)
     assert extraction.run(jobs).extracted == 2
     assert waited == [True, True]
+
+
+def test_few_batches_wait_to_be_written(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 8
+    extraction, jobs = extraction_of(model, tmp_path, most + 4, batch_seconds=0)
+    features, keep = extraction._features, extraction._keep
+    full = threading.Event()
+    passes: list[int] = []
+    computed_meanwhile: list[int] = []
+
+    def counting(waveforms: Any, progress: Any) -> Any:
+        passes.append(len(waveforms))
+        if len(passes) == most + 1:
+            full.set()
+        return features(waveforms, progress)
+
+    def waiting(made: Any) -> None:
+        if not computed_meanwhile:
+            full.wait(20)
+            time.sleep(0.1)
+            computed_meanwhile.append(len(passes))
+        keep(made)
+
+    monkeypatch.setattr(extraction, "_features", counting)
+    monkeypatch.setattr(extraction, "_keep", waiting)
+    assert extraction.run(jobs).extracted == most + 4
+    assert computed_meanwhile == [most + 1]
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(60.0, 4), (59.0, 4), (61.0, 3), (0.0, 65)])
+def test_two_minutes_and_few_files_are_decoded_ahead(
+    model: ContentvecModel, tmp_path: Path, seconds: float, taken: int
+) -> None:
+    extraction = Extraction(model, SETTINGS, Manifest(tmp_path))
+    asked: list[int] = []
+
+    def batched() -> Iterator[list[Job]]:
+        for number in range(100):
+            asked.append(number)
+            yield [Job(f"{number}.wav", f"{number}.npy", seconds)]
+
+    decoded = extraction._decoded(batched())
+    for done in range(3):
+        ((job, error),) = next(decoded)
+        assert job.source == f"{done}.wav" and isinstance(error, AudioError)
+        assert len(asked) == taken + done
+    decoded.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "threads"),
+    [("cpu", 64, 1), ("cuda", 64, 8), ("metal", 2, 2), ("cuda", None, 1)],
+)
+def test_a_gpu_has_several_threads_decode_for_it(
+    model: ContentvecModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    cores: int | None,
+    threads: int,
+) -> None:
+    started: list[int] = []
+    pool = run_module.ThreadPoolExecutor
+
+    def start(count: int, **options: Any) -> Any:
+        started.append(count)
+        return pool(count, **options)
+
+    monkeypatch.setattr(run_module, "ThreadPoolExecutor", start)
+    monkeypatch.setattr("mlx_contentvec.backend.device_kind", lambda: device)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert list(Extraction(model, SETTINGS, Manifest(tmp_path))._decoded([])) == []
+    assert started == [threads]
 
 
 def test_what_has_been_computed_is_written_when_a_run_is_interrupted(

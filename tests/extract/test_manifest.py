@@ -137,6 +137,48 @@ def test_a_folder_that_cannot_be_made_is_said(folder: Path) -> None:
         pass
 
 
+def test_a_source_that_was_touched_is_noted_once_and_not_read_again(
+    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(folder, source)
+    listed = (folder / ".mlx-contentvec.jsonl").read_bytes()
+    for touched in (False, True):
+        if touched:
+            os.utime(source, ns=(1, 1))
+        manifest = Manifest(folder)
+        assert manifest.status("a.npy", source, SETTINGS).state is State.FINISHED
+        for _ in range(2):
+            manifest.note_found_again()
+        more = (folder / ".mlx-contentvec.jsonl").read_bytes().removeprefix(listed)
+        assert more.count(b"\n") == touched
+    (noted,) = (json.loads(line) for line in more.splitlines())
+    assert noted["source"] == identity(source)
+    hashed: list[Path] = []
+
+    def noting(path: Path) -> str:
+        hashed.append(path)
+        return checksum(path)
+
+    monkeypatch.setattr(manifests, "checksum", noting)
+    assert Manifest(folder).status("a.npy", source, SETTINGS).state is State.FINISHED
+    assert hashed == [folder / "a.npy"]
+
+
+def test_a_source_that_was_touched_needs_no_note(
+    folder: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(folder, source)
+    os.utime(source, ns=(1, 1))
+    manifest = Manifest(folder)
+    manifest.status("a.npy", source, SETTINGS)
+
+    def refuse(*_: object) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(manifest, "add", refuse)
+    manifest.note_found_again()
+
+
 def test_what_is_not_there_is_to_be_made(folder: Path, source: Path) -> None:
     assert status(folder, source) == (State.PENDING, "")
 

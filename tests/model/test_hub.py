@@ -1064,11 +1064,12 @@ def test_a_download_is_broken_off_past_what_it_may_have(monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert hub_client.download(REPO, "config.json") == Path("/cache/config.json")
     bars[0].update(2**26 - 1)
-    bars[0].update(None)
+    for nothing in (None, *[0] * 9):
+        bars[0].update(nothing)
     bars[0].update(1)
     with pytest.raises(HubError, match="it does not end"):
         bars[0].update(1)
-    for _ in range(hub_client.MOST_TURNS):
+    for _ in range(5):
         bars[0].update(-9)
     with pytest.raises(HubError, match="the connection always breaks off"):
         bars[0].update(-9)
@@ -1349,20 +1350,22 @@ def test_a_paper_without_end_is_broken_off(server: HubServer, resolved: Run) -> 
 
 
 @pytest.mark.parametrize(
-    ("pieces", "given_up"),
+    ("seconds", "pieces", "given_up"),
     [
-        ([1 << 16] * 5, False),
-        ([1 << 16, (1 << 16) - 1], True),
-        ([1, 1 << 16, 1], False),  # of 40 seconds each
-        ([1 << 20, 1, 1, 1], True),
+        (61, [1 << 16] * 5, False),
+        (61, [1 << 16, (1 << 16) - 1], True),
+        (40, [1, 1 << 16, 1], False),
+        (60, [1, 1 << 16, 1], False),
+        (61, [1, 1 << 16, 1], True),
+        (61, [1 << 20, 1, 1, 1], True),
     ],
 )
 def test_what_a_minute_brings_decides(
-    pieces: list[int], given_up: bool, monkeypatch: pytest.MonkeyPatch
+    seconds: int, pieces: list[int], given_up: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub.utils import get_session
 
-    clock = iter(np.cumsum([0] + [40 if pieces[0] == 1 else 61] * len(pieces)))
+    clock = iter(seconds * np.arange(1 + len(pieces)))
     monkeypatch.setattr(hub_client.time, "monotonic", lambda: next(clock))
     made = answer_of(*pieces)
     with hub_client.plain_words(REPO, "download"):
@@ -1382,6 +1385,20 @@ def answer_of(*pieces: int, status: int = 200, **headers: str) -> Any:
 
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     return SimpleNamespace(headers=names, status_code=status, iter_raw=read, iter_bytes=read)
+
+
+@pytest.mark.parametrize("most", [None, 16, 15])
+def test_a_description_may_be_as_long_as_was_said(most: int | None) -> None:
+    from huggingface_hub.utils import get_session
+
+    with hub_client.plain_words(REPO, "look at", most=most):
+        made = answer_of(8, 8)
+        get_session().event_hooks["response"][-1](made)
+        if most == 15:
+            with pytest.raises(HubError, match="more than 15 bytes"):
+                list(made.iter_bytes())
+        else:
+            assert sum(map(len, made.iter_bytes())) == 16
 
 
 def test_each_thread_looks_at_its_own_answers() -> None:

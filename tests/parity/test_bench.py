@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,10 +24,13 @@ from contentvec_parity.bench import worker as bench_worker
 from contentvec_parity.bench.measure import Engine, Settings, Worker, operations
 from contentvec_parity.bench.onnx_file import write_onnx
 from contentvec_parity.commands.bench import beside
+from mlx_contentvec import memory
 from mlx_contentvec.cli import main
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import MissingDependency, ParityError
+from mlx_contentvec.inputs import Normalization
 from tests.forks import run_command
+from tests.small_models import LARGE, TINY, noise, random_weights_file
 
 SETTINGS = Settings(lengths=(0.2,), repeats=2, starts=1)
 
@@ -144,6 +149,134 @@ def features(monkeypatch: Any) -> dict[str, Any]:
 
     monkeypatch.setattr(bench, "Worker", Recorded)
     return found
+
+
+@dataclasses.dataclass
+class Process:
+    """A worker that computes nothing: how it is started, and answers of the right form."""
+
+    work: dict[str, Any]
+    env: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.stdin = self.stdout = self
+
+    def write(self, request: str) -> None:
+        if file := json.loads(request)["save"]:
+            np.save(file, np.ones((1, 9, 4), np.float32))
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def readline(self) -> str:
+        return json.dumps({"wall": 1.0, "cpu": 1.0, "memory": 1, "process_peak": 1})
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
+    """The workers that are started."""
+    started: list[Process] = []
+
+    def start(command: list[str], env: dict[str, str], **_: Any) -> Process:
+        started.append(Process(json.loads(command[-1]), env))
+        return started[-1]
+
+    fake = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(bench, "subprocess", fake)
+    monkeypatch.setattr(Worker, "close", lambda _: 1.0)  # there is no process to end
+    return started
+
+
+@pytest.mark.parametrize(
+    ("config", "eps"),
+    [
+        (TINY, None),
+        (dataclasses.replace(LARGE, normalize_eps=1e-5), 1e-5),
+        (dataclasses.replace(LARGE, normalize_eps=1e-7), 1e-7),
+    ],
+)
+def test_every_engine_normalises_by_the_epsilon_of_the_configuration(
+    config: ModelConfig,
+    eps: float | None,
+    processes: list[Process],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "_require_installed", lambda _: None)
+    metadata = {"config": config.to_json(), "source": "{}"}
+    monkeypatch.setattr(bench, "read_metadata", lambda _: metadata)
+    converted = random_weights_file(tmp_path / "model.safetensors", config)
+    options: dict[str, Any] = {"beside": ["torch-compile"], "with_errors": False}
+    bench.bench(tmp_path, [converted], SETTINGS, **options)
+    assert {process.work["engine"] for process in processes} == {"mlx", "torch-compile", "floor"}
+    assert {process.work["normalize_eps"] for process in processes} == {eps}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "others", "written"),
+    [
+        ("a file", "", ""),
+        ("a file", "fairseq", ""),
+        ("a file", "transformers", "for transformers"),
+        ("a file", "fairseq openvino", "for transformers, onnx"),
+        ("a folder", "transformers fairseq torch-compile", ""),
+        ("a folder", "onnxruntime", "onnx"),
+        ("a folder", "openvino", "onnx"),
+    ],
+)
+def test_weights_are_exported_for_what_cannot_read_the_checkpoint(
+    checkpoint: str,
+    others: str,
+    written: str,
+    processes: list[Process],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exports: list[str] = []
+    metadata = {"config": TINY.to_json(), "source": "{}"}
+    given = converted = random_weights_file(tmp_path / "model.safetensors", TINY)
+    if checkpoint == "a folder":
+        given = tmp_path
+
+    def export(source: Path, output: Path, to: str) -> Any:
+        assert source == converted
+        exports.append(f"for {to}")
+        output.mkdir()
+        return SimpleNamespace(path=output)
+
+    def export_onnx(folder: Path, path: Path) -> None:
+        assert (folder == given) == (checkpoint == "a folder")
+        exports.append("onnx")
+        path.touch()
+
+    monkeypatch.setattr("contentvec_convert.export.export", export)
+    monkeypatch.setattr(onnx_file, "write_onnx", export_onnx)
+    monkeypatch.setattr(bench, "_require_installed", lambda _: None)
+    monkeypatch.setattr(bench, "read_metadata", lambda _: metadata)
+    monkeypatch.setattr("contentvec_parity.references.available", lambda _: True)
+    bench.bench(given, [converted], SETTINGS, beside=others.split(), with_errors=False)
+    assert exports == (written.split(", ") if written else [])
+    started = {process.work["engine"] for process in processes}
+    expected = {"mlx", "floor", *others.split()}
+    assert started == expected - ({"fairseq"} if checkpoint == "a folder" else set())
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-7])
+def test_the_others_are_given_clips_normalised_as_mlx_normalises_them(eps: float) -> None:
+    # quiet enough for the epsilon to count
+    source = np.stack([noise(4000), noise(4000, 8)]) * np.float32(1e-3)
+    given = bench_worker._as_wanted(source, {"normalize_eps": eps})
+    expected = np.stack([Normalization.of(clip, eps)(clip) for clip in source])
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-4)
+    other = bench_worker._as_wanted(source, {"normalize_eps": eps / 10})
+    assert np.abs(given - other).max() > 0.05
+    assert bench_worker._as_wanted(source, {"normalize_eps": None}) is source
+
+
+def test_a_worker_has_the_variables_that_it_is_given(processes: list[Process]) -> None:
+    Worker(Engine("MLX", "mlx", Path()), SETTINGS, {"MLX_CONTENTVEC_SUMS": "plain"})
+    assert processes[0].env["MLX_CONTENTVEC_SUMS"] == "plain"
+    assert processes[0].env["PATH"] == os.environ["PATH"]
 
 
 def test_an_engine_with_other_features_than_mlx_is_refused(features: dict[str, Any]) -> None:
@@ -507,3 +640,31 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(
     done = CliRunner().invoke(main, [*command, "--lengths", "1", option, value])
     assert done.exit_code == 1
     assert said in done.output
+
+
+def test_threads_lengths_and_batches_may_be_as_large_as_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    needed = memory.whole_clip_bytes(TINY, 16000, 3)
+    monkeypatch.setattr(memory, "process_memory", lambda: needed)
+    frame = TINY.receptive_field / TINY.sample_rate
+    possible = Settings(threads=4, lengths=(frame, 1.0), batches=(1, 3))
+    bench._require_possible(possible, TINY)
+    for changes, said in (
+        ({"threads": 5}, "more threads than this machine"),
+        ({"lengths": (1.0, frame - 1 / 16000)}, "too short to give one frame"),
+        ({"batches": (1, 4)}, "4 x 1 s do not fit into memory"),
+        ({"lengths": (frame, 1.1)}, "3 x 1.1 s do not fit into memory"),
+        # the samples alone
+        ({"batches": (needed // 64000 + 1,)}, "do not fit into memory"),
+    ):
+        impossible = dataclasses.replace(possible, **changes)
+        with pytest.raises(ParityError, match=said):
+            bench._require_possible(impossible, TINY)
+    # where the system does not tell
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    monkeypatch.setattr(memory, "process_memory", lambda: None)
+    bench._require_possible(Settings(batches=(1000,)), TINY)
+    with pytest.raises(ParityError, match="more threads"):
+        bench._require_possible(Settings(threads=2), TINY)

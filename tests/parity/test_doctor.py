@@ -162,6 +162,38 @@ def test_a_step_that_fails_is_said_with_its_own_words(monkeypatch: pytest.Monkey
     assert "could not measure: standin failed (no space left)" in done.stdout
 
 
+@pytest.mark.parametrize("sums", ["short", "plain"])
+def test_a_step_runs_with_the_variables_that_it_is_given(
+    sums: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "subprocess", SimpleNamespace(run=run_command))
+    monkeypatch.setenv("MLX_CONTENTVEC_SUMS", "plain")
+    given = {"MLX_CONTENTVEC_SUMS": sums}
+    said = json.loads(doctor._run("doctor", "--json", "-", environment=given))
+    assert said["device"]["sums"] == sums
+    if sums == "short":
+        said = json.loads(doctor._run("doctor", "--json", "-"))
+        assert said["device"]["sums"] == "plain"
+
+
+@pytest.mark.parametrize(("kind", "lengths"), [("cpu", ["1", "10"]), ("cuda", ["1", "10", "30"])])
+def test_what_is_timed_runs_with_the_variables_that_it_is_given(
+    kind: str, lengths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+
+    def start(*given: Any) -> Any:
+        started.append(given)
+        return SimpleNamespace(run=lambda length: {"wall": length}, close=lambda: None)
+
+    monkeypatch.setattr(doctor, "Worker", start)
+    times = doctor._times(Path("model"), kind, {"MLX_CONTENTVEC_SUMS": "plain"})
+    assert list(times) == lengths
+    ((_, settings, variables),) = started
+    assert settings.device == ("cpu" if kind == "cpu" else "gpu")
+    assert variables == {"MLX_CONTENTVEC_SUMS": "plain"}
+
+
 def test_the_command_is_one_of_the_commands(run_cli: Callable[..., Any]) -> None:
     done = run_cli("doctor", "--help")
     assert done.returncode == 0
