@@ -175,11 +175,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if -> if True",
     ): "the search for a name that occurs twice finds none",
     (
-        "mlx_contentvec/json_text.py",
-        "if _ESCAPED_SURROGATE.search(raw):",
-        "if -> if True",
-    ): "UTF-8 has no surrogates: what escapes none is written again without an error",
-    (
         "mlx_contentvec/extract/manifest.py",
         "if output not in self._packed:",
         "if -> if True",

@@ -112,6 +112,7 @@ def test_halves_of_characters_are_refused_and_whole_ones_are_not() -> None:
     for text in ('{"a": "\\ud83d"}', '{"\\ude00": 1}'):
         with pytest.raises(JsonError, match="half of a character"):
             parse_object(text)
+    assert parse_object('{"a": "\\udc82.wav"}', surrogates=True) == {"a": "\udc82.wav"}
 
 
 @pytest.mark.parametrize(
