@@ -844,9 +844,10 @@ def test_a_file_that_is_full_says_so_and_nothing_more_when_it_is_closed() -> Non
             closed.append(True)
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OutputError, match=r"cannot write model\.pt\.part: No space left"):
-        fetch_module._Bounded(Full(), SMALL, Path("model.pt.part"), 9).write(b"x")
-    closed.clear()
-    with fetch_module._closed_quietly(Full()):
-        pass
+    file = Full()
+    with (
+        fetch_module._closed_quietly(file),
+        pytest.raises(OutputError, match=r"cannot write model\.pt\.part: No space left"),
+    ):
+        fetch_module._Bounded(file, SMALL, Path("model.pt.part"), 9).write(b"x")
     assert closed
