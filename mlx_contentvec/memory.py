@@ -265,7 +265,7 @@ def bounded(max_memory: int | None = None, needed: int = 0) -> Iterator[None]:
         _within += 1
         limit = limit_of(max_memory)
         live = mx.get_active_memory()
-        if live > _settled + _LEAVINGS:
+        if _within == 1 and live > _settled + _LEAVINGS:
             # Results can be read before MLX's own thread has let go of what they were made from,
             # 100 MB of one pass in some 500. To wait for that before every pass costs 10 %.
             mx.synchronize()

@@ -48,11 +48,10 @@ def from_numpy(x: npt.NDArray[Any]) -> mx.array:
     # would be fetched before, and sent after
     taken = mx.zeros(x.shape)
     shared = np.asarray(taken)
-    if library.cuMemcpy(data_pointer(shared), data_pointer(x), x.nbytes):
-        return mx.array(x)
+    refused = library.cuMemcpy(data_pointer(shared), data_pointer(x), x.nbytes)
     # MLX's streams do not wait for the one in which the last of it may still be on its way
-    library.cuStreamSynchronize(None)
-    return taken
+    refused = refused or library.cuStreamSynchronize(None)
+    return mx.array(x) if refused else taken
 
 
 def _copy_by_driver(shared: npt.NDArray[Any]) -> npt.NDArray[Any] | None:

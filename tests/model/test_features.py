@@ -584,6 +584,10 @@ def test_what_the_pass_before_has_not_let_go_of_is_waited_for(
         gpu.live += gpu.leavings + (more << 20)
         with memory.bounded(100):
             assert (gpu.limit, gpu.waits) == ((live << 20) + 100, waits)
+            gpu.live += 9 << 20
+            with memory.bounded(100):  # another thread's: what is live may be in work
+                assert gpu.waits == waits
+            gpu.live -= 9 << 20
 
 
 @pytest.mark.parametrize(

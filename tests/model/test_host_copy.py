@@ -20,20 +20,21 @@ LARGE = noise(90_000).reshape(300, 300)
 class Driver:
     """Copies as cuMemcpy does, or refuses; notes what it copied."""
 
-    def __init__(self, result: int = 0) -> None:
+    def __init__(self, result: int = 0, arrives: bool = True) -> None:
         self.result = result
+        self.arrives = arrives
         self.copied: list[int] = []
         self.waited: list[int] = []
 
     def cuMemcpy(self, to: int, source: int, size: int) -> int:  # noqa: N802
         if not self.result:
-            ctypes.memmove(to, source, size)
+            ctypes.memmove(to, source, size if self.arrives else 8)
             self.copied.append(size)
         return self.result
 
     def cuStreamSynchronize(self, stream: None) -> int:  # noqa: N802
         self.waited.append(len(self.copied))
-        return 0
+        return 0 if self.arrives else 700
 
 
 @pytest.fixture
@@ -106,7 +107,12 @@ def test_the_driver_copies_a_waveform_and_is_waited_for(driver: Driver) -> None:
     assert driver.copied == [LARGE.nbytes]
 
 
-@pytest.mark.parametrize("driver", [Driver(201), None], indirect=True, ids=["refuses", "none"])
+@pytest.mark.parametrize(
+    "driver",
+    [Driver(201), Driver(arrives=False), None],
+    indirect=True,
+    ids=["refuses", "fails", "none"],
+)
 def test_without_the_driver_the_waveform_is_the_same(driver: Driver | None) -> None:
     assert np.array_equal(np.asarray(host_copy.from_numpy(LARGE)), LARGE)
 
