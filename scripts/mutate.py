@@ -185,6 +185,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "raise -> pass",
     ): "the draft cannot be made in that folder either, and says so in the same words",
     (
+        "mlx_contentvec/extract/run.py",
+        "if settings.window is None or settings.overlap is None:",
+        "or -> and",
+    ): "both are given or neither",
+    (
         "parity/contentvec_parity/compare/soundness.py",
         'if not abs(clip["seconds"] - length) <= _SLACK * length:',
         "<= -> <",

@@ -397,8 +397,6 @@ class Extraction:
                 except WeightsError as error:
                     self._fail(job, error)
                     continue
-                if not self._is_free(job):
-                    continue
                 path = self.manifest.folder / job.output
                 try:
                     with self._unless_of_its_name(job):
@@ -407,7 +405,7 @@ class Extraction:
                 except OutputError as error:
                     failed = error
                     break
-            # once more: writing takes its time, and a record says what is ours
+            # after they are written, which takes its time: a record says what is ours
             whole = [one for one in whole if self._is_free(one[0])]
             self.manifest.add(*(record for _, _, record in whole))
             for job, draft, record in whole:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -792,7 +793,7 @@ def test_a_file_that_appears_meanwhile_is_kept(
     assert "appeared while it was being written" in summary.failed[0].reason
     assert (tmp_path / "out/a.npy").exists() and summary.extracted == 1
     monkeypatch.undo()
-    with pytest.raises(OutputError, match="not of this run"):
+    with pytest.raises(OutputError, match=r"1 output in .* is not of this run"):
         run(model, tmp_path / "out", [tmp_path / "b.wav"])
     run(model, tmp_path / "out", [tmp_path / "b.wav"], force=True)
     assert np.load(theirs).ndim == 2
@@ -1226,6 +1227,28 @@ def test_summaries_add_up() -> None:
     total = Summary.joined(json.loads(json.dumps([first.to_dict(), second.to_dict()])))
     assert (total.extracted, total.audio_seconds, total.wall_seconds) == (3, 7.0, 5.0)
     assert (total.seams, total.seam_max, total.ranks) == (3, 0.3, 2)
+
+
+def test_one_by_one_keeps_the_order(model: ContentvecModel) -> None:
+    jobs = [Job(f"{n}.wav", f"{n}.npy", n) for n in (3.0, 1.0, 2.0)]
+    one_by_one: Any = SimpleNamespace(batch_seconds=0.0, model=model, _padding=lambda: "fairseq")
+    assert Extraction._batches(one_by_one, jobs) == [[job] for job in jobs]
+
+
+def test_what_is_queued_is_not_decoded_for_nobody() -> None:
+    read: list[Job] = []
+
+    def slowly(job: Job, stop: threading.Event) -> AudioError:
+        read.append(job)
+        time.sleep(0.02)
+        return AudioError("a clip")
+
+    jobs = [Job(f"{n}.wav", f"{n}.npy", 0.0) for n in range(60)]
+    decoding: Any = SimpleNamespace(_read=slowly)
+    found: Any = Extraction._decoded(decoding, ([job] for job in jobs))
+    next(found)
+    found.close()
+    assert len(read) < 50
 
 
 # ---- windows ----------------------------------------------------------------------
