@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 from tests.forks import run_python
+from tests.optional import optional
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE_ROOTS = (PROJECT, PROJECT / "convert", PROJECT / "parity")
@@ -42,22 +43,8 @@ for _variable in (
 ):
     os.environ.pop(_variable, None)
 
-#: set by scripts/test: an optional package that is missing is a failure, not a skip
-REQUIRE_ALL = os.environ.get("MLX_CONTENTVEC_REQUIRE_ALL") == "1"
-
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 Shared = Callable[[str, Callable[[Path], object]], Path]
-
-
-def optional(module: str, how_to_get_it: str) -> ModuleType:
-    """Import what only some tests need: skip, or fail under REQUIRE_ALL, saying how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        reason = f"needs {module} ({error}): {how_to_get_it}"
-    if REQUIRE_ALL:
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,18 +14,18 @@ import pytest
 
 from tests.attack_corpus import LIMITS, cases
 from tests.limited import MIB, Limits, Make, Work, serve, watch
+from tests.optional import ffmpeg_program
 
 for _needed in ("av", "torch", "transformers"):
     # looked for, not imported: the processes with limits import this file
     if importlib.util.find_spec(_needed) is None:
         pytest.skip(f"needs {_needed}: scripts/test installs it", allow_module_level=True)
-if shutil.which("ffmpeg") is None:
-    pytest.skip("needs ffmpeg, which makes the good files", allow_module_level=True)
 
 
 @pytest.fixture(scope="session")
 def seeds(shared: Callable[..., Path]) -> Path:
     """The good files of ``hostile_seeds``, which no case changes."""
+    ffmpeg_program()
     from contentvec_parity.standin.weights import PRESETS
     from tests.hostile_seeds import LEAST, make_seeds
 

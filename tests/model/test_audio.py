@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from mlx_contentvec import audio
 from mlx_contentvec.audio import RESAMPLER, as_waveform, guess_seconds, read_audio, require_decoders
 from mlx_contentvec.errors import AudioError, MissingDependency
+from tests.optional import ffmpeg_program
 
 pytest.importorskip("av", reason="audio files need PyAV: pip install 'mlx-contentvec[audio]'")
 soundfile = pytest.importorskip(
@@ -77,12 +77,11 @@ def test_other_formats_hold_the_same_tone(tmp_path: Path, suffix: str) -> None:
     assert np.abs(clip.waveform[inner] - expected[inner]).max() < 0.02
 
 
-@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="making an m4a needs an ffmpeg on the PATH")
 def test_an_m4a_of_an_odd_name_is_read(tmp_path: Path) -> None:
     source = written(tmp_path / "a.wav", tone(1.0, rate=44100, channels=2), 44100)
     m4a = tmp_path / "-odd name: 1%.m4a"
     subprocess.run(
-        ["ffmpeg", "-nostdin", "-v", "error", "-i", source, "-c:a", "aac", f"file:{m4a}"],
+        [ffmpeg_program(), "-nostdin", "-v", "error", "-i", source, "-c:a", "aac", f"file:{m4a}"],
         check=True,
     )
     clip = read_audio(m4a)
