@@ -103,7 +103,7 @@ def _local_rank(environment: Mapping[str, str]) -> int | None:
         hosts = json.loads(Path(environment["MLX_HOSTFILE"]).read_text())
         machines = [addresses[0].rpartition(":")[0] for addresses in hosts]
         return machines[:rank].count(machines[rank])
-    except (KeyError, ValueError, OSError, IndexError, TypeError, AttributeError):
+    except (KeyError, ValueError, OSError, IndexError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -1188,6 +1187,8 @@ def test_each_process_has_a_gpu_of_its_machine(
     found = own_gpu({**environment, "MLX_HOSTFILE": str(tmp_path / "hosts")}, tmp_path)
     assert found == ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     assert own_gpu({"MLX_RANK": "1"}, tmp_path) == {}
+    (tmp_path / "hosts").write_text("[" * 100_000)
+    assert own_gpu({"MLX_RANK": "1", "MLX_HOSTFILE": str(tmp_path / "hosts")}, tmp_path) == {}
 
 
 @given(st.lists(st.integers(0, 10**9), max_size=60), st.integers(1, 9))
@@ -1229,13 +1230,16 @@ def test_summaries_add_up() -> None:
     assert (total.seams, total.seam_max, total.ranks) == (3, 0.3, 2)
 
 
-def test_one_by_one_keeps_the_order(model: ContentvecModel) -> None:
+def test_one_by_one_keeps_the_order(model: ContentvecModel, tmp_path: Path) -> None:
     jobs = [Job(f"{n}.wav", f"{n}.npy", n) for n in (3.0, 1.0, 2.0)]
-    one_by_one: Any = SimpleNamespace(batch_seconds=0.0, model=model, _padding=lambda: "fairseq")
-    assert Extraction._batches(one_by_one, jobs) == [[job] for job in jobs]
+    settings = dataclasses.replace(SETTINGS, padding="fairseq")
+    extraction = Extraction(model, settings, Manifest(tmp_path), batch_seconds=0)
+    assert extraction._batches(jobs) == [[job] for job in jobs]
 
 
-def test_what_is_queued_is_not_decoded_for_nobody() -> None:
+def test_what_is_queued_is_not_decoded_for_nobody(
+    model: ContentvecModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[Job] = []
 
     def slowly(job: Job, stop: threading.Event) -> AudioError:
@@ -1244,8 +1248,9 @@ def test_what_is_queued_is_not_decoded_for_nobody() -> None:
         return AudioError("a clip")
 
     jobs = [Job(f"{n}.wav", f"{n}.npy", 0.0) for n in range(60)]
-    decoding: Any = SimpleNamespace(_read=slowly)
-    found: Any = Extraction._decoded(decoding, ([job] for job in jobs))
+    extraction = Extraction(model, SETTINGS, Manifest(tmp_path))
+    monkeypatch.setattr(extraction, "_read", slowly)
+    found: Any = extraction._decoded([job] for job in jobs)
     next(found)
     found.close()
     assert len(read) < 50

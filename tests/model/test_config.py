@@ -26,18 +26,10 @@ from tests.small_models import DEEP, LARGE, MULTILINGUAL, TINY
 SPEAKER = dataclasses.replace(TINY, encoder_layers_1=2, speaker_dim=8)
 CONFIGS = {"base": TINY, "large": LARGE, "batch norm": MULTILINGUAL, "speaker": SPEAKER}
 
+FIELDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 #: the whole numbers of a configuration that are one or more
-SIZES = (
-    "encoder_embed_dim",
-    "encoder_ffn_embed_dim",
-    "encoder_layers",
-    "encoder_attention_heads",
-    "conv_pos",
-    "conv_pos_groups",
-    "speaker_dim",
-    "sample_rate",
-)
-SWITCHES = ("conv_bias", "layer_norm_first", "conv_pos_batch_norm", "normalize")
+SIZES = [name for name, kind in FIELDS.items() if kind == "int" and name != "encoder_layers_1"]
+SWITCHES = [name for name, kind in FIELDS.items() if kind == "bool"]
 
 #: what is changed of a possible configuration -> what is said of it
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [

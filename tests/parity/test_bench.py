@@ -181,10 +181,18 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
         started.append(Process(json.loads(command[-1]), env))
         return started[-1]
 
+    monkeypatch.setattr(bench, "_require_installed", lambda _: None)
     fake = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE)
     monkeypatch.setattr(bench, "subprocess", fake)
     monkeypatch.setattr(Worker, "close", lambda _: 1.0)  # there is no process to end
     return started
+
+
+def random_weights_of(config: ModelConfig, folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """A file of random weights, and what the bench reads of a converted one's metadata."""
+    metadata = {"config": config.to_json(), "source": "{}"}
+    patch.setattr(bench, "read_metadata", lambda _: metadata)
+    return random_weights_file(folder / "model.safetensors", config)
 
 
 @pytest.mark.parametrize(
@@ -202,10 +210,7 @@ def test_every_engine_normalises_by_the_epsilon_of_the_configuration(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench, "_require_installed", lambda _: None)
-    metadata = {"config": config.to_json(), "source": "{}"}
-    monkeypatch.setattr(bench, "read_metadata", lambda _: metadata)
-    converted = random_weights_file(tmp_path / "model.safetensors", config)
+    converted = random_weights_of(config, tmp_path, monkeypatch)
     options: dict[str, Any] = {"beside": ["torch-compile"], "with_errors": False}
     bench.bench(tmp_path, [converted], SETTINGS, **options)
     assert {process.work["engine"] for process in processes} == {"mlx", "torch-compile", "floor"}
@@ -233,8 +238,7 @@ def test_weights_are_exported_for_what_cannot_read_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exports: list[str] = []
-    metadata = {"config": TINY.to_json(), "source": "{}"}
-    given = converted = random_weights_file(tmp_path / "model.safetensors", TINY)
+    given = converted = random_weights_of(TINY, tmp_path, monkeypatch)
     if checkpoint == "a folder":
         given = tmp_path
 
@@ -251,8 +255,6 @@ def test_weights_are_exported_for_what_cannot_read_the_checkpoint(
 
     monkeypatch.setattr("contentvec_convert.export.export", export)
     monkeypatch.setattr(onnx_file, "write_onnx", export_onnx)
-    monkeypatch.setattr(bench, "_require_installed", lambda _: None)
-    monkeypatch.setattr(bench, "read_metadata", lambda _: metadata)
     monkeypatch.setattr("contentvec_parity.references.available", lambda _: True)
     bench.bench(given, [converted], SETTINGS, beside=others.split(), with_errors=False)
     assert exports == (written.split(", ") if written else [])
