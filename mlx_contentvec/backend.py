@@ -132,23 +132,29 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
         import mlx.core as core
         import mlx.nn as layers
     except ImportError as error:
-        if importlib.util.find_spec("mlx") is None:
-            hint = "pip install mlx"
-        elif sys.platform == "linux":
-            hint = "MLX on Linux needs one backend, cpu, cuda12 or cuda13:\n" + install_hint("cpu")
-        else:
-            hint = "reinstall MLX: pip install --force-reinstall mlx"
-        hint = import_hint(error, hint)
-        if is_out_of_memory(error) and address_space() < math.inf and _has_linux_backend("cuda"):
-            hint = "CUDA takes addresses for all memory there is: ulimit -v unlimited"
-        elif "no CUDA-capable device" in str(error):
-            visible = printable(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))[:80]
-            hint = (
-                f"this process sees no GPU (CUDA_VISIBLE_DEVICES: {visible}). Under mlx.launch "
-                "each process has one of its own; without a GPU:\n" + install_hint("cpu")
-            )
-        raise BackendError(f"MLX cannot be imported: {error}", hint=hint) from error
+        raise BackendError(
+            f"MLX cannot be imported: {error}", hint=_mlx_import_hint(error)
+        ) from error
     return core, layers, openblas
+
+
+def _mlx_import_hint(error: ImportError) -> str:
+    """What to do about MLX that cannot be imported."""
+    if is_out_of_memory(error) and address_space() < math.inf and _has_linux_backend("cuda"):
+        return "CUDA takes addresses for all memory there is: ulimit -v unlimited"
+    if "no CUDA-capable device" in str(error):
+        visible = printable(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))[:80]
+        return (
+            f"this process sees no GPU (CUDA_VISIBLE_DEVICES: {visible}). Under mlx.launch "
+            "each process has one of its own; without a GPU:\n" + install_hint("cpu")
+        )
+    if importlib.util.find_spec("mlx") is None:
+        install = "pip install mlx"
+    elif sys.platform == "linux":
+        install = "MLX on Linux needs one backend, cpu, cuda12 or cuda13:\n" + install_hint("cpu")
+    else:
+        install = "reinstall MLX: pip install --force-reinstall mlx"
+    return import_hint(error, install)
 
 
 mx, nn, OPENBLAS = _import_mlx()
