@@ -3,7 +3,7 @@
 On CUDA MLX does both through memory that the GPU and the host share, page fault by page fault:
 of a pass over 30 s of audio, whose features are 4.6 MB, that is 3.7 ms of 25 for the result
 (H200, float32), and 1.3 for the waveform, 2.6 for 5 MB of a batch. One copy by the driver takes
-0.8, 0.3 and 0.5.
+0.8, 0.4 and 0.6.
 Source: mlx/backend/cuda/allocator.cpp, ``malloc_async``, ``move_to_unified_memory``.
 """
 
