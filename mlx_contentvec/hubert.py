@@ -49,8 +49,8 @@ class Linear(nn.Linear):
         if bias:
             self.bias = mx.zeros(outputs)
 
-    def __call__(self, x: Array) -> Array:
-        return ops.linear(x, self.weight, self.get("bias"))
+    def __call__(self, x: Array, then_gelu: bool = False) -> Array:
+        return ops.linear(x, self.weight, self.get("bias"), then_gelu)
 
 
 class ConvBlock(nn.Module):
@@ -206,7 +206,9 @@ class EncoderLayer(nn.Module):
         return self._norm(self.final_layer_norm, x + self.feed_forward(x), speaker)
 
     def feed_forward(self, x: Array) -> Array:
-        return self.fc2(ops.gelu(self.fc1(x)))
+        if type(self.fc1) is Linear:
+            return self.fc2(self.fc1(x, then_gelu=True))
+        return self.fc2(ops.gelu(self.fc1(x)))  # quantised, or what somebody put in its place
 
     def __call__(
         self,

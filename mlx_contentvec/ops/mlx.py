@@ -7,6 +7,7 @@ Each form stands with the figure that earned it. A CPU uses these only for what
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from ..backend import device_kind, mx, nn
 from ..config import EPS
-from . import cpu
+from . import cpu, tensor_cores
 from .host_copy import to_numpy
 
 #: whether long float32 sums are taken in parts on a GPU: MLX_CONTENTVEC_SUMS=plain turns
@@ -117,19 +118,38 @@ def gelu(x: mx.array) -> mx.array:
     return _in_one_pass(_gelu, x)
 
 
-def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """A linear layer.
+def _on_tensor_cores(x: mx.array, weight: mx.array) -> bool:
+    """Whether ``tensor_cores.product`` computes a product of float32, in windows of ``x``."""
+    return (
+        device_kind() == "cuda"
+        and SHORT_SUMS
+        and x.dtype == weight.dtype == mx.float32
+        and tensor_cores.is_block_product(math.prod(weight.shape[1:]), len(weight), x.shape[-1])
+        and tensor_cores.works()
+    )
+
+
+def linear(
+    x: mx.array, weight: mx.array, bias: mx.array | None, then_gelu: bool = False
+) -> mx.array:
+    """A linear layer, and its GELU if asked.
 
     x: (..., in)    weight: (out, in)    bias: (out,) or None    returns: (..., out)
     """
     out, inputs = weight.shape
     in_parts = SHORT_SUMS and device_kind() == "metal" and x.dtype == mx.float32
+    if x.size >= tensor_cores.FEW_ROWS * inputs and _on_tensor_cores(x, weight):
+        rows = x.reshape(1, -1, inputs)
+        y = tensor_cores.product(rows, weight.T, bias, 1, 1, then_gelu)
+        return y.reshape(*x.shape[:-1], out)
     if in_parts and inputs > LONG_SUM and inputs % LONG_SUM_PARTS == 0:
         rows = x.reshape(-1, LONG_SUM_PARTS, inputs // LONG_SUM_PARTS).transpose(1, 0, 2)
         matrices = weight.reshape(out, LONG_SUM_PARTS, -1).transpose(1, 2, 0)
         y = (rows @ matrices).sum(axis=0).reshape(*x.shape[:-1], out)
-        return y if bias is None else y + bias
-    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+        y = y if bias is None else y + bias
+    else:
+        y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    return gelu(y) if then_gelu else y
 
 
 def windows(x: mx.array, kernel: int, stride: int) -> mx.array:
@@ -153,8 +173,9 @@ def conv1d(
     x: (batch, time, in)    weight: (out, kernel, in)    bias: (out,) or None
     returns: (batch, (time - kernel) // stride + 1, out)
 
-    On a GPU a float32 convolution is a batched product of its windows, in parts of
-    some inputs (CONV_K_BLOCK) that are added up afterwards. In half precision on CUDA it is one
+    On a GPU a float32 convolution is a product of its windows: on tensor cores where these can
+    be as exact, else a batched one, in parts of some inputs (CONV_K_BLOCK) that are added up
+    afterwards. In half precision on CUDA it is one
     product: cuDNN takes 0.07 ms for the second convolution of 10 s and a product 0.11, but
     cuDNN's needs a plan for every length of a clip, which takes some 20 ms, and MLX keeps
     128 of them (H100).
@@ -163,6 +184,9 @@ def conv1d(
     inputs = kernel * channels
     block = CONV_SHORT_K_BLOCK if inputs <= FEW_INPUTS else CONV_K_BLOCK
     single = x.dtype == mx.float32
+    if _on_tensor_cores(x, weight):
+        matrix = weight.transpose(1, 2, 0).reshape(inputs, out)
+        return tensor_cores.product(x, matrix, bias, kernel, stride, then_gelu)
     if device_kind() == "cpu" or (device_kind() == "metal" and not single):
         y = mx.conv1d(x, weight, stride)
     elif not (SHORT_SUMS and single) or inputs % block:
