@@ -294,7 +294,7 @@ def product(
     bias:    (out,) or None
     returns: (batch, (time - kernel) // stride + 1, out)
 
-    For gradients, ``vmap`` and the like it is a product of MLX's own operations.
+    Its gradient is that of MLX's own operations.
     """
     function, no_bias = _product(kernel, stride, then_gelu)
     return function(x, weight, no_bias if bias is None else bias)
@@ -342,10 +342,6 @@ def _product(kernel: int, stride: int, then_gelu: bool) -> tuple[Any, mx.array]:
     def vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         return tuple(mx.vjp(plain, list(primals), [cotangent])[1])
 
-    def vmap(inputs: Sequence[mx.array], axes: Sequence[int | None]) -> tuple[mx.array, int]:
-        return mx.vmap(plain, in_axes=tuple(axes))(*inputs), 0
-
     function = mx.custom_function(on_tensor_cores)
     function.vjp(vjp)
-    function.vmap(vmap)
     return function, no_bias

@@ -103,7 +103,7 @@ def test_a_product_of_what_does_not_lie_as_it_is_copied(numbers):
 
 
 class Recorder:
-    """In the place of the kernel: what MLX's own operations give, and how it was called."""
+    """In the place of the kernel, and like it without a gradient; how it was called."""
 
     def __init__(self):
         self.calls = []
@@ -112,9 +112,10 @@ class Recorder:
         self.calls.append((grid, threadgroup))
         x, weight, bias, geometry = inputs
         kernel, stride, then_gelu = geometry.tolist()
-        y = ops.windows(x, kernel, stride) @ weight + bias
+        x, weight, bias = (np.array(part) for part in (x, weight, bias))
+        y = true_product(x, weight, bias, kernel, stride, then_gelu).astype(np.float32)
         assert output_shapes == [y.shape]
-        return [ops.gelu(y) if then_gelu else y]
+        return [mx.array(y)]
 
 
 @pytest.fixture
@@ -213,9 +214,7 @@ def convolution(x, weight, bias):
         pytest.param(convolution, plain_convolution, (2, 9, 32), (64, 3, 32), id="convolution"),
     ],
 )
-def test_gradients_and_vmap_are_those_of_the_plain_product(
-    recorder, numbers, ours, plain, x, weight
-):
+def test_gradients_are_those_of_the_plain_product(recorder, numbers, ours, plain, x, weight):
     arguments = [mx.array(drawn(numbers, *shape)) for shape in (x, weight, weight[:1])]
 
     def gradients(function):
@@ -227,12 +226,6 @@ def test_gradients_and_vmap_are_those_of_the_plain_product(
     for found, expected in zip(gradients(ours), gradients(plain), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     assert recorder.calls
-    many = mx.stack([arguments[0], arguments[0] + 1])
-    found, expected = (
-        np.array(mx.vmap(function, in_axes=(0, None, None))(many, *arguments[1:]))
-        for function in (ours, plain)
-    )
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def trial(monkeypatch, kernel, capability=9):
