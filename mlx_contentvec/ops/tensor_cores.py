@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import mx
+from ..backend import mx, nn
 
 #: rows and outputs that one group of threads computes, inputs that it holds at a time: a product
 #: of other than a multiple of so many outputs or inputs is left to MLX
@@ -303,8 +303,6 @@ def product(
 @functools.cache
 def _product(kernel: int, stride: int, then_gelu: bool) -> tuple[Any, mx.array]:
     """``product`` of one kind of window, and what stands for no bias."""
-    from . import mlx as ops
-
     run = _kernel()
     geometry, no_bias = mx.array([kernel, stride, then_gelu], dtype=mx.int32), mx.zeros((1,))
     mx.eval(geometry, no_bias)
@@ -337,7 +335,7 @@ def _product(kernel: int, stride: int, then_gelu: bool) -> tuple[Any, mx.array]:
         else:
             by_output = weight.reshape(kernel, x.shape[-1], -1).transpose(2, 0, 1)
             y = mx.conv1d(x, by_output, stride) + bias
-        return ops.gelu(y) if then_gelu else y
+        return nn.gelu(y) if then_gelu else y
 
     def vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         return tuple(mx.vjp(plain, list(primals), [cotangent])[1])
