@@ -18,9 +18,9 @@ from filelock import FileLock
 
 from tests.forks import run_python
 from tests.optional import optional
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGE_ROOTS = (PROJECT, PROJECT / "convert", PROJECT / "parity")
 
 # Parallel test processes share the cores: each claiming all of them, which on a busy machine
 # wait for each other by spinning, costs six times the work. Before any BLAS is loaded, and not
@@ -325,7 +325,7 @@ def run_cli() -> RunCli:
     ) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, PACKAGE_ROOTS)),
+            "PYTHONPATH": search_path(),
             "COLUMNS": "100",
             **(env or {}),
         }

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.sources import search_path
+
 MIB = 1 << 20
 
 #: what the commands import when they are used; torch before MLX, see tests/conftest.py
@@ -236,10 +238,9 @@ def watch(
 ) -> Iterator[Result]:
     """Results of the cases ``names``, in order, from processes of ``command(first case)``."""
     done = 0
-    roots = [Path(__file__).resolve().parent.parent / part for part in ("", "convert", "parity")]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, roots)),
+        "PYTHONPATH": search_path(),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "COLUMNS": "100",

@@ -27,6 +27,7 @@ from mlx_contentvec.cli import COMMANDS
 from tests.forks import program
 from tests.hub_server import HubServer
 from tests.small_models import DEEP, random_weights_file
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
@@ -176,7 +177,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join(map(str, (PROJECT, PROJECT / "convert", PROJECT / "parity"))),
+        "PYTHONPATH": search_path(),
         **hub,
     }
     for block in RUN[page]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from contentvec_parity.publishing.package import package
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -24,14 +25,13 @@ def limited(tmp_path: Path) -> Run:
     """``limited(kilobytes, *arguments)``: a command that can write no larger file."""
 
     def run(kilobytes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        roots = (PROJECT, PROJECT / "convert", PROJECT / "parity")
         command = shlex.join([sys.executable, "-m", "mlx_contentvec", *map(str, arguments)])
         return subprocess.run(
             ["bash", "-c", f"ulimit -f {kilobytes}; exec {command}"],
             cwd=tmp_path,
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join(map(str, roots)),
+                "PYTHONPATH": search_path(),
                 # cut by the limit, it would stay for whoever imports the module next
                 "PYTHONDONTWRITEBYTECODE": "1",
             },
@@ -82,7 +82,7 @@ def test_what_cannot_be_said_on_stderr_changes_no_exit_status() -> None:
         timeout=60,
         check=False,
         cwd=PROJECT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), f"{PROJECT}/convert"])},
+        env={**os.environ, "PYTHONPATH": search_path()},
     )
     assert done.returncode == 0
     assert b"contentvec" in done.stdout
@@ -94,11 +94,10 @@ def test_nobody_who_reads_the_steps_does_not_stop_a_package(
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full (Linux)")
     made = package(evidence_folder / "float32.safetensors", tmp_path / "p", allow_stand_in=True)
-    roots = (PROJECT, PROJECT / "convert", PROJECT / "parity")
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "mlx_contentvec", "verify", str(made.folder)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))},
+            env={**os.environ, "PYTHONPATH": search_path()},
             stdout=subprocess.PIPE,
             stderr=full,
             text=True,

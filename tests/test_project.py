@@ -22,6 +22,7 @@ import mlx_contentvec
 from contentvec_parity import machine
 from mlx_contentvec.cli import COMMANDS
 from tests.conftest import LONGEST
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parent.parent
 #: package -> its folder, lowest first: each may import itself and those above it in this table
@@ -159,8 +160,7 @@ def modules_loaded_by(*arguments: str) -> set[str]:
         "    assert not done.code, done.code\n"
         "print('LOADED', *sys.modules)"
     )
-    roots = os.pathsep.join(str(folder.parent) for folder in ROOMS.values())
-    output = run(sys.executable, "-c", program, *arguments, cwd=PROJECT, PYTHONPATH=roots)
+    output = run(sys.executable, "-c", program, *arguments, cwd=PROJECT, PYTHONPATH=search_path())
     help_text, _, loaded = output.rpartition("LOADED")
     assert "Usage: mlx-contentvec" in help_text
     return {name.split(".")[0] for name in loaded.split()}
@@ -261,10 +261,9 @@ def test_quickstart_skips_what_it_has_done_with_these_very_files(tmp_path: Path)
         made.chmod(0o755)
     (tmp_path / "hubert_base.pt").write_bytes(b"checkpoint")
     report = tmp_path / "contentvec_base.parity.json"
-    roots = os.pathsep.join(map(str, (PROJECT, PROJECT / "convert", PROJECT / "parity")))
 
     def ran() -> list[str]:
-        said = run(scripts / "quickstart", "hubert_base.pt", cwd=tmp_path, PYTHONPATH=roots)
+        said = run(scripts / "quickstart", "hubert_base.pt", cwd=tmp_path, PYTHONPATH=search_path())
         return re.findall(r"^ran (.*)$", said, flags=re.MULTILINE)
 
     assert ran() == ["convert hubert_base.pt", "parity hubert_base.pt"]

@@ -17,6 +17,7 @@ from mlx_contentvec.cli import _unexpected
 from mlx_contentvec.errors import AudioError, ContentvecError, counted, did_you_mean
 from mlx_contentvec.extract.sources import find_sources
 from mlx_contentvec.terminal import NamedPath, Status, labelled, late_bar, say, wrapped
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -28,9 +29,7 @@ def shell(script: str, folder: Path, **environment: str) -> subprocess.Completed
         env={
             **os.environ,
             "M": f"{sys.executable} -m mlx_contentvec",
-            "PYTHONPATH": os.pathsep.join(
-                map(str, (PROJECT, PROJECT / "convert", PROJECT / "parity"))
-            ),
+            "PYTHONPATH": search_path(),
             **environment,
         },
         cwd=folder,

@@ -38,6 +38,7 @@ from mlx_contentvec.errors import (
 )
 from mlx_contentvec.files import Draft
 from mlx_contentvec.first_release import DIRECTION
+from tests.sources import search_path
 
 MakeStandin = Callable[..., Path]
 
@@ -754,7 +755,7 @@ def slow_conversion(source: Path, output: Path) -> subprocess.Popen[str]:
     """A conversion of some 0.3 seconds in a process of its own, past its imports."""
     process = subprocess.Popen(
         [sys.executable, "-c", _SLOW, source, output],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": search_path()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -826,7 +827,7 @@ def test_memory_of_a_full_size_conversion_is_bounded(tmp_path: Path, standin: Pa
     output = tmp_path / "out.safetensors"
     run = subprocess.run(
         [sys.executable, "-c", code, standin, output],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": search_path()},
         capture_output=True,
         text=True,
         check=True,

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from contentvec_convert.precision import PRECISIONS
+from tests.sources import search_path
 
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -162,7 +163,7 @@ def test_nothing_heavy_is_imported_to_convert(here: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=here,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": search_path()},
         capture_output=True,
         text=True,
         check=True,
@@ -174,7 +175,7 @@ def test_hashing_begins_before_numpy_is_imported() -> None:
     program = "import sys, contentvec_convert.commands.convert; print('numpy' in sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": search_path()},
         capture_output=True,
         text=True,
         check=True,
@@ -187,7 +188,7 @@ def test_a_pipe_that_closes_early_is_no_traceback(here: Path) -> None:
     run = subprocess.run(
         ["/bin/sh", "-c", command],
         cwd=here,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": search_path()},
         capture_output=True,
         text=True,
         check=False,
@@ -209,7 +210,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(here: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=here,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": search_path()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -235,7 +236,7 @@ def test_a_bar_appears_on_a_terminal_when_it_takes_long(here: Path, patience: st
     process = subprocess.Popen(
         [sys.executable, "-c", code, patience],
         cwd=here,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"},
+        env={**os.environ, "PYTHONPATH": search_path(), "TERM": "xterm"},
         stdout=subprocess.PIPE,
         stderr=theirs,
         text=True,

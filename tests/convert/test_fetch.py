@@ -25,6 +25,7 @@ from mlx_contentvec.errors import HubError, IdentityError, OutputError
 from mlx_contentvec.files import Draft
 from tests.forks import run_python
 from tests.hub_server import HubServer
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parents[2]
 REPO = CONTENTVEC.home.removeprefix("https://huggingface.co/")
@@ -84,12 +85,11 @@ def fetch(server: HubServer, tmp_path: Path) -> Run:
     """``fetch(arguments)``: the command, run in tmp_path."""
 
     def run(*arguments: str, before: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-        roots = [PROJECT, PROJECT / "convert", PROJECT / "parity"]
         done = run_python(
             *("-c", PREAMBLE + before + RUN, "fetch", *arguments),
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join(map(str, roots)),
+                "PYTHONPATH": search_path(),
                 **server.environment(tmp_path / "home", **env),
             },
             cwd=tmp_path,

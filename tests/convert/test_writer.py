@@ -23,6 +23,7 @@ from contentvec_convert import writer
 from contentvec_convert.writer import Entry, header, lay_out, publish
 from mlx_contentvec.errors import OutputError
 from mlx_contentvec.files import Draft, check_target, folder_lock
+from tests.sources import search_path
 
 METADATA = {"format": "mlx", "note": 'ä "quoted" \n'}
 
@@ -138,7 +139,7 @@ def test_what_a_killed_run_left_behind_is_removed_by_the_next(tmp_path: Path) ->
         "draft = Draft(Path(sys.argv[1])).__enter__(); draft.write(0, b'half')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": search_path()}
     subprocess.run([sys.executable, "-c", code, final], env=environment, check=False)
     (leftover,) = names(tmp_path)
     assert leftover.endswith(".partial")
@@ -498,7 +499,7 @@ def test_two_publications_to_one_name_never_mix(tmp_path: Path) -> None:
         "        output.write(0, mine); ledger.write(0, mine)\n"
         "        publish(output, ledger, force=True)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": search_path()}
     arguments = [sys.executable, "-c", code, str(tmp_path)]
     workers = [subprocess.Popen([*arguments, name], env=environment) for name in "ab"]
     pairs = set()

@@ -22,6 +22,7 @@ from mlx_contentvec.cli import main
 from mlx_contentvec.extract.run import Extraction
 from tests.checkpoint_files import change_in_place
 from tests.small_models import DEEP, noise, random_weights_file
+from tests.sources import search_path
 
 soundfile = pytest.importorskip(
     "soundfile", reason="audio files need soundfile: pip install 'mlx-contentvec[audio]'"
@@ -44,8 +45,7 @@ def write_clips(folder: Path, count: int, samples: int = 8000) -> Path:
 
 
 def environment() -> dict[str, str]:
-    roots = [PROJECT, PROJECT / "convert", PROJECT / "parity"]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
 
 
 def outputs(folder: Path) -> list[str]:

@@ -20,6 +20,7 @@ from mlx_contentvec import ContentvecModel, backend
 from mlx_contentvec.cli import _unexpected
 from mlx_contentvec.errors import MORE_MEMORY, BackendError, import_hint
 from mlx_contentvec.ops import blas
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="run it on Linux: a Mac has Accelerate")
@@ -33,7 +34,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=PROJECT,
-        env={"PATH": "", **environment},
+        env={"PATH": "", "PYTHONPATH": search_path(), **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -29,6 +29,7 @@ from mlx_contentvec.rvc import Hubert
 from tests.forks import run_python
 from tests.hub_server import HubServer
 from tests.small_models import TINY, noise, random_weights
+from tests.sources import search_path
 
 DATA = Path(__file__).parents[1] / "data"
 FILE = DATA / "first_release.safetensors"
@@ -413,7 +414,7 @@ def test_the_release_is_what_from_pretrained_loads(
             *("-c", program, tmp_path / "audio.npy", tmp_path / "x.npy"),
             env={
                 **os.environ,
-                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "PYTHONPATH": search_path(),
                 **server.environment(tmp_path / "home", token=None),
             },
             timeout=60,

@@ -25,6 +25,7 @@ from mlx_contentvec.errors import ContentvecError, HubError, OutputError
 from mlx_contentvec.loading import find_weights
 from tests.forks import run_python
 from tests.hub_server import HubServer
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parents[2]
 REPO = "someone/contentvec-mlx"
@@ -83,7 +84,7 @@ def resolved(server: HubServer, tmp_path: Path) -> Run:
     def run(*arguments: str, token: str | None = "write", **env: str):
         environment = {
             **os.environ,
-            "PYTHONPATH": str(PROJECT),
+            "PYTHONPATH": search_path(),
             **server.environment(tmp_path / "home", token=token, **env),
         }
         done = run_python(
@@ -338,7 +339,7 @@ def test_a_repository_is_answered_with_the_command_that_converts_it(
     program = "from mlx_contentvec import ContentvecModel as m; import sys; print(m.from_pretrained"
     asked = run_python(
         *("-c", f"{program}(sys.argv[1]).config)", REPO),
-        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
+        env={**os.environ, "PYTHONPATH": search_path(), **environment},
         timeout=60,
     )
     lines = [line.removeprefix("hint: ").strip() for line in asked.stderr.splitlines()]
@@ -489,7 +490,7 @@ def test_the_first_release_is_found_in_every_form(
         *("-c", NO_WAITING + PRETRAINED, *arguments),
         env={
             **os.environ,
-            "PYTHONPATH": str(PROJECT),
+            "PYTHONPATH": search_path(),
             **server.environment(tmp_path / "home", token=None),
         },
         timeout=60,
@@ -1129,7 +1130,7 @@ def test_a_cached_repository_without_checksums_needs_no_hub(
             *("-c", NO_WAITING + PRETRAINED, f"name={REPO}", *arguments),
             env={
                 **os.environ,
-                "PYTHONPATH": str(PROJECT),
+                "PYTHONPATH": search_path(),
                 **server.environment(tmp_path / "home", token=None, **env),
             },
             timeout=60,
@@ -1224,7 +1225,7 @@ def test_a_repository_that_contradicts_its_checksums_is_refused(
         *("-c", NO_WAITING + PRETRAINED, f"name={REPO}", f"filename={name}"),
         env={
             **os.environ,
-            "PYTHONPATH": str(PROJECT),
+            "PYTHONPATH": search_path(),
             **server.environment(tmp_path / "home", token=None),
         },
         timeout=60,

@@ -17,6 +17,7 @@ from tests.checkpoint_files import change_in_place
 from tests.forks import run_python
 from tests.hub_server import HubServer
 from tests.small_models import TINY, random_weights_file
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -74,13 +75,12 @@ def test_a_folder_with_the_name_of_a_known_model_is_that_folder(
 def test_a_known_model_is_fetched_and_converted_once(tmp_path: Path, tiny_checkpoint: Path) -> None:
     content = tiny_checkpoint.read_bytes()
     checksums = [hash_(content).hexdigest() for hash_ in (hashlib.md5, hashlib.sha256)]
-    roots = (PROJECT, PROJECT / "convert", PROJECT / "parity")
     with HubServer() as server:
         repository = CONTENTVEC.home.removeprefix("https://huggingface.co/")
         server.add_repo(repository, {"hubert_base.pt": content})
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, roots)),
+            "PYTHONPATH": search_path(),
             **server.environment(tmp_path / "home"),
         }
         requests = []

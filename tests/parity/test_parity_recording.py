@@ -35,6 +35,7 @@ from mlx_contentvec.hub import sha256_of
 from tests import attack_corpus
 from tests.checkpoint_files import change_in_place, safetensors
 from tests.originals import TINY_BASE, fairseq_hubert, save_fairseq
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -62,10 +63,9 @@ def recording(
 
 
 def without_torch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    roots = (PROJECT, PROJECT / "convert", PROJECT / "parity")
     return subprocess.run(
         [sys.executable, "-c", BLOCKED, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "COLUMNS": "100"},
+        env={**os.environ, "PYTHONPATH": search_path(), "COLUMNS": "100"},
         capture_output=True,
         text=True,
         timeout=120,

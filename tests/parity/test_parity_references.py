@@ -33,6 +33,7 @@ from mlx_contentvec.errors import AudioError, MissingDependency, ParityError
 from mlx_contentvec.model import ContentvecModel
 from tests.originals import TINY_BASE, TINY_LARGE, save_transformers, transformers_hubert
 from tests.small_models import CONFIGS, random_model, random_weights
+from tests.sources import search_path
 
 
 def clip(samples: int = 2400) -> Clip:
@@ -275,7 +276,7 @@ assert scipy.stats.pearsonr([1, 2, 4], [1, 2, 4]).statistic > 0.99
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(tiny_checkpoint)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": search_path()},
         capture_output=True,
         text=True,
         check=False,

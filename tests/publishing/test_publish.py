@@ -19,9 +19,9 @@ from contentvec_parity.publishing.package import package
 from contentvec_parity.publishing.publish import STAGING
 from tests.forks import run_python
 from tests.hub_server import GITATTRIBUTES, HubServer
+from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parents[2]
-ROOTS = os.pathsep.join(str(PROJECT / name) for name in (".", "convert", "parity"))
 REPO = "someone/contentvec-mlx"
 
 #: the command line, with a client that does not wait between attempts
@@ -63,7 +63,7 @@ def environment(server: HubServer, tmp_path: Path) -> Callable[..., dict[str, st
     def build(*, home: str = "home", token: str | None = "write", **more: str) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         pointed = server.environment(tmp_path / home, token=token, **more)
-        return {**inherited, "PYTHONPATH": ROOTS, **pointed}
+        return {**inherited, "PYTHONPATH": search_path(), **pointed}
 
     return build
 
@@ -461,7 +461,7 @@ def test_verify_needs_no_torch(run: Run, folder: Path, tmp_path: Path) -> None:
     for name in ("torch", "transformers", "fairseq"):
         (blocked / name).mkdir(parents=True)
         (blocked / name / "__init__.py").write_text("raise ImportError('not here')")
-    done = run("verify", folder, PYTHONPATH=f"{blocked}{os.pathsep}{ROOTS}")
+    done = run("verify", folder, PYTHONPATH=f"{blocked}{os.pathsep}{search_path()}")
     assert done.returncode == 0, done.stderr
 
 
