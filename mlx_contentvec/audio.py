@@ -352,11 +352,8 @@ def _open_container(file: BinaryIO, where: str) -> Generator[Any]:
     wave = _WAV_OPTIONS if _is_plain_wav(file.read(36)) else {}
     file.seek(0)
     try:
-        container = av.open(
-            file,
-            metadata_errors="ignore",
-            options={**_DEMUXER_OPTIONS, **wave},
-            buffer_size=READ_SIZE,
+        container = _open_with_any_tags(
+            av, file, options={**_DEMUXER_OPTIONS, **wave}, buffer_size=READ_SIZE
         )
     except (av.error.FFmpegError, OSError, ValueError) as error:
         file.seek(0)
@@ -368,6 +365,18 @@ def _open_container(file: BinaryIO, where: str) -> Generator[Any]:
         ) from error
     with container:
         yield container
+
+
+def _open_with_any_tags(av: Any, file: BinaryIO, **options: Any) -> Any:
+    """``av.open`` of a file whose tags need not be UTF-8.
+
+    Up to PyAV 18 one that is not is an error unless ``metadata_errors`` says otherwise; PyAV 19
+    never fails at one, and has no such argument. Its signature cannot be asked: it is compiled.
+    """
+    try:
+        return av.open(file, metadata_errors="ignore", **options)
+    except TypeError:  # raised before anything of the file is read
+        return av.open(file, **options)
 
 
 def _is_plain_wav(head: bytes) -> bool:

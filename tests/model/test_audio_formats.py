@@ -21,7 +21,7 @@ from mlx_contentvec.audio import read_audio
 from mlx_contentvec.errors import AudioError
 from tests.optional import ffmpeg_program
 
-pytest.importorskip("av", reason="audio files need PyAV: pip install 'mlx-contentvec[audio]'")
+av = pytest.importorskip("av", reason="audio files need PyAV: pip install 'mlx-contentvec[audio]'")
 
 #: name -> the arguments that encode it, and ffmpeg's name for the container
 FORMATS = {
@@ -498,6 +498,37 @@ def test_dts_in_a_wav_that_says_pcm_is_not_noise(folder: Path) -> None:
     (folder / "dts.wav").write_bytes(header + dts)
     assert read_count(folder / "dts.wav") == counted(folder / "dts.wav")
     assert np.abs(read_audio(folder / "dts.wav").waveform[8000:]).max() < 0.5
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.m4a"])
+def test_a_file_whose_tags_are_not_utf_8_is_read(folder: Path, name: str) -> None:
+    options, container = FORMATS[name]
+    data = ffmpeg("-i", f"{folder / 'voice.wav'}", *options.split(), "-metadata", "title=MARKER",
+                  "-f", container, "-movflags", "frag_keyframe+empty_moov", "pipe:1")  # fmt: skip
+    assert b"MARKER" in data
+    tagged = folder / f"tags-{name}"
+    tagged.write_bytes(data.replace(b"MARKER", b"\xff\xfe\xc3(\x80\xe9"))
+    plain = folder / f"no-tags-{name}"
+    plain.write_bytes(data)
+    assert read_count(tagged) == read_count(plain)
+
+
+@pytest.mark.parametrize("refused", [True, False], ids=["PyAV 19", "PyAV 18"])
+def test_pyav_is_asked_to_ignore_bad_tags_where_it_takes_that_argument(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    opened = av.open
+    asked = []
+
+    def of_a_version(file: object, **options: object) -> object:
+        if "metadata_errors" in options and refused:
+            raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+        asked.append(options.pop("metadata_errors", None))
+        return opened(file, **options)
+
+    monkeypatch.setattr(av, "open", of_a_version)
+    assert read_count(folder / "voice.wav") == round(SECONDS * 44100)
+    assert set(asked) == {None if refused else "ignore"}
 
 
 def test_a_video_without_sound_is_named_as_one(folder: Path) -> None:
