@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-from .containers import require_whole, stated_samples
+from .containers import StatedEnd, require_whole, stated_end, stated_samples
 from .errors import AudioError, MissingDependency, import_hint, install_hint, printable
 
 Waveform = npt.NDArray[np.float32]
@@ -87,6 +87,8 @@ _ALWAYS_SOUND, _MOST_SILENT = frozenset({"opus", "libopus"}), 8
 _COUNTS_SAMPLES = frozenset({"tta", "wv", "ape"})
 #: FFmpeg drops what a packet of these holds beyond whole samples: only the last may
 _PCM_BITS = re.compile(r"pcm_(?:[suf](\d+)|alaw|mulaw)")
+#: codecs whose last frame is padded to a whole one
+_PADDED = frozenset({"aac", "mp3", "mp3float", "mp2", "mp2float", "ac3", "eac3"})
 _MPEG_SYNC = re.compile(rb"\xff[\xe2-\xff]", re.DOTALL)
 _KBITS_MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
 _KBITS_MPEG2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
@@ -397,6 +399,7 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
     with open_regular(path, where) as (file, size):
         require_whole(file, size, where)
         stated = stated_samples(file)
+        end = stated_end(file)
         with _open_container(file, where) as container:
             if not container.streams.audio:
                 kinds = sorted({str(s.type) for s in container.streams})
@@ -412,7 +415,7 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
                     f"{where} is encoded in a way that FFmpeg does not know",
                     hint="it is damaged, or of a kind that has to be converted first",
                 )
-            frames = _frames(container, stated, where)
+            frames = _frames(container, stated, end, where)
             first = next(frames, None)
             if first is None:
                 raise AudioError(f"{where} holds no audio", found="0 samples")
@@ -423,7 +426,7 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
 
 
 def _frames(
-    container: Any, stated: tuple[int, str] | None, where: str
+    container: Any, stated: tuple[int, str] | None, end: StatedEnd | None, where: str
 ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     """Decode all packets: (rate, (samples, channels)) for each frame.
 
@@ -439,7 +442,8 @@ def _frames(
     samples = packets = silent = rest = 0
     last = before = b""
     try:
-        for packet in container.demux(stream):
+        is_mov = container.format.name.startswith("mov,")
+        for packet, is_last in _packets(container, stream, is_mov):
             if marks_cuts and packet.is_corrupt:
                 raise _cut_at(where, samples, stream, "a packet that is not whole")
             data = bytes(packet) if size_of else b""
@@ -450,9 +454,12 @@ def _frames(
             if data:
                 before, last = last, data
             reached = samples
-            for frame in _decoded(av, stream, packet, data):
-                samples += frame.samples
-                yield frame.sample_rate, _rows(frame)
+            for frame in _decoded(av, stream, packet, data, is_last and packets > 1):
+                rows = _rows(frame)
+                if is_last and end and codec in _PADDED:
+                    rows = rows[: _unpadded(frame, packet, end)]
+                samples += len(rows)
+                yield frame.sample_rate, rows
             if packet.size and reached and samples == reached:
                 silent += 1
                 if codec in _ALWAYS_SOUND and silent > _MOST_SILENT:
@@ -495,8 +502,47 @@ def _pcm_frame_bytes(codec: str, stream: Any) -> int:
     return int(pcm[1] or 8) * stream.codec_context.channels // 8 or 1 if pcm else 1
 
 
-def _decoded(av: Any, stream: Any, packet: Any, data: bytes) -> Iterator[Any]:
-    """Decode one packet. Tags between joined MP3 files come with the frame that follows them."""
+def _packets(container: Any, stream: Any, mark_last: bool) -> Iterator[tuple[Any, bool]]:
+    """Each packet, and whether it is known to be the last that holds anything."""
+    held = None
+    for packet in container.demux(stream):
+        if not mark_last:
+            yield packet, False
+            continue
+        if held is not None:
+            yield held, not packet.size and packet.pts is None
+        held = packet
+    if held is not None:
+        yield held, False
+
+
+def _unpadded(frame: Any, packet: Any, end: StatedEnd) -> int:
+    """How many samples of an MP4's last frame are sound, and no padding up to a whole frame.
+
+    FFmpeg leaves the padding there up to version 8 and takes it off since version 9
+    (libavformat/mov.c), by durations that differ among its versions, and with them sound where an
+    edit delays the track. So it is done here, by the tables alone, whatever the version. Nothing
+    is taken off where the tables are at odds with what was decoded: where the frame before has
+    another length, or the end lies outside of this frame. At worst a frame less one sample is lost.
+    """
+    ticks = end.timescale / frame.sample_rate
+    samples: int = frame.samples
+    if packet.pts is None or (end.step and abs(end.step - samples * ticks) > 1):
+        return samples
+    rest = round((end.end - max(packet.pts, end.begin)) / ticks)
+    return rest if 0 < rest < samples else samples
+
+
+def _decoded(
+    av: Any, stream: Any, packet: Any, data: bytes, is_last: bool = False
+) -> Iterator[Any]:
+    """Decode one packet. Tags between joined MP3 files come with the frame that follows them.
+
+    The last of an MP4 is decoded without what the demuxer says of its end, see :func:`_unpadded`.
+    """
+    if is_last and not packet.is_discard:
+        yield from stream.codec_context.decode(av.Packet(bytes(packet)))
+        return
     try:
         yield from packet.decode()
     except av.error.InvalidDataError:
