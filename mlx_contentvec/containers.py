@@ -139,7 +139,8 @@ def _stated_end(file: BinaryIO) -> StatedEnd | None:
         table = _content(file, media, b"minf", b"stbl", b"stts")[8:]
         runs = [(n, d) for n, d in struct.iter_unpack(">II", table[: len(table) & ~7]) if n]
         total = sum(count * duration for count, duration in runs)
-        before = runs[-1] if runs[-1:] and runs[-1][0] > 1 else (runs[-2:-1] or [None])[0]
+        # the sample before the last
+        steps = [duration for count, duration in runs[-2:] for _ in range(min(count, 2))][-2:]
         begin, first, length = _edit(_content(file, track, b"edts", b"elst"), movie_scale)
         if first is None:
             return None
@@ -147,7 +148,9 @@ def _stated_end(file: BinaryIO) -> StatedEnd | None:
         end = (
             total if length is None else min(total, first + round(length * timescale / movie_scale))
         )
-        return StatedEnd(begin, end - first + begin, before and before[1], timescale)
+        return StatedEnd(
+            begin, end - first + begin, steps[0] if len(steps) > 1 else None, timescale
+        )
     return None
 
 
