@@ -454,7 +454,8 @@ def _frames(
             if data:
                 before, last = last, data
             reached = samples
-            for frame in _decoded(av, stream, packet, data, is_last and packets > 1):
+            whole = packet.size - rest
+            for frame in _decoded(av, stream, packet, data, whole, is_last and packets > 1):
                 rows = _rows(frame)
                 if is_last and end and codec in _PADDED:
                     rows = rows[: _unpadded(frame, packet, end)]
@@ -534,11 +535,13 @@ def _unpadded(frame: Any, packet: Any, end: StatedEnd) -> int:
 
 
 def _decoded(
-    av: Any, stream: Any, packet: Any, data: bytes, is_last: bool = False
+    av: Any, stream: Any, packet: Any, data: bytes, whole: int, is_last: bool
 ) -> Iterator[Any]:
     """Decode one packet. Tags between joined MP3 files come with the frame that follows them.
 
     The last of an MP4 is decoded without what the demuxer says of its end, see :func:`_unpadded`.
+    PCM that ends within a sample is decoded up to there, ``whole`` bytes: FFmpeg does so, but
+    PyAV 17 then fails at the rest and loses what was decoded.
     """
     if is_last and not packet.is_discard:
         yield from stream.codec_context.decode(av.Packet(bytes(packet)))
@@ -546,6 +549,9 @@ def _decoded(
     try:
         yield from packet.decode()
     except av.error.InvalidDataError:
+        if 0 < whole < packet.size:
+            yield from stream.codec_context.decode(av.Packet(bytes(packet)[:whole]))
+            return
         sync = next((m.start() for m in _MPEG_SYNC.finditer(data)), len(data))
         if not data or not sync:
             raise

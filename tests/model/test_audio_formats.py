@@ -23,6 +23,7 @@ from tests.optional import ffmpeg_program
 
 av = pytest.importorskip("av", reason="audio files need PyAV: pip install 'mlx-contentvec[audio]'")
 
+PYAV = int(av.__version__.partition(".")[0])
 #: name -> the arguments that encode it, and ffmpeg's name for the container
 FORMATS = {
     "s16.wav": ("-c:a pcm_s16le", "wav"),
@@ -309,9 +310,11 @@ def test_a_flac_cut_between_frames_is_known_by_its_count(folder: Path) -> None:
 
 
 def test_a_flac_with_another_file_behind_it_is_not_read_across_both(folder: Path) -> None:
+    """Up to PyAV 17 a packet that ends in what is no FLAC fails as a whole."""
     both = made(folder, "a.flac").read_bytes() + made(folder, "flac.ogg").read_bytes()
     (folder / "two.flac").write_bytes(both)
-    with pytest.raises(AudioError, match="more than its header says"):
+    said = "more than its header says" if PYAV >= 18 else "cannot be decoded to its end"
+    with pytest.raises(AudioError, match=said):
         read_audio(folder / "two.flac")
 
 
@@ -485,7 +488,7 @@ def test_a_transport_stream_with_a_track_that_begins_later_is_read_whole_or_refu
     one = ffmpeg("-i", voice, "-c:a", "mp2", "-f", "mpegts", "pipe:1") * 10
     path = folder / "broadcast.ts"
     path.write_bytes(one + two + one)
-    if int(av.__version__.partition(".")[0]) >= 19:
+    if PYAV >= 19:
         assert read_count(path) == counted(path)
         return
     with pytest.raises(AudioError, match="begins after its first packets") as caught:
