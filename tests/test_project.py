@@ -22,6 +22,7 @@ import mlx_contentvec
 from contentvec_parity import machine
 from mlx_contentvec.cli import COMMANDS
 from tests.conftest import LONGEST
+from tests.optional import optional
 
 PROJECT = Path(__file__).resolve().parent.parent
 #: package -> its folder, lowest first: each may import itself and those above it in this table
@@ -60,6 +61,7 @@ def contents(wheel: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that ``pip install .`` would install."""
+    optional("hatchling", "pip install -r requirements/development.txt")
     folder = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=PROJECT)
     return next(folder.glob("*.whl"))
