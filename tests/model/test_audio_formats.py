@@ -109,18 +109,24 @@ def ffmpeg(*arguments: str, pass_fds: tuple[int, ...] = ()) -> bytes:
 
 
 def counted(path: Path) -> int:
-    """Samples by ffmpeg's own count, less what its version leaves there and 9 does not."""
+    """Samples by ffmpeg's own count, less what its version leaves there and 9 does not.
+
+    Skips where that depends on the version and it is not a number, as of a nightly build.
+    """
     if (decoded := Path(f"{path}.u8")).exists():
         count = decoded.stat().st_size
     else:
         count = len(ffmpeg("-i", f"{path}", "-map", "0:a:0", "-f", "u8", "-ac", "1", "pipe:1"))
-    version = re.match(rb"ffmpeg version n?(\d+\.\d+)", ffmpeg("-version"))
-    assert version, "a version of ffmpeg that is not a number"
-    if version[1] == b"7.0":
-        count -= STATED_DELAY.get(path.name.removeprefix("piped-"), 0)
-    if int(version[1].partition(b".")[0]) < 9:
-        count -= PADDED_END.get(path.name, 0)
-    return count
+    delay = STATED_DELAY.get(path.name.removeprefix("piped-"), 0)
+    padding = PADDED_END.get(path.name, 0)
+    if not delay and not padding:
+        return count
+    said = ffmpeg("-version").decode()
+    version = re.match(r"ffmpeg version n?(\d+)\.(\d+)", said)
+    if version is None:
+        pytest.skip(f"needs a release of ffmpeg, this is {' '.join(said.split()[:3])}")
+    major, minor = int(version[1]), int(version[2])
+    return count - (delay if (major, minor) == (7, 0) else 0) - (padding if major < 9 else 0)
 
 
 def read_count(path: Path) -> int:
