@@ -217,7 +217,7 @@ def transformers_hubert(
     Source: transformers/models/hubert/modeling_hubert.py.
     """
     torch = optional("torch", "scripts/test installs it")
-    transformers = optional("transformers", "pip install 'mlx-contentvec[parity]'")
+    transformers: Any = optional("transformers", "pip install 'mlx-contentvec[parity]'")
     torch.manual_seed(seed)
     channels, kernels, strides = zip(*config.conv_layers, strict=True)
     hubert_config = transformers.HubertConfig(
