@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-from .containers import require_whole, stated_samples
+from .containers import StatedEnd, require_whole, stated_end, stated_samples
 from .errors import AudioError, MissingDependency, import_hint, install_hint, printable
 
 Waveform = npt.NDArray[np.float32]
@@ -87,6 +87,8 @@ _ALWAYS_SOUND, _MOST_SILENT = frozenset({"opus", "libopus"}), 8
 _COUNTS_SAMPLES = frozenset({"tta", "wv", "ape"})
 #: FFmpeg drops what a packet of these holds beyond whole samples: only the last may
 _PCM_BITS = re.compile(r"pcm_(?:[suf](\d+)|alaw|mulaw)")
+#: codecs whose last frame is padded to a whole one
+_PADDED = frozenset({"aac", "mp3", "mp3float", "mp2", "mp2float", "ac3", "eac3"})
 _MPEG_SYNC = re.compile(rb"\xff[\xe2-\xff]", re.DOTALL)
 _KBITS_MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
 _KBITS_MPEG2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
@@ -352,11 +354,8 @@ def _open_container(file: BinaryIO, where: str) -> Generator[Any]:
     wave = _WAV_OPTIONS if _is_plain_wav(file.read(36)) else {}
     file.seek(0)
     try:
-        container = av.open(
-            file,
-            metadata_errors="ignore",
-            options={**_DEMUXER_OPTIONS, **wave},
-            buffer_size=READ_SIZE,
+        container = _open_with_any_tags(
+            av, file, options={**_DEMUXER_OPTIONS, **wave}, buffer_size=READ_SIZE
         )
     except (av.error.FFmpegError, OSError, ValueError) as error:
         file.seek(0)
@@ -368,6 +367,18 @@ def _open_container(file: BinaryIO, where: str) -> Generator[Any]:
         ) from error
     with container:
         yield container
+
+
+def _open_with_any_tags(av: Any, file: BinaryIO, **options: Any) -> Any:
+    """``av.open`` of a file whose tags need not be UTF-8.
+
+    Up to PyAV 18 one that is not is an error unless ``metadata_errors`` says otherwise; PyAV 19
+    never fails at one, and has no such argument. Its signature cannot be asked: it is compiled.
+    """
+    try:
+        return av.open(file, metadata_errors="ignore", **options)
+    except TypeError:  # raised before anything of the file is read
+        return av.open(file, **options)
 
 
 def _is_plain_wav(head: bytes) -> bool:
@@ -388,6 +399,7 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
     with open_regular(path, where) as (file, size):
         require_whole(file, size, where)
         stated = stated_samples(file)
+        end = stated_end(file)
         with _open_container(file, where) as container:
             if not container.streams.audio:
                 kinds = sorted({str(s.type) for s in container.streams})
@@ -403,7 +415,7 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
                     f"{where} is encoded in a way that FFmpeg does not know",
                     hint="it is damaged, or of a kind that has to be converted first",
                 )
-            frames = _frames(container, stated, where)
+            frames = _frames(container, stated, end, where)
             first = next(frames, None)
             if first is None:
                 raise AudioError(f"{where} holds no audio", found="0 samples")
@@ -414,7 +426,7 @@ def _open_stream(path: Path, where: str) -> Generator[_Stream]:
 
 
 def _frames(
-    container: Any, stated: tuple[int, str] | None, where: str
+    container: Any, stated: tuple[int, str] | None, end: StatedEnd | None, where: str
 ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     """Decode all packets: (rate, (samples, channels)) for each frame.
 
@@ -430,7 +442,8 @@ def _frames(
     samples = packets = silent = rest = 0
     last = before = b""
     try:
-        for packet in container.demux(stream):
+        is_mov = container.format.name.startswith("mov,")
+        for packet, is_last in _packets(container, stream, is_mov):
             if marks_cuts and packet.is_corrupt:
                 raise _cut_at(where, samples, stream, "a packet that is not whole")
             data = bytes(packet) if size_of else b""
@@ -441,9 +454,13 @@ def _frames(
             if data:
                 before, last = last, data
             reached = samples
-            for frame in _decoded(av, stream, packet, data):
-                samples += frame.samples
-                yield frame.sample_rate, _rows(frame)
+            whole = packet.size - rest
+            for frame in _decoded(av, stream, packet, data, whole, is_last and packets > 1):
+                rows = _rows(frame)
+                if is_last and end and codec in _PADDED:
+                    rows = rows[: _unpadded(frame, packet, end)]
+                samples += len(rows)
+                yield frame.sample_rate, rows
             if packet.size and reached and samples == reached:
                 silent += 1
                 if codec in _ALWAYS_SOUND and silent > _MOST_SILENT:
@@ -486,11 +503,56 @@ def _pcm_frame_bytes(codec: str, stream: Any) -> int:
     return int(pcm[1] or 8) * stream.codec_context.channels // 8 or 1 if pcm else 1
 
 
-def _decoded(av: Any, stream: Any, packet: Any, data: bytes) -> Iterator[Any]:
-    """Decode one packet. Tags between joined MP3 files come with the frame that follows them."""
+def _packets(container: Any, stream: Any, mark_last: bool) -> Iterator[tuple[Any, bool]]:
+    """Each packet, and whether it is known to be the last that holds anything."""
+    held = None
+    for packet in container.demux(stream):
+        if not mark_last:
+            yield packet, False
+            continue
+        if held is not None:
+            yield held, not packet.size and packet.pts is None
+        held = packet
+    if held is not None:
+        yield held, False
+
+
+def _unpadded(frame: Any, packet: Any, end: StatedEnd) -> int:
+    """How many samples of an MP4's last frame are sound, and no padding up to a whole frame.
+
+    FFmpeg up to version 8 leaves the padding there. Version 9.0 takes it off, but where an edit
+    delays the track it may leave the padding, or take sound off with it: which of these follows
+    the duration of the media (measured with PyAV 17.1, 18.1 and 19.0.2). So it is done here, by
+    the tables alone, whatever the version. Nothing is taken off where the tables are at odds with
+    what was decoded: where the frame before has another length, or the end lies outside of this
+    frame. At worst a frame less one sample is lost.
+    """
+    ticks = end.timescale / frame.sample_rate
+    samples: int = frame.samples
+    if packet.pts is None or (end.step and abs(end.step - samples * ticks) > 1):
+        return samples
+    rest = round((end.end - max(packet.pts, end.begin)) / ticks)
+    return rest if 0 < rest < samples else samples
+
+
+def _decoded(
+    av: Any, stream: Any, packet: Any, data: bytes, whole: int, is_last: bool
+) -> Iterator[Any]:
+    """Decode one packet. Tags between joined MP3 files come with the frame that follows them.
+
+    The last of an MP4 is decoded without what the demuxer says of its end, see :func:`_unpadded`.
+    PCM that ends within a sample is decoded up to there, ``whole`` bytes: FFmpeg does so, but
+    PyAV 17 then fails at the rest and loses what was decoded.
+    """
+    if is_last and not packet.is_discard:
+        yield from stream.codec_context.decode(av.Packet(bytes(packet)))
+        return
     try:
         yield from packet.decode()
     except av.error.InvalidDataError:
+        if 0 < whole < packet.size:
+            yield from stream.codec_context.decode(av.Packet(bytes(packet)[:whole]))
+            return
         sync = next((m.start() for m in _MPEG_SYNC.finditer(data)), len(data))
         if not data or not sync:
             raise

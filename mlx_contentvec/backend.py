@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,23 @@ def require_no_fork() -> None:
             + ("import\nmlx_contentvec" if on_cuda else "load the first\nmodel")
             + " after forking",
         )
+
+
+#: held while the limit of what MLX may hold is set, or read by setting it
+MEMORY_LIMIT_LOCK = threading.RLock()
+
+
+def memory_limit() -> int:
+    """Bytes that MLX may hold before it waits for what it computes.
+
+    MLX before 0.32.3 has no ``get_memory_limit``: setting another tells which was set.
+    """
+    if hasattr(mx, "get_memory_limit"):
+        return int(mx.get_memory_limit())
+    with MEMORY_LIMIT_LOCK:
+        limit = mx.set_memory_limit(1 << 60)
+        mx.set_memory_limit(limit)
+    return int(limit)
 
 
 def tf32_enabled() -> bool:

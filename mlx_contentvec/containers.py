@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 from .errors import AudioError
@@ -49,6 +50,8 @@ _FLV_TAGS = (8, 9, 18)
 _VOC = b"Creative Voice File\x1a"
 #: parts of one file that are looked at; more than hours of audio have
 _MOST_PARTS = 4_000_000
+#: bytes of the tables of an MP4 that are read
+_MOST_TABLE = 1 << 24
 
 
 def require_whole(file: BinaryIO, size: int, where: str) -> None:
@@ -94,6 +97,107 @@ def stated_samples(file: BinaryIO) -> tuple[int, str] | None:
                 frames = int.from_bytes(head[offset + 8 : offset + 12], "big")
                 return (frames, "MPEG frames") if frames else None
     return None
+
+
+@dataclass(frozen=True)
+class StatedEnd:
+    """Where an MP4's sound begins and ends, in ``timescale`` ticks a second as packets count."""
+
+    begin: int
+    end: int
+    #: ticks of the last sample but one, None where there is only one
+    step: int | None
+    timescale: int
+
+
+def stated_end(file: BinaryIO) -> StatedEnd | None:
+    """The end of the first sound track of an MP4, M4A or MOV file by its tables; None if unclear.
+
+    It is the sum of the samples' durations, or the end of the edit where that is earlier. Other
+    durations (of the movie, the track and the media) are not looked at. Fragmented files, several
+    edits and tables of unusual size give None. Source: ISO/IEC 14496-12, 8.6.1.2 and 8.6.6.
+    """
+    try:
+        return _stated_end(file)
+    except (struct.error, OverflowError, ZeroDivisionError):
+        return None
+
+
+def _stated_end(file: BinaryIO) -> StatedEnd | None:
+    file.seek(0, 2)
+    movie = next(_boxes(file, 0, file.tell(), b"moov"), None)
+    if movie is None or next(_boxes(file, *movie, b"mvex"), None):
+        return None
+    header = _content(file, movie, b"mvhd")
+    movie_scale = struct.unpack_from(">I", header, 20 if header[:1] == b"\1" else 12)[0]
+    for track in _boxes(file, *movie, b"trak"):
+        media = next(_boxes(file, *track, b"mdia"), None)
+        if media is None or _content(file, media, b"hdlr")[8:12] != b"soun":
+            continue
+        header = _content(file, media, b"mdhd")
+        timescale = struct.unpack_from(">I", header, 20 if header[:1] == b"\1" else 12)[0]
+        table = _content(file, media, b"minf", b"stbl", b"stts")[8:]
+        runs = [(n, d) for n, d in struct.iter_unpack(">II", table[: len(table) & ~7]) if n]
+        total = sum(count * duration for count, duration in runs)
+        # the sample before the last
+        steps = [duration for count, duration in runs[-2:] for _ in range(min(count, 2))][-2:]
+        begin, first, length = _edit(_content(file, track, b"edts", b"elst"), movie_scale)
+        if first is None:
+            return None
+        begin = round(begin * timescale / movie_scale)
+        end = (
+            total if length is None else min(total, first + round(length * timescale / movie_scale))
+        )
+        return StatedEnd(
+            begin, end - first + begin, steps[0] if len(steps) > 1 else None, timescale
+        )
+    return None
+
+
+def _edit(table: bytes, movie_scale: int) -> tuple[int, int | None, int | None]:
+    """(empty time before it, its media time, its length or None) of the one edit of a table."""
+    if not table:
+        return 0, 0, None
+    form = ">QqI" if table[:1] == b"\1" else ">IiI"
+    size = struct.calcsize(form)
+    edits = list(struct.iter_unpack(form, table[8 : 8 + (len(table) - 8) // size * size]))
+    empty = sum(length for length, media, _ in edits if media == -1)
+    real = [(length, media) for length, media, _ in edits if media >= 0]
+    if len(real) != 1 or edits[-1][1] < 0:
+        return 0, None, None
+    return empty, real[0][1], real[0][0]
+
+
+def _boxes(file: BinaryIO, at: int, end: int, wanted: bytes) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the content of each box of a name."""
+    for _ in range(_MOST_PARTS):
+        file.seek(at)
+        head = file.read(16)
+        if at + 8 > end or len(head) < 8:
+            return
+        length, content = int.from_bytes(head[:4], "big"), at + 8
+        if length == 1:
+            length, content = int.from_bytes(head[8:], "big"), at + 16
+        if length == 0:
+            length = end - at
+        if length < content - at or at + length > end:
+            return
+        if head[4:8] == wanted:
+            yield content, at + length
+        at += length
+
+
+def _content(file: BinaryIO, inside: tuple[int, int], *names: bytes) -> bytes:
+    """What a box holds that is found by its names; nothing where it is missing or too large."""
+    for name in names:
+        found = next(_boxes(file, *inside, name), None)
+        if found is None:
+            return b""
+        inside = found
+    if inside[1] - inside[0] > _MOST_TABLE:
+        raise OverflowError
+    file.seek(inside[0])
+    return file.read(inside[1] - inside[0])
 
 
 def _cut(where: str, found: int, expected: int, what: str = "its header says") -> AudioError:

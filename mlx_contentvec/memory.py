@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .backend import address_space, address_space_left, device_kind, mx, require_no_fork
+from .backend import (
+    MEMORY_LIMIT_LOCK,
+    address_space,
+    address_space_left,
+    device_kind,
+    memory_limit,
+    mx,
+    require_no_fork,
+)
 from .config import ModelConfig
 from .errors import MORE_MEMORY, BackendError, ConfigError
 from .ops import cpu
@@ -229,7 +236,6 @@ def gpu_memory() -> int:
     return int(info.get("memory_size") or info.get("total_memory") or GPU_MEMORY)
 
 
-_bounding = threading.Lock()
 #: how many threads are within ``bounded``, and the limits that were set before the first
 _within = _limit_before = 0
 _kept_before: int | None = None
@@ -259,9 +265,9 @@ def bounded(max_memory: int | None = None, needed: int = 0) -> Iterator[None]:
         yield
         return
     require_no_fork()
-    with _bounding:
+    with MEMORY_LIMIT_LOCK:
         if not _within:
-            _limit_before = mx.get_memory_limit()
+            _limit_before = memory_limit()
         _within += 1
         limit = limit_of(max_memory)
         live = mx.get_active_memory()
@@ -279,7 +285,7 @@ def bounded(max_memory: int | None = None, needed: int = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        with _bounding:
+        with MEMORY_LIMIT_LOCK:
             _within -= 1
             if not _within:
                 mx.set_memory_limit(_limit_before)

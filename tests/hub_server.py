@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import re
 import threading
@@ -29,9 +30,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 LFS_SUFFIXES = (".safetensors", ".npz", ".pt", ".bin")
 REGULAR_LIMIT = 10 * 1024 * 1024
+CLIENT = int(importlib.metadata.version("huggingface_hub").partition(".")[0])
+needs_client_1 = pytest.mark.skipif(
+    CLIENT < 1, reason="an earlier client cannot be told: pip install 'huggingface_hub>=1'"
+)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A converter is only tested by files that it did not write. Everything here is
 built and saved by fairseq or transformers themselves; this module chooses the
 sizes, the numbers and the form of the file, and holds answers to the parity
-gate. It needs torch and the library it is asked for.
+gate. A test is skipped where torch or the library it is asked for is missing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from contentvec_parity.references.truth import true_double
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError
 from mlx_contentvec.rvc import Hubert
+from tests.optional import optional
 
 #: as deep and as wide as a path needs to be exercised, and no more
 TINY_CONV = ((48, 10, 5), *(((48, 3, 2),) * 4), *(((64, 2, 2),) * 2))
@@ -215,9 +216,8 @@ def transformers_hubert(
     projects define on top of HubertModel for the head of ContentVec.
     Source: transformers/models/hubert/modeling_hubert.py.
     """
-    import torch
-    import transformers
-
+    torch = optional("torch", "scripts/test installs it")
+    transformers: Any = optional("transformers", "pip install 'mlx-contentvec[parity]'")
     torch.manual_seed(seed)
     channels, kernels, strides = zip(*config.conv_layers, strict=True)
     hubert_config = transformers.HubertConfig(

@@ -22,9 +22,11 @@ import mlx_contentvec
 from contentvec_parity import machine
 from mlx_contentvec.cli import COMMANDS
 from tests.conftest import LONGEST
+from tests.optional import optional
 from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parent.parent
+WORKFLOWS = PROJECT / ".github" / "workflows"
 #: package -> its folder, lowest first: each may import itself and those above it in this table
 ROOMS = {
     "mlx_contentvec": PROJECT / "mlx_contentvec",
@@ -61,6 +63,7 @@ def contents(wheel: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that ``pip install .`` would install."""
+    optional("hatchling", "pip install -r requirements/development.txt")
     folder = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=PROJECT)
     return next(folder.glob("*.whl"))
@@ -115,6 +118,21 @@ def test_the_changelog_begins_with_this_version() -> None:
     newest = re.findall(r"^## (.+)", text, flags=re.MULTILINE)[0]
     version = re.escape(mlx_contentvec.__version__)
     assert re.fullmatch(rf"Unreleased \({version}\)|{version}( .*)?", newest)
+
+
+@pytest.mark.skipif(not WORKFLOWS.is_dir(), reason="needs a clone: a package has no workflows")
+def test_the_weekly_tests_take_the_lowest_python_and_extras_that_there_are() -> None:
+    weekly = (WORKFLOWS / "versions.yml").read_text(encoding="utf-8")
+    package = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    (lowest,) = re.findall(r'^requires-python = ">=(.+)"', package, flags=re.MULTILINE)
+    assert f'versions: lowest, python: "{lowest}", resolution: lowest-direct' in weekly
+    (extras,) = re.findall(r'--editable "\.\[(.+)\]"', weekly)
+    for extra in extras.split(","):
+        assert re.search(rf"^{extra} = \[", package, flags=re.MULTILINE), extra
+    # what pip installs besides is what the tests of continuous integration ask for
+    asked = "".join(path.read_text() for path in (PROJECT / "requirements").glob("*.txt"))
+    (tools,) = re.findall(r"pip install (pytest .+)", weekly)
+    assert set(tools.split()) <= set(asked.split())
 
 
 # -- imports ---------------------------------------------------------------------------

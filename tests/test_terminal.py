@@ -17,6 +17,7 @@ from mlx_contentvec.cli import _unexpected
 from mlx_contentvec.errors import AudioError, ContentvecError, counted, did_you_mean
 from mlx_contentvec.extract.sources import find_sources
 from mlx_contentvec.terminal import NamedPath, Status, labelled, late_bar, say, wrapped
+from tests.hub_server import needs_client_1
 from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -193,7 +194,10 @@ def test_a_current_folder_that_is_gone_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("HF_ENDPOINT", "http://[::1"), ("HF_HUB_DOWNLOAD_TIMEOUT", "soon")],
+    [
+        pytest.param("HF_ENDPOINT", "http://[::1", marks=needs_client_1),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "soon"),
+    ],
 )
 def test_a_setting_that_the_client_of_the_hub_does_not_take_is_named(
     tmp_path: Path, name: str, value: str

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import device_kind, mx, nn
+from ..backend import device_kind, memory_limit, mx, nn
 from .blas import data_pointer
 from .cpu_hubert import CpuHubert
 from .mlx import MlxHubert, compute_dtype
@@ -187,7 +187,7 @@ class Pipeline:
         self._waits = waits
         self._before: mx.array | None = None
         live = mx.get_active_memory()
-        self._full = live + NEARLY_FULL * (mx.get_memory_limit() - live)
+        self._full = live + NEARLY_FULL * (memory_limit() - live)
 
     def add(self, x: mx.array) -> None:
         """Start computing the output of a stage; what is traced is left alone."""

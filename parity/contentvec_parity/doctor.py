@@ -99,7 +99,7 @@ def facts() -> dict[str, Any]:
 
 def _device() -> dict[str, Any]:
     """What MLX computes on, and what it and this project may take of its memory; in bytes."""
-    from mlx_contentvec.backend import device_kind, mx
+    from mlx_contentvec.backend import device_kind, memory_limit, mx
     from mlx_contentvec.memory import gpu_memory, limit_of
 
     found: dict[str, Any] = {
@@ -112,7 +112,7 @@ def _device() -> dict[str, Any]:
         kept = mx.set_cache_limit(0)
         mx.set_cache_limit(kept)
         found["memory"] = gpu_memory()
-        found["mlx_limits"] = {"memory": mx.get_memory_limit(), "cache": kept}
+        found["mlx_limits"] = {"memory": memory_limit(), "cache": kept}
     return found
 
 

@@ -24,7 +24,7 @@ from contentvec_convert.known_files import CONTENTVEC, KNOWN_FILES, KnownFile
 from mlx_contentvec.errors import HubError, IdentityError, OutputError
 from mlx_contentvec.files import Draft
 from tests.forks import run_python
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, needs_client_1
 from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -392,6 +392,7 @@ def test_a_download_without_end_is_broken_off_at_the_known_size(
     assert not list(tmp_path.glob("hubert_base.pt*"))
 
 
+@needs_client_1
 def test_a_server_that_begins_anew_and_always_breaks_off_is_given_up(
     fetch: Run, tmp_path: Path, server: HubServer
 ) -> None:
@@ -405,6 +406,7 @@ def test_a_server_that_begins_anew_and_always_breaks_off_is_given_up(
     assert f"cannot download hubert_base.pt from {REPO}" in result.stderr
 
 
+@needs_client_1
 @pytest.mark.parametrize("header", ["Retry-After", "RateLimit"])
 def test_a_server_that_asks_for_more_patience_than_anybody_has_is_given_up(
     fetch: Run, server: HubServer, header: str
@@ -425,7 +427,7 @@ def test_a_server_that_asks_for_more_patience_than_anybody_has_is_given_up(
     [
         {"Content-Range": "bytes 9-99/*"},
         {"Content-Range": "bytes 9-99/1" + "0" * 5000},
-        {"Location": f"http://{'a' * 300}.example/"},
+        pytest.param({"Location": f"http://{'a' * 300}.example/"}, marks=needs_client_1),
         {"Retry-After": "1" + "0" * 5000},
     ],
     ids=["no length", "a length of 5,001 digits", "no name of a host", "no time"],
@@ -463,6 +465,7 @@ def test_a_server_that_never_answers_is_given_up(fetch: Run, server: HubServer) 
     assert time.monotonic() - begun < 25
 
 
+@needs_client_1
 def test_a_server_that_trickles_is_given_up(fetch: Run, server: HubServer, tmp_path: Path) -> None:
     """Each byte arrives in time, and all of them would in days."""
     server.fail("GET /storage", trickle=0.02)

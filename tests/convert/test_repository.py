@@ -18,7 +18,7 @@ from contentvec_convert.repository import Fetched, is_address
 from mlx_contentvec import ContentvecModel
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import HubError, IdentityError, OutputError
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, needs_client_1
 from tests.originals import TINY_BASE, save_transformers, transformers_hubert
 
 Convert = Callable[..., Any]
@@ -264,6 +264,7 @@ def test_a_name_that_is_too_long_for_a_repository_is_said() -> None:
         repository.find_model("someone/" + "a" * 200)
 
 
+@needs_client_1
 def test_a_description_without_end_is_broken_off(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

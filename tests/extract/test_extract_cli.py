@@ -403,7 +403,8 @@ def launched(count: int, *arguments: Any) -> list[str]:
         # through nccl, which is CUDA's, each process has to have a GPU of its own
         *(str(LAUNCH), "-n", str(count), "--backend", "ring", "--env", "OMP_NUM_THREADS=1"),
         *(part for variable in variables for part in ("--env", variable)),
-        *("--", *map(str, [*COMMAND, *arguments])),
+        # before MLX 0.32 the launcher runs a file that it is given by Python, whatever it is
+        *("--", "env", *map(str, [*COMMAND, *arguments])),
     ]
 
 

@@ -264,6 +264,29 @@ def test_mlx_without_a_backend_is_one_line_that_says_which_to_add() -> None:
     assert "mlx-contentvec[cpu]" in python(code).stdout
 
 
+def test_an_mlx_that_cannot_tell_its_memory_limit_is_asked_by_setting_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As all before 0.32.3: every pass failed with an AttributeError."""
+    limits = [1234]
+
+    def set_limit(limit: int) -> int:
+        limits.append(limit)
+        return limits[-2]
+
+    monkeypatch.delattr(backend.mx, "get_memory_limit", raising=False)
+    monkeypatch.setattr(backend.mx, "set_memory_limit", set_limit)
+    assert backend.memory_limit() == limits[-1] == 1234
+
+
+def test_the_memory_limit_is_that_which_was_set() -> None:
+    before = backend.mx.set_memory_limit(1 << 40)
+    try:
+        assert backend.memory_limit() == 1 << 40
+    finally:
+        backend.mx.set_memory_limit(before)
+
+
 def test_the_device_is_named() -> None:
     assert backend.device_kind() in ("cpu", "metal", "cuda")
 

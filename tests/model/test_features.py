@@ -454,7 +454,7 @@ class FakeGpu:
         monkeypatch.setattr(
             memory.mx, "device_info", lambda: {"memory_size": 16 << 30}, raising=False
         )
-        monkeypatch.setattr(memory.mx, "get_memory_limit", lambda: self.limit)
+        monkeypatch.setattr(memory.mx, "get_memory_limit", lambda: self.limit, raising=False)
         monkeypatch.setattr(memory.mx, "set_memory_limit", self.set_limit)
         monkeypatch.setattr(memory.mx, "set_cache_limit", self.set_cache_limit)
         monkeypatch.setattr(memory.mx, "get_active_memory", lambda: self.live)

@@ -24,7 +24,7 @@ from mlx_contentvec import ContentvecModel, hub, hub_client
 from mlx_contentvec.errors import ContentvecError, HubError, OutputError
 from mlx_contentvec.loading import find_weights
 from tests.forks import run_python
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, needs_client_1
 from tests.sources import search_path
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -558,7 +558,11 @@ def test_a_file_that_cannot_be_hashed_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("ALL_PROXY", "socks5://127.0.0.1:9", "the proxy of this session needs is not installed"),
+        pytest.param(
+            *("ALL_PROXY", "socks5://127.0.0.1:9"),
+            "the proxy of this session needs is not installed",
+            marks=needs_client_1,
+        ),
         ("HTTP_PROXY", "http://127.0.0.1:9", "(or HF_ENDPOINT or HTTP_PROXY)"),
     ],
 )
@@ -1342,6 +1346,7 @@ def test_a_size_that_no_file_has_is_refused_before_it_is_downloaded(
     assert not server.asked("GET /storage")
 
 
+@needs_client_1
 def test_a_paper_without_end_is_broken_off(server: HubServer, resolved: Run) -> None:
     server.add_repo(REPO, package())
     server.fail(f"GET /{REPO}/resolve/.*SHA256SUMS", times=99, endless=True)
@@ -1350,6 +1355,7 @@ def test_a_paper_without_end_is_broken_off(server: HubServer, resolved: Run) -> 
     assert server.asked("GET .*SHA256SUMS")[0].sent < 200_000_000
 
 
+@needs_client_1
 @pytest.mark.parametrize(
     ("seconds", "pieces", "given_up"),
     [
@@ -1388,6 +1394,7 @@ def answer_of(*pieces: int, status: int = 200, **headers: str) -> Any:
     return SimpleNamespace(headers=names, status_code=status, iter_raw=read, iter_bytes=read)
 
 
+@needs_client_1
 @pytest.mark.parametrize("most", [None, 16, 15])
 def test_a_description_may_be_as_long_as_was_said(most: int | None) -> None:
     from huggingface_hub.utils import get_session
@@ -1402,6 +1409,7 @@ def test_a_description_may_be_as_long_as_was_said(most: int | None) -> None:
             assert sum(map(len, made.iter_bytes())) == 16
 
 
+@needs_client_1
 def test_each_thread_looks_at_its_own_answers() -> None:
     """The client's session, in which a hook stands, is that of the process."""
     from huggingface_hub.utils import get_session
@@ -1441,6 +1449,7 @@ def test_each_thread_looks_at_its_own_answers() -> None:
     assert untouched.iter_raw is read
 
 
+@needs_client_1
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [

@@ -345,7 +345,7 @@ def test_the_converters_reader_sees_the_same_tensors(tiny_checkpoint: Path) -> N
             assert np.array_equal(tensor.read(), stored[name].numpy()), name
 
 
-def test_an_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:
+def test_an_existing_file_is_kept_unless_forced(tmp_path: Path, torch: Any) -> None:
     path = tmp_path / "kept.pt"
     path.write_bytes(b"mine")
     with pytest.raises(OutputError, match=r"kept\.pt exists"):
@@ -356,7 +356,7 @@ def test_an_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: Any
 ) -> None:
     def fail(state: dict[str, Any], path: Path, legacy: bool) -> None:
         path.write_bytes(b"torn")
@@ -403,7 +403,9 @@ def test_the_command_writes_one_and_says_what_it_is(
     assert again.stdout == ""
 
 
-def test_the_command_reports_as_json(run_cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_command_reports_as_json(
+    run_cli: Callable[..., Any], tmp_path: Path, torch: Any
+) -> None:
     path = tmp_path / "b.pt"
     done = run_cli("standin", path, "--preset", "tiny", "--seed", "9", "--json", original=True)
     facts = json.loads(done.stdout)
