@@ -273,7 +273,8 @@ def works() -> bool:
         x = rng.standard_normal((2, 9, 32)).astype(np.float32)
         weight = rng.standard_normal((96, BLOCK_OUTPUTS)).astype(np.float32)
         y = np.array(product(mx.array(x), mx.array(weight), None, 3, 3, then_gelu=False))
-    except (AttributeError, KeyError, RuntimeError, ValueError):
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        # MLX without such kernels, or without CUDA; no compiler or no headers of CUDA
         return False
     true = x.reshape(2, 3, 96).astype(np.float64) @ weight
     return bool(np.abs(y - true).max() <= CLOSE * np.abs(true).max())

@@ -101,6 +101,7 @@ def _device() -> dict[str, Any]:
     """What MLX computes on, and what it and this project may take of its memory; in bytes."""
     from mlx_contentvec.backend import device_kind, memory_limit, mx
     from mlx_contentvec.memory import gpu_memory, limit_of
+    from mlx_contentvec.ops import tensor_cores
 
     found: dict[str, Any] = {
         "kind": device_kind(),
@@ -112,6 +113,7 @@ def _device() -> dict[str, Any]:
         kept = mx.set_cache_limit(0)
         mx.set_cache_limit(kept)
         found["memory"] = gpu_memory()
+        found["tensor_cores"] = found["kind"] == "cuda" and tensor_cores.works()
         found["mlx_limits"] = {"memory": memory_limit(), "cache": kept}
     return found
 
@@ -282,7 +284,8 @@ def _device_lines(
             f"{_gib(device['memory'])}; MLX may hold {_gib(limits['memory'])}, "
             f"freed buffers {_gib(limits['cache'])}",
         )
-        yield "sums", device["sums"]
+        on_tensor_cores = device["tensor_cores"] and device["sums"] != "plain"
+        yield "sums", device["sums"] + (", on tensor cores" if on_tensor_cores else "")
     yield "a clip", f"may take {_gib(device['default_max_memory'])} unless told otherwise"
     yield (
         "TF32",

@@ -56,6 +56,23 @@ def test_the_same_as_json(tmp_path: Path) -> None:
     assert run("--json", str(tmp_path)).exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("works", "sums", "said"),
+    [
+        (True, "short", "short, on tensor cores"),
+        (True, "plain", "plain"),
+        (False, "short", "short"),
+    ],
+)
+def test_a_gpu_says_where_its_products_are(
+    metal: None, monkeypatch: pytest.MonkeyPatch, works: bool, sums: str, said: str
+) -> None:
+    monkeypatch.setattr("mlx_contentvec.backend.device_kind", lambda: "cuda")
+    monkeypatch.setattr("mlx_contentvec.ops.tensor_cores.works", lambda: works)
+    monkeypatch.setenv("MLX_CONTENTVEC_SUMS", sums)
+    assert re.search(f"^sums +{said}$", run().stdout, re.MULTILINE)
+
+
 def test_a_macs_limits_are_said_and_left_as_they_are(metal: None) -> None:
     before = mx.set_cache_limit(1 << 30)
     if mx.set_cache_limit(1 << 30) != 1 << 30:
