@@ -87,7 +87,8 @@ _ALWAYS_SOUND, _MOST_SILENT = frozenset({"opus", "libopus"}), 8
 _COUNTS_SAMPLES = frozenset({"tta", "wv", "ape"})
 #: FFmpeg drops what a packet of these holds beyond whole samples: only the last may
 _PCM_BITS = re.compile(r"pcm_(?:[suf](\d+)|alaw|mulaw)")
-#: codecs whose last frame is padded to a whole one
+#: codecs whose last frame loses its padding in an MP4; Opus and Vorbis keep theirs, as they
+#: do with every FFmpeg
 _PADDED = frozenset({"aac", "mp3", "mp3float", "mp2", "mp2float", "ac3", "eac3"})
 _MPEG_SYNC = re.compile(rb"\xff[\xe2-\xff]", re.DOTALL)
 _KBITS_MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)

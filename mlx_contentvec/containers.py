@@ -51,7 +51,9 @@ _VOC = b"Creative Voice File\x1a"
 #: parts of one file that are looked at; more than hours of audio have
 _MOST_PARTS = 4_000_000
 #: bytes of the tables of an MP4 that are read
-_MOST_TABLE = 1 << 24
+_MOST_TABLE = 1 << 20
+#: how an MP4 begins
+_MP4_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"})
 
 
 def require_whole(file: BinaryIO, size: int, where: str) -> None:
@@ -119,11 +121,14 @@ def stated_end(file: BinaryIO) -> StatedEnd | None:
     """
     try:
         return _stated_end(file)
-    except (struct.error, OverflowError, ZeroDivisionError):
+    except (struct.error, OverflowError):
         return None
 
 
 def _stated_end(file: BinaryIO) -> StatedEnd | None:
+    file.seek(0)
+    if file.read(8)[4:] not in _MP4_BOXES:
+        return None
     file.seek(0, 2)
     movie = next(_boxes(file, 0, file.tell(), b"moov"), None)
     if movie is None or next(_boxes(file, *movie, b"mvex"), None):
@@ -136,8 +141,10 @@ def _stated_end(file: BinaryIO) -> StatedEnd | None:
             continue
         header = _content(file, media, b"mdhd")
         timescale = struct.unpack_from(">I", header, 20 if header[:1] == b"\1" else 12)[0]
-        table = _content(file, media, b"minf", b"stbl", b"stts")[8:]
-        runs = [(n, d) for n, d in struct.iter_unpack(">II", table[: len(table) & ~7]) if n]
+        if not timescale or not movie_scale:
+            return None
+        table = _content(file, media, b"minf", b"stbl", b"stts")
+        runs = [(n, d) for n, d in _entries(table, ">II") if n]
         total = sum(count * duration for count, duration in runs)
         # the sample before the last
         steps = [duration for count, duration in runs[-2:] for _ in range(min(count, 2))][-2:]
@@ -158,14 +165,20 @@ def _edit(table: bytes, movie_scale: int) -> tuple[int, int | None, int | None]:
     """(empty time before it, its media time, its length or None) of the one edit of a table."""
     if not table:
         return 0, 0, None
-    form = ">QqI" if table[:1] == b"\1" else ">IiI"
-    size = struct.calcsize(form)
-    edits = list(struct.iter_unpack(form, table[8 : 8 + (len(table) - 8) // size * size]))
+    edits = _entries(table, ">QqI" if table[:1] == b"\1" else ">IiI")
     empty = sum(length for length, media, _ in edits if media == -1)
     real = [(length, media) for length, media, _ in edits if media >= 0]
     if len(real) != 1 or edits[-1][1] < 0:
         return 0, None, None
     return empty, real[0][1], real[0][0]
+
+
+def _entries(table: bytes, form: str) -> list[tuple[int, ...]]:
+    """As many entries of a table as it says that it has, and holds."""
+    size = struct.calcsize(form)
+    (stated,) = struct.unpack_from(">I", table, 4)
+    count = min(stated, (len(table) - 8) // size)
+    return list(struct.iter_unpack(form, table[8 : 8 + count * size]))
 
 
 def _boxes(file: BinaryIO, at: int, end: int, wanted: bytes) -> Iterator[tuple[int, int]]:

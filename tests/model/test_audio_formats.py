@@ -234,7 +234,8 @@ def test_a_last_frame_is_kept_whole_where_an_mp4s_tables_contradict_it(folder: P
     half = struct.pack(">4I", frames - 1, 512, 1, 200)
     path = folder / "half.m4a"
     path.write_bytes(data[: at + 4] + half + data[at + 20 :])
-    assert read_count(path) % 1024 == 0
+    # the encoder's delay, which the edit leaves out, is then two frames
+    assert read_count(path) == (frames - 2) * 1024
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in NOT_PIPED])

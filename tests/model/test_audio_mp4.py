@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlx_contentvec.audio import read_audio
+from mlx_contentvec.containers import stated_end
 from tests.optional import ffmpeg_program
 
 av = pytest.importorskip("av", reason="audio files need PyAV: pip install 'mlx-contentvec[audio]'")
@@ -180,3 +181,30 @@ def test_he_aac_that_counts_at_either_rate_ends_where_its_tables_say(
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
 def test_mp3_in_an_mp4_is_as_long_as_what_was_encoded(tmp_path: Path, name: str) -> None:
     assert count(encoded(tmp_path / name, "-c:a", "libmp3lame")) == SAMPLES
+
+
+@pytest.mark.parametrize("steps", [(66, 0), (66, FRAME)], ids=["no steps", "steps"])
+@pytest.mark.parametrize("names", [(*MEDIA, b"mdhd"), (b"moov", b"mvhd")])
+def test_tables_that_count_in_no_time_are_not_gone_by(
+    boxes: Boxes, write: Write, names: tuple[bytes, ...], steps: tuple[int, int]
+) -> None:
+    set_duration(boxes, *names, at=12, to=0)
+    set_steps(boxes, steps)
+    track = find(boxes, b"moov", b"trak")
+    track[1] = [box for box in track[1] if box[0] != b"edts"]
+    assert count(write(boxes)) % FRAME == 0
+
+
+def test_entries_behind_those_that_a_table_counts_are_not_read(boxes: Boxes, write: Write) -> None:
+    find(boxes, *MEDIA, b"minf", b"stbl", b"stts")[1] += struct.pack(">II", 5, 1)
+    with write(boxes).open("rb") as file:
+        end = stated_end(file)
+    assert end is not None
+    assert (end.end, end.step) == (SAMPLES, FRAME)
+
+
+def test_a_table_of_more_than_a_megabyte_is_not_gone_by(boxes: Boxes, write: Write) -> None:
+    set_steps(boxes, *[(1, FRAME)] * 200_000)
+    path = write(boxes)
+    with path.open("rb") as file:
+        assert stated_end(file) is None

@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from mlx_contentvec.backend import mx
+from mlx_contentvec.backend import device_kind, mx
 from mlx_contentvec.ops import mlx as ops
 from mlx_contentvec.ops import tensor_cores
 
 erf = np.vectorize(math.erf)
 on_tensor_cores = pytest.mark.skipif(
-    not tensor_cores.works(), reason="no NVIDIA GPU with tensor cores for TF32"
+    device_kind() != "cuda" or not tensor_cores.are_here(),
+    reason="no NVIDIA GPU with tensor cores for TF32",
 )
 
 
@@ -55,6 +56,11 @@ CASES = [
 
 
 @on_tensor_cores
+def test_the_kernel_is_compiled_and_exact_where_the_hardware_is():
+    assert tensor_cores.works()
+
+
+@on_tensor_cores
 @pytest.mark.parametrize("batch, time, channels, kernel, stride, out, with_bias, then_gelu", CASES)
 def test_a_product_is_as_exact_as_float32(
     numbers, batch, time, channels, kernel, stride, out, with_bias, then_gelu
@@ -89,7 +95,7 @@ def test_a_product_of_numbers_of_any_size(numbers, size):
 
 
 @on_tensor_cores
-def test_a_product_of_what_does_not_lie_as_it_is_copied(numbers):
+def test_a_product_of_arrays_that_are_not_aligned_or_not_contiguous(numbers):
     flat, weight = drawn(numbers, 1 + 200 * 64), drawn(numbers, 64, 64)
     x = mx.array(flat)[1:].reshape(1, 200, 64)
     true = flat[1:].reshape(1, 200, 64).astype(np.float64) @ weight
@@ -125,9 +131,9 @@ def recorder(monkeypatch):
     monkeypatch.setattr(tensor_cores, "_kernel", lambda: recorder)
     monkeypatch.setattr(tensor_cores, "works", lambda: True)
     monkeypatch.setattr(ops, "device_kind", lambda: "cuda")
-    tensor_cores._product.cache_clear()
+    tensor_cores._prepared.cache_clear()
     yield recorder
-    tensor_cores._product.cache_clear()
+    tensor_cores._prepared.cache_clear()
 
 
 def layer(numbers, inputs=64, outputs=128):
@@ -135,7 +141,7 @@ def layer(numbers, inputs=64, outputs=128):
     return weight, bias
 
 
-def test_a_linear_layer_of_many_rows_is_one_of_the_tensor_cores(recorder, numbers):
+def test_a_linear_layer_of_many_rows_runs_on_tensor_cores(recorder, numbers):
     weight, bias = layer(numbers)
     x = drawn(numbers, 2, 100, 64)
     y = np.array(ops.linear(mx.array(x), weight, bias, then_gelu=True))
@@ -145,7 +151,7 @@ def test_a_linear_layer_of_many_rows_is_one_of_the_tensor_cores(recorder, number
     np.testing.assert_allclose(y, true, rtol=1e-4, atol=1e-4)
 
 
-def test_a_convolution_is_one_of_the_tensor_cores(recorder, numbers):
+def test_a_convolution_runs_on_tensor_cores(recorder, numbers):
     x, weight = drawn(numbers, 2, 41, 32), drawn(numbers, 64, 3, 32)
     y = np.array(ops.conv1d(mx.array(x), mx.array(weight), None, 2, then_gelu=True))
     assert len(recorder.calls) == 1
@@ -166,7 +172,11 @@ def plain_sums(monkeypatch):
     monkeypatch.setattr(ops, "SHORT_SUMS", False)
 
 
-@pytest.mark.parametrize("change", [no_tensor_cores, other_device, plain_sums])
+def tf32_asked_for(monkeypatch):
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")
+
+
+@pytest.mark.parametrize("change", [no_tensor_cores, other_device, plain_sums, tf32_asked_for])
 def test_elsewhere_mlx_multiplies(recorder, numbers, monkeypatch, change):
     change(monkeypatch)
     weight, bias = layer(numbers)
@@ -229,11 +239,12 @@ def test_gradients_are_those_of_the_plain_product(recorder, numbers, ours, plain
 
 
 def trial(monkeypatch, kernel, capability=9):
-    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": capability})
+    info = {"compute_capability_major": capability}
+    monkeypatch.setattr(mx, "device_info", lambda: info, raising=False)
     monkeypatch.setattr(tensor_cores, "_kernel", lambda: kernel)
-    tensor_cores._product.cache_clear()
+    tensor_cores._prepared.cache_clear()
     works = tensor_cores.works.__wrapped__()
-    tensor_cores._product.cache_clear()
+    tensor_cores._prepared.cache_clear()
     return works
 
 
@@ -244,6 +255,28 @@ def refuses(**_):
 def less_exact(**call):
     call["inputs"][0] = call["inputs"][0].astype(mx.bfloat16).astype(mx.float32)
     return Recorder()(**call)
+
+
+def has_no_memory(**_):
+    raise RuntimeError("cudaMallocAsync failed: out of memory")
+
+
+def test_a_trial_without_memory_is_no_answer(monkeypatch):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trial(monkeypatch, has_no_memory)
+    assert trial(monkeypatch, Recorder())
+
+
+def test_mlx_that_tells_no_capability_multiplies_itself(monkeypatch):
+    monkeypatch.setattr(mx, "device_info", dict, raising=False)
+    assert not tensor_cores.works.__wrapped__()
+    monkeypatch.delattr(mx, "device_info")
+    assert not tensor_cores.works.__wrapped__()
+
+
+def test_nothing_is_convolved_to_nothing(recorder):
+    assert ops.conv1d(mx.zeros((0, 9, 32)), mx.ones((64, 3, 32)), None, 2).shape[0] == 0
+    assert recorder.calls == []
 
 
 def test_the_trial_asks_for_a_right_product(monkeypatch):
