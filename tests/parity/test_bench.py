@@ -25,6 +25,7 @@ from contentvec_parity.bench.measure import Engine, Settings, Worker, operations
 from contentvec_parity.bench.onnx_file import write_onnx
 from contentvec_parity.commands.bench import beside
 from mlx_contentvec import memory
+from mlx_contentvec.backend import mx
 from mlx_contentvec.cli import main
 from mlx_contentvec.config import PRESETS, ModelConfig
 from mlx_contentvec.errors import MissingDependency, ParityError
@@ -420,11 +421,23 @@ def test_the_yardstick_is_once_itself(document: dict[str, Any]) -> None:
     assert row["wall_ratio"] == row["cpu_ratio"] == 1.0
 
 
-def test_the_floor_is_the_product_scaled_to_the_model() -> None:
+@pytest.mark.parametrize(("device", "products"), [("cpu", 1), ("gpu", 64)])
+def test_the_floor_is_the_product_scaled_to_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, products: int
+) -> None:
     rows, inner, columns = bench.PRODUCT
-    found = bench._floor({"wall": 1.0, "cpu": 2.0}, PRESETS["base"], 1.0, 2)
-    scale = operations(PRESETS["base"], 16000, 2) / (2 * rows * inner * columns)
+    found = bench._floor({"wall": 1.0, "cpu": 2.0}, PRESETS["base"], 1.0, 2, device)
+    scale = operations(PRESETS["base"], 16000, 2) / (2 * rows * inner * columns * products)
     assert found == {"wall": scale, "cpu": 2 * scale}
+    # as many are computed as are counted
+    computed: list[Any] = []
+    monkeypatch.setattr(bench_worker, "PRODUCT", (2, 3, 4))
+    monkeypatch.setattr(bench_worker, "_mlx_on", lambda settings: mx)
+    (tmp_path / "weights").write_bytes(b"weights")
+    run = bench_worker._floor(f"{tmp_path / 'weights'}", {"device": device})
+    monkeypatch.setattr(mx, "eval", computed.extend)
+    run(np.zeros((1, 16000), np.float32))
+    assert [product.shape for product in computed] == [(2, 4)] * products
 
 
 def test_the_engines_take_turns_at_being_first() -> None:

@@ -30,7 +30,7 @@ from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import MissingDependency, ParityError, install_hint, name_list
 
 from ..compare.candidate import read_metadata
-from .worker import PRODUCT
+from .worker import PRODUCT, PRODUCTS
 
 SCHEMA = "mlx-contentvec-bench/1"
 
@@ -302,7 +302,7 @@ def _steady(
                         if turn == settings.repeats - 1 and engine.kind != "floor":
                             memory.append(_memory_row(engine, seconds, batch, answer))
                         if engine.kind == "floor":
-                            answer = _floor(answer, config, seconds, batch)
+                            answer = _floor(answer, config, seconds, batch, settings.device)
                         if turn >= 0:  # the first is to warm up
                             found[engine.label].append(
                                 {key: answer[key] for key in ("wall", "cpu")}
@@ -325,12 +325,12 @@ def _steady(
 
 
 def _floor(
-    answer: dict[str, Any], config: ModelConfig, seconds: float, batch: int
+    answer: dict[str, Any], config: ModelConfig, seconds: float, batch: int, device: str
 ) -> dict[str, Any]:
     """The time a forward pass would take at the speed of one large product, and nothing else."""
     rows, inner, columns = PRODUCT
     scale = operations(config, round(seconds * config.sample_rate), batch) / (
-        2 * rows * inner * columns
+        2 * rows * inner * columns * PRODUCTS[device]
     )
     return {key: answer[key] * scale for key in ("wall", "cpu")}
 
