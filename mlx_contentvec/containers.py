@@ -181,21 +181,30 @@ def _entries(table: bytes, form: str) -> list[tuple[int, ...]]:
     return list(struct.iter_unpack(form, table[8 : 8 + count * size]))
 
 
+def _box(file: BinaryIO, at: int) -> tuple[bytes, int, int] | None:
+    """(name, where its content begins, length) of an MP4's box; a length of 0 is to the end."""
+    file.seek(at)
+    head = file.read(16)
+    if len(head) < 8:
+        return None
+    length, content = int.from_bytes(head[:4], "big"), at + 8
+    if length == 1:
+        length, content = int.from_bytes(head[8:], "big"), at + 16
+    return head[4:8], content, length
+
+
 def _boxes(file: BinaryIO, at: int, end: int, wanted: bytes) -> Iterator[tuple[int, int]]:
     """(begin, end) of the content of each box of a name."""
     for _ in range(_MOST_PARTS):
-        file.seek(at)
-        head = file.read(16)
-        if at + 8 > end or len(head) < 8:
+        box = _box(file, at)
+        if box is None or at + 8 > end:
             return
-        length, content = int.from_bytes(head[:4], "big"), at + 8
-        if length == 1:
-            length, content = int.from_bytes(head[8:], "big"), at + 16
+        name, content, length = box
         if length == 0:
             length = end - at
         if length < content - at or at + length > end:
             return
-        if head[4:8] == wanted:
+        if name == wanted:
             yield content, at + length
         at += length
 
@@ -400,18 +409,13 @@ def _require_mp4(file: BinaryIO, size: int, where: str) -> None:
     """MP4, M4A and MOV: boxes of a size and a name; a second ftyp begins another file."""
     at = types = 0
     for _ in range(_MOST_PARTS):
-        file.seek(at)
-        head = file.read(16)
-        if len(head) < 8:
+        box = _box(file, at)
+        if box is None:
             return
-        length = int.from_bytes(head[:4], "big")
-        if length == 0:  # to the end of the file
+        name, _, length = box
+        if length < 8:  # 0 is to the end of the file
             return
-        if length == 1:
-            length = int.from_bytes(head[8:], "big")
-        if length < 8:
-            return
-        types += head[4:8] == b"ftyp"
+        types += name == b"ftyp"
         if types > 1:
             raise _joined(where, at)
         if at + length > size:
@@ -553,7 +557,7 @@ _CHECKS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO, int, str], Non
     (lambda start: start[:4] == b"caff", _require_caf),
     (lambda start: start == _W64_RIFF, _require_w64),
     (lambda start: start[:4] == b"OggS", _require_ogg),
-    (lambda start: start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free"), _require_mp4),
+    (lambda start: start[4:8] in _MP4_BOXES, _require_mp4),
     (lambda start: start[:4] == _EBML, _require_matroska),
     (lambda start: start == _ASF, _require_asf),
     (lambda start: start[:4] == b"TTA1", _require_tta),

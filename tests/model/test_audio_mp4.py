@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mlx_contentvec.audio import read_audio
-from mlx_contentvec.containers import stated_end
+from mlx_contentvec.containers import require_whole, stated_end
+from mlx_contentvec.errors import AudioError
 from tests.optional import ffmpeg_program
 
 av = pytest.importorskip("av", reason="audio files need PyAV: pip install 'mlx-contentvec[audio]'")
@@ -208,3 +209,11 @@ def test_a_table_of_more_than_a_megabyte_is_not_gone_by(boxes: Boxes, write: Wri
     path = write(boxes)
     with path.open("rb") as file:
         assert stated_end(file) is None
+
+
+@pytest.mark.parametrize("first", [b"ftyp", b"moov", b"wide", b"free", b"skip", b"pnot"])
+def test_a_cut_file_is_known_whatever_box_it_begins_with(tmp_path: Path, first: bytes) -> None:
+    path = tmp_path / "cut.mov"
+    path.write_bytes(struct.pack(">I4s", 8, first) + struct.pack(">I4s", 100, b"mdat") + bytes(20))
+    with path.open("rb") as file, pytest.raises(AudioError, match="cut short"):
+        require_whole(file, path.stat().st_size, path.name)
