@@ -20,15 +20,16 @@ from ..config import EPS
 from . import cpu, tensor_cores
 from .host_copy import to_numpy
 
-#: whether long float32 sums are taken in parts on a GPU: MLX_CONTENTVEC_SUMS=plain turns
-#: that off. Errors of layers 9 and 12 are 0.93 and 0.90 times PyTorch's on a CPU with it
-#: (H200), 1.51 and 1.38 times without (H100); a pass takes 3 to 8 % longer (1 to 60 s,
-#: H200, float32). On a device that adds one product after the other: 0.5 instead of 1.3
-#: (PyTorch on an EPYC of family 25, model 1)
+#: whether long float32 sums are taken in parts on a GPU, or products on tensor cores:
+#: MLX_CONTENTVEC_SUMS=plain turns both off. Errors of layers 9 and 12 are 0.93 and 0.90 times
+#: PyTorch's on a CPU with parts, 0.70 and 0.68 on tensor cores (H200), 1.51 and 1.38 times
+#: without either (H100); with parts a pass takes 3 to 8 % longer (1 to 60 s, H200, float32).
+#: On a device that adds one product after the other parts leave 0.5 instead of 1.3 (PyTorch on
+#: an EPYC of family 25, model 1)
 SHORT_SUMS = os.environ.get("MLX_CONTENTVEC_SUMS", "short") != "plain"
-#: products that are summed in a row in a convolution on a GPU. Of windows of 1536 inputs,
-#: blocks of 256, 192 and 128 give the stages 1.5 to 1.6, 1.3 to 1.4 and 1.1 to 1.2 times
-#: PyTorch's rms error on a CPU; a pass of 30 s takes 2 % less at 192 (H200)
+#: products that are summed in a row in a convolution on a GPU without tensor cores. Of windows
+#: of 1536 inputs, blocks of 256, 192 and 128 give the stages 1.5 to 1.6, 1.3 to 1.4 and 1.1 to
+#: 1.2 times PyTorch's rms error on a CPU; a pass of 30 s takes 2 % less at 192 (H200)
 CONV_K_BLOCK = 128
 #: the same for windows of at most FEW_INPUTS, those of the last two convolutions, which are
 #: few: the last one's largest error, from the audio on, is 1.36 times PyTorch's on a CPU
