@@ -49,8 +49,8 @@ class Linear(nn.Linear):
         if bias:
             self.bias = mx.zeros(outputs)
 
-    def __call__(self, x: Array, then_gelu: bool = False) -> Array:
-        return ops.linear(x, self.weight, self.get("bias"), then_gelu)
+    def __call__(self, x: Array, then_gelu: bool = False, residual: Array | None = None) -> Array:
+        return ops.linear(x, self.weight, self.get("bias"), then_gelu, residual)
 
 
 class ConvBlock(nn.Module):
@@ -159,15 +159,17 @@ class SelfAttention(nn.Module):
 
     def __call__(self, x: Array, mask: Array | None, qkv: FusedQKV | None) -> Array:
         """x: (batch, frames, width)    mask: (batch, 1, 1, frames), true where valid."""
-        batch, frames, _ = x.shape
         if qkv is None:
-            projected = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
+            parts = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
+            projected = mx.concatenate(parts, axis=-1)
         else:
-            projected = mx.split(ops.linear(x, *qkv), 3, axis=-1)
-        queries, keys, values = (
-            y.reshape(batch, frames, self.heads, -1).transpose(0, 2, 1, 3) for y in projected
-        )
-        return ops.attention(queries, keys, values, mask)
+            projected = ops.linear(x, *qkv)
+        return ops.self_attention(projected, self.heads, mask)
+
+
+def _added(residual: Array, layer: nn.Module, x: Array) -> Array:
+    """``residual + layer(x)``: in one step, unless it is quantised or somebody's own layer."""
+    return layer(x, residual=residual) if type(layer) is Linear else residual + layer(x)
 
 
 class EncoderLayer(nn.Module):
@@ -199,16 +201,16 @@ class EncoderLayer(nn.Module):
 
     def after_attention(self, x: Array, attended: Array, speaker: Array | None = None) -> Array:
         """The rest of the layer, frame by frame: ``x`` is its input, (batch, frames, width)."""
-        x = x + self.self_attn.out_proj(attended)
+        x = _added(x, self.self_attn.out_proj, attended)
         if self.norm_first:
-            return x + self.feed_forward(self._norm(self.final_layer_norm, x, speaker))
+            normed = self._norm(self.final_layer_norm, x, speaker)
+            return _added(x, self.fc2, self._hidden(normed))
         x = self._norm(self.self_attn_layer_norm, x, speaker)
-        return self._norm(self.final_layer_norm, x + self.feed_forward(x), speaker)
+        return self._norm(self.final_layer_norm, _added(x, self.fc2, self._hidden(x)), speaker)
 
-    def feed_forward(self, x: Array) -> Array:
-        if type(self.fc1) is Linear:
-            return self.fc2(self.fc1(x, then_gelu=True))
-        return self.fc2(ops.gelu(self.fc1(x)))  # quantised, or what somebody put in its place
+    def _hidden(self, x: Array) -> Array:
+        """The hidden units of the feed-forward."""
+        return self.fc1(x, then_gelu=True) if type(self.fc1) is Linear else ops.gelu(self.fc1(x))
 
     def __call__(
         self,

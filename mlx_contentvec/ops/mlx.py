@@ -119,34 +119,49 @@ def gelu(x: mx.array) -> mx.array:
     return _in_one_pass(_gelu, x)
 
 
-def _on_tensor_cores(x: mx.array, weight: mx.array) -> bool:
-    """Whether ``tensor_cores.product`` computes a product of float32, in windows of ``x``.
+def _may_use_tensor_cores(*arrays: mx.array) -> bool:
+    """Whether float32 is computed on tensor cores where these can.
 
-    Where TF32 products are asked for, one of MLX's takes less time than its three.
+    Where TF32 products are asked for, one of MLX's takes less time than three.
     """
     return (
         device_kind() == "cuda"
         and SHORT_SUMS
         and not tf32_enabled()
-        and x.dtype == weight.dtype == mx.float32
-        and tensor_cores.is_block_product(math.prod(weight.shape[1:]), len(weight), x.shape[-1])
+        and all(x.dtype == mx.float32 for x in arrays)
         and tensor_cores.works()
     )
 
 
-def linear(
-    x: mx.array, weight: mx.array, bias: mx.array | None, then_gelu: bool = False
-) -> mx.array:
-    """A linear layer, and its GELU if asked.
+def _on_tensor_cores(x: mx.array, weight: mx.array) -> bool:
+    """Whether ``tensor_cores.product`` computes a product, in windows of ``x``."""
+    inputs, outputs = math.prod(weight.shape[1:]), len(weight)
+    return tensor_cores.is_block_product(inputs, outputs, x.shape[-1]) and _may_use_tensor_cores(
+        x, weight
+    )
 
-    x: (..., in)    weight: (out, in)    bias: (out,) or None    returns: (..., out)
+
+def linear(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    then_gelu: bool = False,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """A linear layer, its GELU if asked, and what is added to it.
+
+    x: (..., in)    weight: (out, in)    bias: (out,) or None    residual: (..., out) or None
+    returns: (..., out)
     """
     out, inputs = weight.shape
     in_parts = SHORT_SUMS and device_kind() == "metal" and x.dtype == mx.float32
     if x.size >= tensor_cores.FEW_ROWS * inputs and _on_tensor_cores(x, weight):
-        rows = x.reshape(1, -1, inputs)
-        y = tensor_cores.product(rows, weight.T, bias, 1, 1, then_gelu)
-        return y.reshape(*x.shape[:-1], out)
+        if x.ndim != 3:
+            rows = x.reshape(1, -1, inputs)
+            added = None if residual is None else residual.reshape(1, -1, out)
+            y = tensor_cores.product(rows, weight.T, bias, then_gelu=then_gelu, residual=added)
+            return y.reshape(*x.shape[:-1], out)
+        return tensor_cores.product(x, weight.T, bias, then_gelu=then_gelu, residual=residual)
     if in_parts and inputs > LONG_SUM and inputs % LONG_SUM_PARTS == 0:
         rows = x.reshape(-1, LONG_SUM_PARTS, inputs // LONG_SUM_PARTS).transpose(1, 0, 2)
         matrices = weight.reshape(out, LONG_SUM_PARTS, -1).transpose(1, 2, 0)
@@ -154,7 +169,8 @@ def linear(
         y = y if bias is None else y + bias
     else:
         y = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    return gelu(y) if then_gelu else y
+    y = gelu(y) if then_gelu else y
+    return y if residual is None else residual + y
 
 
 def windows(x: mx.array, kernel: int, stride: int) -> mx.array:
@@ -192,7 +208,7 @@ def conv1d(
     single = x.dtype == mx.float32
     if min(batch, time - kernel + 1) > 0 and _on_tensor_cores(x, weight):
         matrix = weight.transpose(1, 2, 0).reshape(inputs, out)
-        return tensor_cores.product(x, matrix, bias, kernel, stride, then_gelu)
+        return tensor_cores.product(x, matrix, bias, kernel, stride, then_gelu=then_gelu)
     if device_kind() == "cpu" or (device_kind() == "metal" and not single):
         y = mx.conv1d(x, weight, stride)
     elif not (SHORT_SUMS and single) or inputs % block:
@@ -356,6 +372,22 @@ def _grouped_as_products(
     matrices = weight.transpose(1, 2, 0).reshape(blocks, 1, taps * per_group, groups, per_group)
     y = (rows @ matrices.swapaxes(2, 3)).sum(axis=0)
     return y.transpose(0, 2, 1, 3).reshape(batch, frames, channels)
+
+
+def self_attention(qkv: mx.array, heads: int, mask: mx.array | None) -> mx.array:
+    """Scaled dot-product attention of queries, keys and values that lie beside each other.
+
+    qkv: (batch, frames, 3 * width)    mask: (batch, 1, 1, frames) or None, as ``attention``'s
+    returns: (batch, frames, width)
+    """
+    batch, frames, row = qkv.shape
+    width = row // 3
+    if width == heads * tensor_cores.HEAD_WIDTH and _may_use_tensor_cores(qkv):
+        return tensor_cores.attention(qkv, None if mask is None else mask.reshape(batch, frames))
+    queries, keys, values = (
+        y.reshape(batch, frames, heads, -1).transpose(0, 2, 1, 3) for y in mx.split(qkv, 3, axis=-1)
+    )
+    return attention(queries, keys, values, mask)
 
 
 def plans_attention(dtype: mx.Dtype) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,18 @@ on_tensor_cores = pytest.mark.skipif(
 
 def gelu(x):
     return x * (1 + erf(x / np.sqrt(2))) / 2
+
+
+def true_attention(qkv, heads, mask):
+    """In float64: qkv (batch, frames, 3 * width), mask (batch, frames) or None."""
+    batch, frames, row = qkv.shape
+    parts = qkv.astype(np.float64).reshape(batch, frames, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    scores = parts[0] @ parts[1].swapaxes(-1, -2) / np.sqrt(parts.shape[-1])
+    if mask is not None:
+        scores = np.where(mask[:, None, None], scores, -1e30)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    mixed = weights / weights.sum(axis=-1, keepdims=True) @ parts[2]
+    return mixed.transpose(0, 2, 1, 3).reshape(batch, frames, row // 3)
 
 
 def true_product(x, weight, bias, kernel, stride, then_gelu):
@@ -52,6 +65,7 @@ CASES = [
     pytest.param(1, 128, 32, 1, 1, 64, True, False, id="a whole block of rows"),
     pytest.param(1, 129, 64, 1, 1, 128, True, False, id="one row more than a block"),
     pytest.param(5, 7, 32, 3, 1, 64, True, True, id="clips shorter than a block"),
+    pytest.param(1, 3000, 832, 1, 1, 64, True, True, id="two parts of which one is longer"),
 ]
 
 
@@ -62,21 +76,25 @@ def test_the_kernel_is_compiled_and_exact_where_the_hardware_is():
 
 @on_tensor_cores
 @pytest.mark.parametrize("batch, time, channels, kernel, stride, out, with_bias, then_gelu", CASES)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 def test_a_product_is_as_exact_as_float32(
-    numbers, batch, time, channels, kernel, stride, out, with_bias, then_gelu
+    numbers, batch, time, channels, kernel, stride, out, with_bias, then_gelu, with_residual
 ):
     x = drawn(numbers, batch, time, channels)
     weight = drawn(numbers, kernel * channels, out) / np.float32(np.sqrt(kernel * channels))
     bias = drawn(numbers, out) if with_bias else None
+    true = true_product(x, weight, bias, kernel, stride, then_gelu)
+    residual = drawn(numbers, *true.shape) if with_residual else None
     y = tensor_cores.product(
         mx.array(x),
         mx.array(weight),
         None if bias is None else mx.array(bias),
         kernel,
         stride,
-        then_gelu,
+        then_gelu=then_gelu,
+        residual=None if residual is None else mx.array(residual),
     )
-    true = true_product(x, weight, bias, kernel, stride, then_gelu)
+    true = true if residual is None else true + residual
     plain = true_product(x, weight, bias, kernel, stride, False).astype(np.float32)
     assert y.shape == true.shape
     # half of the last bit of each number, and as much as sums of 32 in a row and theirs lose
@@ -89,7 +107,7 @@ def test_a_product_is_as_exact_as_float32(
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1e4, 1e30])
 def test_a_product_of_numbers_of_any_size(numbers, size):
     x, weight = drawn(numbers, 1, 200, 64) * np.float32(size), drawn(numbers, 64, 64)
-    y = tensor_cores.product(mx.array(x), mx.array(weight), None, 1, 1, False)
+    y = tensor_cores.product(mx.array(x), mx.array(weight), None)
     true = x.astype(np.float64) @ weight
     assert np.abs(np.array(y) - true).max() <= 1e-6 * np.abs(true).max()
 
@@ -101,11 +119,49 @@ def test_a_product_of_arrays_that_are_not_aligned_or_not_contiguous(numbers):
     true = flat[1:].reshape(1, 200, 64).astype(np.float64) @ weight
     columns = mx.array(np.ascontiguousarray(weight.T)).T
     for given in (mx.array(weight), columns):
-        y = np.array(tensor_cores.product(x, given, None, 1, 1, False))
+        y = np.array(tensor_cores.product(x, given, None))
         assert np.abs(y - true).max() <= 1e-6 * np.abs(true).max()
     turned = mx.array(np.ascontiguousarray(flat[1:].reshape(1, 200, 64).transpose(0, 2, 1)))
-    y = np.array(tensor_cores.product(turned.transpose(0, 2, 1), given, None, 1, 1, False))
+    y = np.array(tensor_cores.product(turned.transpose(0, 2, 1), given, None))
     assert np.abs(y - true).max() <= 1e-6 * np.abs(true).max()
+
+
+@on_tensor_cores
+@pytest.mark.parametrize(
+    "batch, frames, heads, size",
+    [
+        pytest.param(1, 1, 12, 1, id="one frame"),
+        pytest.param(2, 64, 1, 1, id="a whole block"),
+        pytest.param(1, 65, 12, 1, id="one frame more than a block"),
+        pytest.param(3, 249, 12, 3, id="scores that differ by 100"),
+        pytest.param(1, 1499, 2, 1, id="many blocks"),
+    ],
+)
+@pytest.mark.parametrize("with_mask", [False, True], ids=["", "mask"])
+def test_attention_is_as_exact_as_float32(numbers, batch, frames, heads, size, with_mask):
+    qkv = drawn(numbers, batch, frames, 3 * heads * 64) * np.float32(size)
+    mask = None
+    if with_mask:
+        # behind its end, and all of a block at its beginning
+        mask = np.ones((batch, frames), bool)
+        mask[0, frames - frames // 3 :] = False
+        mask[-1, : frames // 2] = False
+    y = tensor_cores.attention(mx.array(qkv), None if mask is None else mx.array(mask))
+    true = true_attention(qkv, heads, mask)
+    error = np.array(y) - true
+    # a score is rounded where it is large, and its exponential is off by as much
+    loss = 3e-7 + 1e-7 * size**2
+    assert np.sqrt((error**2).mean()) <= loss * np.sqrt((true**2).mean())
+    assert np.abs(error).max() <= 20 * loss * np.abs(true).max()
+
+
+@on_tensor_cores
+def test_what_is_not_a_number_is_seen(numbers):
+    qkv, x = drawn(numbers, 1, 70, 192), drawn(numbers, 1, 130, 64)
+    qkv[0, 69, 64] = x[0, 129, 0] = np.nan
+    assert np.isnan(np.array(tensor_cores.attention(mx.array(qkv), None))).all()
+    y = np.array(tensor_cores.product(mx.array(x), mx.array(drawn(numbers, 64, 64)), None))
+    assert np.isnan(y[0, 129]).all() and not np.isnan(y[0, :129]).any()
 
 
 class Recorder:
@@ -115,13 +171,33 @@ class Recorder:
         self.calls = []
 
     def __call__(self, *, inputs, output_shapes, grid, threadgroup, **_):
-        self.calls.append((grid, threadgroup))
-        x, weight, bias, geometry = inputs
-        kernel, stride, then_gelu = geometry.tolist()
-        x, weight, bias = (np.array(part) for part in (x, weight, bias))
-        y = true_product(x, weight, bias, kernel, stride, then_gelu).astype(np.float32)
+        x, weight, bias, residual, geometry = (np.array(part) for part in inputs)
+        mode, parts, kernel, stride, with_bias, then_gelu, with_residual = geometry.tolist()
+        assert threadgroup == (tensor_cores.THREADS, 1, 1)
+        self.calls.append((mode, parts, grid[0]))
+        if mode == tensor_cores._ATTEND:
+            heads = x.shape[-1] // 3 // tensor_cores.HEAD_WIDTH
+            y = true_attention(x, heads, bias != 0 if with_bias else None)
+            finished = False
+        elif mode == tensor_cores._ADD_UP:
+            assert len(x) == parts
+            y, finished = x.sum(axis=0), True
+        else:
+            by_part = np.array_split(np.arange(len(weight)), parts)
+            y = [masked_product(x, weight, rows, kernel, stride) for rows in by_part]
+            y, finished = (y[0], True) if parts == 1 else (np.stack(y), False)
+        if finished:
+            y = y + bias if with_bias else y
+            y = gelu(y) if then_gelu else y
+            y = y + residual if with_residual else y
         assert output_shapes == [y.shape]
-        return [mx.array(y)]
+        return [mx.array(y.astype(np.float32))]
+
+
+def masked_product(x, weight, rows, kernel, stride):
+    part = np.zeros_like(weight)
+    part[rows] = weight[rows]
+    return true_product(x, part, None, kernel, stride, False)
 
 
 @pytest.fixture
@@ -131,9 +207,14 @@ def recorder(monkeypatch):
     monkeypatch.setattr(tensor_cores, "_kernel", lambda: recorder)
     monkeypatch.setattr(tensor_cores, "works", lambda: True)
     monkeypatch.setattr(ops, "device_kind", lambda: "cuda")
-    tensor_cores._prepared.cache_clear()
+    forget()
     yield recorder
-    tensor_cores._prepared.cache_clear()
+    forget()
+
+
+def forget():
+    tensor_cores._product.cache_clear()
+    tensor_cores._attention.cache_clear()
 
 
 def layer(numbers, inputs=64, outputs=128):
@@ -146,7 +227,7 @@ def test_a_linear_layer_of_many_rows_runs_on_tensor_cores(recorder, numbers):
     x = drawn(numbers, 2, 100, 64)
     y = np.array(ops.linear(mx.array(x), weight, bias, then_gelu=True))
     # two blocks of rows, two of outputs
-    assert recorder.calls == [((4 * tensor_cores.THREADS, 1, 1), (tensor_cores.THREADS, 1, 1))]
+    assert recorder.calls == [(tensor_cores._MULTIPLY, 1, 4 * tensor_cores.THREADS)]
     true = gelu(x.astype(np.float64) @ np.array(weight).T + np.array(bias))
     np.testing.assert_allclose(y, true, rtol=1e-4, atol=1e-4)
 
@@ -158,6 +239,54 @@ def test_a_convolution_runs_on_tensor_cores(recorder, numbers):
     matrix = weight.transpose(1, 2, 0).reshape(96, 64)
     true = true_product(x, matrix, None, 3, 2, then_gelu=True)
     np.testing.assert_allclose(y, true, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_of_many_inputs_is_added_up_in_parts(recorder, numbers):
+    weight, bias = layer(numbers, 3072, 128)
+    x, residual = drawn(numbers, 2, 100, 3072), drawn(numbers, 2, 100, 128)
+    y = ops.linear(mx.array(x), weight, bias, residual=mx.array(residual))
+    threads = tensor_cores.THREADS
+    # two blocks of rows, two of outputs, and parts of 256 inputs; then a thread for four numbers
+    assert recorder.calls == [
+        (tensor_cores._MULTIPLY, 12, 4 * 12 * threads),
+        (tensor_cores._ADD_UP, 12, 2 * 100 * 128 // 4),
+    ]
+    true = x.astype(np.float64) @ np.array(weight).T + np.array(bias) + residual
+    np.testing.assert_allclose(np.array(y), true, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "rows, inputs, outputs, parts",
+    [
+        pytest.param(249, 768, 768, 1, id="as many inputs as are added up in one"),
+        pytest.param(249, 800, 768, 3, id="a few more, few rows"),
+        pytest.param(100_000, 800, 768, 2, id="a few more, many rows"),
+        pytest.param(100_000, 3072, 768, 4, id="many rows"),
+        pytest.param(249, 3072, 768, 11, id="few rows"),
+        pytest.param(1, 3072, 64, 12, id="one row"),
+        pytest.param(50_000, 1536, 512, 2, id="a convolution of three"),
+    ],
+)
+def test_a_long_sum_is_one_of_parts(rows, inputs, outputs, parts):
+    assert tensor_cores.parts_of(rows, inputs, outputs) == parts
+
+
+@pytest.mark.parametrize("with_mask", [False, True], ids=["", "mask"])
+def test_attention_runs_on_tensor_cores(recorder, numbers, with_mask):
+    qkv = drawn(numbers, 2, 70, 3 * 128)
+    mask = np.arange(70) < np.array([[70], [60]]) if with_mask else None
+    given = None if mask is None else mx.array(mask)[:, None, None]
+    y = np.array(ops.self_attention(mx.array(qkv), 2, given))
+    # of two clips and two heads two blocks of queries each
+    assert recorder.calls == [(tensor_cores._ATTEND, 1, 8 * tensor_cores.THREADS)]
+    np.testing.assert_allclose(y, true_attention(qkv, 2, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_a_residual_is_added_to_any_linear_layer(numbers):
+    weight, bias = layer(numbers)
+    x, residual = drawn(numbers, 2, 3, 64), drawn(numbers, 2, 3, 128)
+    y = ops.linear(mx.array(x), weight, bias, residual=mx.array(residual))
+    np.testing.assert_array_equal(y, mx.array(residual) + ops.linear(mx.array(x), weight, bias))
 
 
 def no_tensor_cores(monkeypatch):
@@ -182,6 +311,7 @@ def test_elsewhere_mlx_multiplies(recorder, numbers, monkeypatch, change):
     weight, bias = layer(numbers)
     mx.eval(ops.linear(mx.array(drawn(numbers, 2, 100, 64)), weight, bias))
     mx.eval(ops.conv1d(mx.array(drawn(numbers, 1, 9, 32)), mx.ones((64, 3, 32)), None, 2))
+    mx.eval(ops.self_attention(mx.array(drawn(numbers, 1, 9, 192)), 1, None))
     assert recorder.calls == []
 
 
@@ -198,6 +328,19 @@ def test_mlx_multiplies_what_the_kernel_does_not(recorder, numbers, rows, inputs
     weight, bias = (part.astype(dtype) for part in layer(numbers, inputs, outputs))
     x = mx.array(drawn(numbers, 1, rows, inputs)).astype(dtype)
     assert ops.linear(x, weight, bias).shape == (1, rows, outputs)
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize(
+    "heads, dtype",
+    [
+        pytest.param(2, mx.float32, id="heads of another width"),
+        pytest.param(1, mx.float16, id="half precision"),
+    ],
+)
+def test_mlx_attends_where_the_kernel_does_not(recorder, numbers, heads, dtype):
+    qkv = mx.array(drawn(numbers, 1, 9, 192)).astype(dtype)
+    assert ops.self_attention(qkv, heads, None).shape == (1, 9, 64)
     assert recorder.calls == []
 
 
@@ -238,14 +381,42 @@ def test_gradients_are_those_of_the_plain_product(recorder, numbers, ours, plain
     assert recorder.calls
 
 
+@pytest.mark.parametrize("with_mask", [False, True], ids=["", "mask"])
+def test_gradients_of_attention_are_those_of_mlx(recorder, numbers, with_mask):
+    qkv = mx.array(drawn(numbers, 2, 9, 3 * 128))
+    mask = mx.array(np.arange(9) < np.array([[9], [5]]))[:, None, None] if with_mask else None
+
+    def plain(qkv):
+        queries, keys, values = qkv.reshape(2, 9, 3, 2, 64).transpose(2, 0, 3, 1, 4)
+        return (ops.attention(queries, keys, values, mask) ** 2).sum()
+
+    def ours(qkv):
+        return (ops.self_attention(qkv, 2, mask) ** 2).sum()
+
+    np.testing.assert_allclose(mx.grad(ours)(qkv), mx.grad(plain)(qkv), rtol=1e-3, atol=1e-4)
+    assert recorder.calls
+
+
+def test_gradients_reach_a_residual(recorder, numbers):
+    weight, bias = layer(numbers)
+    x, residual = drawn(numbers, 2, 100, 64), drawn(numbers, 2, 100, 128)
+
+    def loss(residual):
+        return (ops.linear(mx.array(x), weight, bias, residual=residual) * 3).sum()
+
+    np.testing.assert_array_equal(mx.grad(loss)(mx.array(residual)), np.full_like(residual, 3))
+    assert recorder.calls
+
+
 def trial(monkeypatch, kernel, capability=9):
     info = {"compute_capability_major": capability}
     monkeypatch.setattr(mx, "device_info", lambda: info, raising=False)
     monkeypatch.setattr(tensor_cores, "_kernel", lambda: kernel)
-    tensor_cores._prepared.cache_clear()
-    works = tensor_cores.works.__wrapped__()
-    tensor_cores._prepared.cache_clear()
-    return works
+    forget()
+    try:
+        return tensor_cores.works.__wrapped__()
+    finally:
+        forget()
 
 
 def refuses(**_):
@@ -255,6 +426,15 @@ def refuses(**_):
 def less_exact(**call):
     call["inputs"][0] = call["inputs"][0].astype(mx.bfloat16).astype(mx.float32)
     return Recorder()(**call)
+
+
+def attends_wrongly(**call):
+    (y,) = Recorder()(**call)
+    return [y * (1 + 1e-5)] if call["inputs"][4][0] == tensor_cores._ATTEND else [y]
+
+
+def is_not_packed():
+    raise FileNotFoundError("tensor_cores.cuh")
 
 
 def has_no_memory(**_):
@@ -284,3 +464,22 @@ def test_the_trial_asks_for_a_right_product(monkeypatch):
     assert not trial(monkeypatch, Recorder(), capability=7)
     assert not trial(monkeypatch, refuses)
     assert not trial(monkeypatch, less_exact)
+    assert not trial(monkeypatch, attends_wrongly)
+
+
+def test_an_application_packed_without_the_source_uses_mlx(monkeypatch):
+    monkeypatch.setattr(tensor_cores, "are_here", lambda: True)
+    monkeypatch.setattr(tensor_cores, "_kernel", is_not_packed)
+    forget()
+    assert not tensor_cores.works.__wrapped__()
+
+
+def test_the_source_names_every_number_it_is_given(monkeypatch):
+    given = {}
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: given.update(options))
+    tensor_cores._kernel()
+    text = given["header"] + given["source"]
+    named = re.findall(r"^constexpr int (\w+) = \d+;$", given["header"], re.MULTILINE)
+    assert "BLOCK_ROWS" in named
+    assert [name for name in named if len(re.findall(rf"\b{name}\b", text)) < 2] == []
+    assert "//" not in given["header"]
