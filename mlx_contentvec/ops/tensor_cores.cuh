@@ -62,7 +62,7 @@ struct Finish {
 // weight: (inputs, outputs), inputs being kernel * channels
 // y:      (parts, batch, frames, outputs), a sum for each part of the inputs; finished if it
 //         is one
-inline __device__ void multiply(
+__noinline__ __device__ void multiply(
     const float* x,
     int batch,
     int time,
@@ -220,28 +220,39 @@ inline __device__ void multiply(
   }
 }
 
-// The sum of some parts, finished.
+// The sum of some parts, finished: COPIES times four numbers for each thread, as only few
+// threads of a kernel that needs so many registers are at work.
 //
 // sums: (parts, size)
 // y:    (size,), rows of so many outputs
-inline __device__ void add_up(
+__noinline__ __device__ void add_up(
     const float* sums, int parts, long long size, int outputs, const Finish& finish, float* y) {
-  const long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-  if (at < size) {
-    float4 sum = *reinterpret_cast<const float4*>(sums + at);
-    for (int part = 1; part < parts; part++) {
-      const float4 next = *reinterpret_cast<const float4*>(sums + part * size + at);
-      sum.x += next.x;
-      sum.y += next.y;
-      sum.z += next.z;
-      sum.w += next.w;
+  const long long first = ((long long)blockIdx.x * COPIES * THREADS + threadIdx.x) * 4;
+  float4 sum[COPIES] = {};
+  for (int part = 0; part < parts; part++) {
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {
+      const long long at = first + i * THREADS * 4;
+      if (at < size) {
+        const float4 next = *reinterpret_cast<const float4*>(sums + part * size + at);
+        sum[i].x += next.x;
+        sum[i].y += next.y;
+        sum[i].z += next.z;
+        sum[i].w += next.w;
+      }
     }
-    const int output = at % outputs;
-    sum.x = finish(sum.x, output, at);
-    sum.y = finish(sum.y, output + 1, at + 1);
-    sum.z = finish(sum.z, output + 2, at + 2);
-    sum.w = finish(sum.w, output + 3, at + 3);
-    *reinterpret_cast<float4*>(y + at) = sum;
+  }
+#pragma unroll
+  for (int i = 0; i < COPIES; i++) {
+    const long long at = first + i * THREADS * 4;
+    if (at < size) {
+      const int output = at % outputs;
+      sum[i].x = finish(sum[i].x, output, at);
+      sum[i].y = finish(sum[i].y, output + 1, at + 1);
+      sum[i].z = finish(sum[i].z, output + 2, at + 2);
+      sum[i].w = finish(sum[i].w, output + 3, at + 3);
+      *reinterpret_cast<float4*>(y + at) = sum[i];
+    }
   }
 }
 
@@ -250,7 +261,7 @@ inline __device__ void add_up(
 // qkv:  (batch, frames, row), queries, keys and values, each of row / 3
 // mask: (batch, frames), 0 where a key may not be attended to, or null
 // y:    (batch, frames, row / 3)
-inline __device__ void attend(
+__noinline__ __device__ void attend(
     const float* qkv,
     int frames,
     int row,

@@ -46,6 +46,8 @@ LONG_SUM = 768
 FEWEST_INPUTS = 256
 #: groups that an H100 or H200 has in work at once
 GROUPS_AT_ONCE = 264
+#: times four numbers that a thread adds up of each part
+COPIES = 4
 #: rows below which a linear layer is left to MLX, which then is as fast: 1 s has 49
 FEW_ROWS = 128
 #: width of the heads that attention is for, that of every HuBERT published
@@ -100,6 +102,7 @@ def _kernel() -> Callable[..., list[mx.array]]:
         "HEAD_WIDTH": HEAD_WIDTH,
         "QUERIES": QUERIES,
         "KEYS": KEYS,
+        "COPIES": COPIES,
         "MULTIPLY": _MULTIPLY,
         "ADD_UP": _ADD_UP,
     }
@@ -273,8 +276,7 @@ def _product(
             return y
         return run(
             inputs=[y, _nothing(), bias, residual, _geometry(_ADD_UP, *form)],
-            # a thread for four numbers
-            grid=(batch * frames * outputs // 4, 1, 1),
+            grid=(math.ceil(batch * frames * outputs / (4 * COPIES * THREADS)) * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[shape],
             output_dtypes=[mx.float32],

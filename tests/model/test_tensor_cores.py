@@ -246,10 +246,10 @@ def test_a_layer_of_many_inputs_is_added_up_in_parts(recorder, numbers):
     x, residual = drawn(numbers, 2, 100, 3072), drawn(numbers, 2, 100, 128)
     y = ops.linear(mx.array(x), weight, bias, residual=mx.array(residual))
     threads = tensor_cores.THREADS
-    # two blocks of rows, two of outputs, and parts of 256 inputs; then a thread for four numbers
+    # two blocks of rows, two of outputs, and parts of 256 inputs; 25,600 numbers of each
     assert recorder.calls == [
         (tensor_cores._MULTIPLY, 12, 4 * 12 * threads),
-        (tensor_cores._ADD_UP, 12, 2 * 100 * 128 // 4),
+        (tensor_cores._ADD_UP, 12, 13 * threads),
     ]
     true = x.astype(np.float64) @ np.array(weight).T + np.array(bias) + residual
     np.testing.assert_allclose(np.array(y), true, rtol=1e-4, atol=1e-3)
