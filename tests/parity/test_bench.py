@@ -161,9 +161,11 @@ class Process:
 
     def __post_init__(self) -> None:
         self.stdin = self.stdout = self
+        self.requests: list[dict[str, Any]] = []
 
     def write(self, request: str) -> None:
-        if file := json.loads(request)["save"]:
+        self.requests.append(json.loads(request))
+        if file := self.requests[-1]["save"]:
             np.save(file, np.ones((1, 9, 4), np.float32))
 
     def flush(self) -> None:
@@ -438,6 +440,43 @@ def test_the_floor_is_the_product_scaled_to_the_model(
     monkeypatch.setattr(mx, "eval", computed.extend)
     run(np.zeros((1, 16000), np.float32))
     assert [product.shape for product in computed] == [(2, 4)] * products
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_on_a_gpu_the_second_pass_of_a_turn_counts(
+    device: str, processes: list[Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted = random_weights_of(TINY, tmp_path, monkeypatch)
+    monkeypatch.setattr(bench, "_require_possible", lambda *_: None)
+    settings = dataclasses.replace(SETTINGS, device=device, starts=1, repeats=2)
+    bench.bench(tmp_path, [converted], settings, beside=["torch-compile"], with_errors=False)
+    # a start from nothing is of one pass; behind them each of the steady process's
+    asked = [[request["twice"] for request in process.requests] for process in processes]
+    starts, steady = asked[:3], asked[-3:]
+    assert starts == [[False]] * 3
+    assert {twice for process in steady for twice in process} == {device == "gpu"}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_pass_that_counts_is_the_last_one(twice: bool) -> None:
+    counted: list[str] = []
+
+    class Memory(bench_worker.ProcessMemory):
+        def held(self) -> int:
+            counted.append("held")
+            return 1
+
+        def peak(self) -> int:
+            return 3
+
+    def run(source: bench_worker.Waveform) -> bench_worker.Waveform:
+        counted.append("pass")
+        return source
+
+    request = {"seconds": 0.1, "batch": 1, "save": None, "twice": twice}
+    answer = bench_worker._answer(run, Memory(), request)
+    assert counted == ["pass"] * twice + ["held", "pass"]
+    assert answer["memory"] == 2
 
 
 def test_the_engines_take_turns_at_being_first() -> None:
