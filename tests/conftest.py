@@ -18,9 +18,7 @@ from filelock import FileLock
 
 from tests.forks import run_python
 from tests.optional import optional
-from tests.sources import search_path
-
-PROJECT = Path(__file__).resolve().parent.parent
+from tests.sources import PROJECT, search_path
 
 # Parallel test processes share the cores: each claiming all of them, which on a busy machine
 # wait for each other by spinning, costs six times the work. Before any BLAS is loaded, and not

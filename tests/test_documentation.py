@@ -27,9 +27,8 @@ from mlx_contentvec.cli import COMMANDS
 from tests.forks import program
 from tests.hub_server import HubServer
 from tests.small_models import DEEP, random_weights_file
-from tests.sources import search_path
+from tests.sources import PROJECT, search_path
 
-PROJECT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 #: what a block that is not run would need
 SKIPS = {

@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 
 from contentvec_parity.publishing.package import package
-from tests.sources import search_path
-
-PROJECT = Path(__file__).resolve().parents[1]
+from tests.sources import PROJECT, search_path
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

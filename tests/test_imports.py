@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
+from tests.sources import PROJECT
+
 #: package -> its folder, lowest first: each may import itself and those before it
 PACKAGES = {
     "mlx_contentvec": PROJECT / "mlx_contentvec",

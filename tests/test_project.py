@@ -23,9 +23,8 @@ from contentvec_parity import machine
 from mlx_contentvec.cli import COMMANDS
 from tests.conftest import LONGEST
 from tests.optional import optional
-from tests.sources import search_path
+from tests.sources import PROJECT, search_path
 
-PROJECT = Path(__file__).resolve().parent.parent
 WORKFLOWS = PROJECT / ".github" / "workflows"
 #: package -> its folder, lowest first: each may import itself and those above it in this table
 ROOMS = {

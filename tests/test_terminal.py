@@ -20,8 +20,6 @@ from mlx_contentvec.terminal import NamedPath, Status, labelled, late_bar, say, 
 from tests.hub_server import needs_client_1
 from tests.sources import search_path
 
-PROJECT = Path(__file__).resolve().parent.parent
-
 
 def shell(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """``script`` by sh, with the command's name in $M."""

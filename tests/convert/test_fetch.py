@@ -27,7 +27,6 @@ from tests.forks import run_python
 from tests.hub_server import HubServer, needs_client_1
 from tests.sources import search_path
 
-PROJECT = Path(__file__).resolve().parents[2]
 REPO = CONTENTVEC.home.removeprefix("https://huggingface.co/")
 CONTENT = bytes(range(256)) * 1200
 OTHER = b"not the same" * 30_000

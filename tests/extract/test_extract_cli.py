@@ -22,12 +22,11 @@ from mlx_contentvec.cli import main
 from mlx_contentvec.extract.run import Extraction
 from tests.checkpoint_files import change_in_place
 from tests.small_models import DEEP, noise, random_weights_file
-from tests.sources import search_path
+from tests.sources import PROJECT, search_path
 
 soundfile = pytest.importorskip(
     "soundfile", reason="audio files need soundfile: pip install 'mlx-contentvec[audio]'"
 )
-PROJECT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "mlx_contentvec", "extract"]
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -20,9 +20,8 @@ from mlx_contentvec import ContentvecModel, backend
 from mlx_contentvec.cli import _unexpected
 from mlx_contentvec.errors import MORE_MEMORY, BackendError, import_hint
 from mlx_contentvec.ops import blas
-from tests.sources import search_path
+from tests.sources import PROJECT, search_path
 
-PROJECT = Path(__file__).resolve().parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="run it on Linux: a Mac has Accelerate")
 without_a_gpu = pytest.mark.skipif(
     not backend._has_linux_backend("cpu"),

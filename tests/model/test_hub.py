@@ -25,9 +25,8 @@ from mlx_contentvec.errors import ContentvecError, HubError, OutputError
 from mlx_contentvec.loading import find_weights
 from tests.forks import run_python
 from tests.hub_server import HubServer, needs_client_1
-from tests.sources import search_path
+from tests.sources import PROJECT, search_path
 
-PROJECT = Path(__file__).resolve().parents[2]
 REPO = "someone/contentvec-mlx"
 WEIGHTS = b"\0weights" * 4000
 HALF = b"\0half" * 1000

@@ -19,8 +19,6 @@ from tests.hub_server import HubServer
 from tests.small_models import TINY, random_weights_file
 from tests.sources import search_path
 
-PROJECT = Path(__file__).resolve().parents[2]
-
 #: the first row of the table of known files, with the tiny checkpoint's checksums
 LOAD = """
 import dataclasses, sys

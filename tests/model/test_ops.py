@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,7 @@ from mlx_contentvec.ops import blas, cpu, cpu_hubert
 from mlx_contentvec.ops import mlx as mlx_ops
 from tests.forks import run_python
 from tests.small_models import TINY, noise, random_model
-
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.sources import PROJECT
 
 erf = np.vectorize(math.erf)
 

@@ -17,8 +17,7 @@ from contentvec_parity.commands import doctor as command
 from mlx_contentvec.backend import mx
 from mlx_contentvec.errors import BackendError, ParityError
 from tests.forks import run_command
-
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.sources import PROJECT
 
 
 def run(*arguments: str) -> Any:

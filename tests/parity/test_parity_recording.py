@@ -35,9 +35,7 @@ from mlx_contentvec.hub import sha256_of
 from tests import attack_corpus
 from tests.checkpoint_files import change_in_place, safetensors
 from tests.originals import TINY_BASE, fairseq_hubert, save_fairseq
-from tests.sources import search_path
-
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.sources import PROJECT, search_path
 
 #: run with this in front, no module of either original can be imported
 BLOCKED = """

@@ -22,8 +22,8 @@ import pytest
 from contentvec_parity.standin import weights as standin
 from contentvec_parity.standin.write import write_standin
 from mlx_contentvec.errors import ConfigError, OutputError
+from tests.sources import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 PRESETS = ["tiny", "tiny-large"]
 
 Make = Callable[..., Path]

@@ -23,8 +23,8 @@ from contentvec_parity.publishing.evidence import Package
 from contentvec_parity.publishing.package import open_package, package
 from mlx_contentvec.errors import ContentvecError, HubError, OutputError
 from mlx_contentvec.files import Draft
+from tests.sources import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 REPO = "someone/contentvec-mlx"
 
 

@@ -21,7 +21,6 @@ from tests.forks import run_python
 from tests.hub_server import GITATTRIBUTES, HubServer
 from tests.sources import search_path
 
-PROJECT = Path(__file__).resolve().parents[2]
 REPO = "someone/contentvec-mlx"
 
 #: the command line, with a client that does not wait between attempts
