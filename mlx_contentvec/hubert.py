@@ -41,7 +41,7 @@ class Affine(nn.Module):
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without the random initialisation, and in short sums on Metal."""
+    """``nn.Linear`` without the random initialisation, computed by ``ops.linear``."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         nn.Module.__init__(self)
@@ -160,10 +160,9 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Array, mask: Array | None, qkv: FusedQKV | None) -> Array:
         """x: (batch, frames, width)    mask: (batch, 1, 1, frames), true where valid."""
         if qkv is None:
-            parts = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
-            projected = mx.concatenate(parts, axis=-1)
+            projected = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
         else:
-            projected = ops.linear(x, *qkv)
+            projected = [ops.linear(x, *qkv)]
         return ops.self_attention(projected, self.heads, mask)
 
 

@@ -119,8 +119,8 @@ def gelu(x: mx.array) -> mx.array:
     return _in_one_pass(_gelu, x)
 
 
-def _may_use_tensor_cores(*arrays: mx.array) -> bool:
-    """Whether float32 is computed on tensor cores where these can.
+def _may_use_tensor_cores(*arrays: mx.array | None) -> bool:
+    """Whether these are all float32, which is computed on tensor cores where these can.
 
     Where TF32 products are asked for, one of MLX's takes less time than three.
     """
@@ -128,16 +128,16 @@ def _may_use_tensor_cores(*arrays: mx.array) -> bool:
         device_kind() == "cuda"
         and SHORT_SUMS
         and not tf32_enabled()
-        and all(x.dtype == mx.float32 for x in arrays)
+        and all(x is None or x.dtype == mx.float32 for x in arrays)
         and tensor_cores.works()
     )
 
 
-def _on_tensor_cores(x: mx.array, weight: mx.array) -> bool:
+def _on_tensor_cores(x: mx.array, weight: mx.array, *added: mx.array | None) -> bool:
     """Whether ``tensor_cores.product`` computes a product, in windows of ``x``."""
     inputs, outputs = math.prod(weight.shape[1:]), len(weight)
     return tensor_cores.is_block_product(inputs, outputs, x.shape[-1]) and _may_use_tensor_cores(
-        x, weight
+        x, weight, *added
     )
 
 
@@ -148,14 +148,17 @@ def linear(
     then_gelu: bool = False,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """A linear layer, its GELU if asked, and what is added to it.
+    """A linear layer, its GELU if asked, plus a residual.
 
-    x: (..., in)    weight: (out, in)    bias: (out,) or None    residual: (..., out) or None
+    x: (..., in)    weight: (out, in)    bias: (out,) or None
+    residual: (..., out), or what MLX repeats to that, or None
     returns: (..., out)
     """
     out, inputs = weight.shape
     in_parts = SHORT_SUMS and device_kind() == "metal" and x.dtype == mx.float32
-    if x.size >= tensor_cores.FEW_ROWS * inputs and _on_tensor_cores(x, weight):
+    if x.size >= tensor_cores.FEW_ROWS * inputs and _on_tensor_cores(x, weight, bias, residual):
+        if residual is not None:
+            residual = mx.broadcast_to(residual, (*x.shape[:-1], out))
         if x.ndim != 3:
             rows = x.reshape(1, -1, inputs)
             added = None if residual is None else residual.reshape(1, -1, out)
@@ -206,7 +209,7 @@ def conv1d(
     inputs = kernel * channels
     block = CONV_SHORT_K_BLOCK if inputs <= FEW_INPUTS else CONV_K_BLOCK
     single = x.dtype == mx.float32
-    if min(batch, time - kernel + 1) > 0 and _on_tensor_cores(x, weight):
+    if min(batch, time - kernel + 1) > 0 and _on_tensor_cores(x, weight, bias):
         matrix = weight.transpose(1, 2, 0).reshape(inputs, out)
         return tensor_cores.product(x, matrix, bias, kernel, stride, then_gelu=then_gelu)
     if device_kind() == "cpu" or (device_kind() == "metal" and not single):
@@ -374,18 +377,29 @@ def _grouped_as_products(
     return y.transpose(0, 2, 1, 3).reshape(batch, frames, channels)
 
 
-def self_attention(qkv: mx.array, heads: int, mask: mx.array | None) -> mx.array:
-    """Scaled dot-product attention of queries, keys and values that lie beside each other.
+def self_attention(qkv: Sequence[mx.array], heads: int, mask: mx.array | None) -> mx.array:
+    """Scaled dot-product attention among the frames of each clip.
 
-    qkv: (batch, frames, 3 * width)    mask: (batch, 1, 1, frames) or None, as ``attention``'s
+    qkv: queries, keys and values, (batch, frames, width) each, or one array that has them beside
+        each other
+    mask: (batch, 1, 1, frames) or what MLX repeats to that, true where a key may be attended
+        to, or None
     returns: (batch, frames, width)
     """
-    batch, frames, row = qkv.shape
-    width = row // 3
-    if width == heads * tensor_cores.HEAD_WIDTH and _may_use_tensor_cores(qkv):
-        return tensor_cores.attention(qkv, None if mask is None else mask.reshape(batch, frames))
+    batch, frames, row = qkv[0].shape
+    width = row * len(qkv) // 3
+    if (
+        width == heads * tensor_cores.HEAD_WIDTH
+        and batch * frames > 0
+        and _may_use_tensor_cores(*qkv)
+    ):
+        whole = qkv[0] if len(qkv) == 1 else mx.concatenate(qkv, axis=-1)
+        if mask is not None:
+            mask = mx.broadcast_to(mask, (batch, 1, 1, frames)).reshape(batch, frames)
+        return tensor_cores.attention(whole, mask)
     queries, keys, values = (
-        y.reshape(batch, frames, heads, -1).transpose(0, 2, 1, 3) for y in mx.split(qkv, 3, axis=-1)
+        y.reshape(batch, frames, heads, width // heads).transpose(0, 2, 1, 3)
+        for y in (mx.split(qkv[0], 3, axis=-1) if len(qkv) == 1 else qkv)
     )
     return attention(queries, keys, values, mask)
 

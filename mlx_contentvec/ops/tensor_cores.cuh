@@ -305,7 +305,8 @@ __noinline__ __device__ void attend(
   fetch(0);
 
   // this warp's 16 queries times 1 / sqrt(HEAD_WIDTH), a power of two
-  static_assert(HEAD_WIDTH == 64);
+  static_assert(HEAD_WIDTH == 64 && EIGHTS == 2 * SHORT && KEY_EIGHTS % SHORT == 0);
+  static_assert(QUERIES == THREADS / 32 * 16);
   const int first = (blockIdx.x % across) * QUERIES + warp * 16 + lane / 4;
   unsigned q_large[EIGHTS][4], q_small[EIGHTS][4];
 #pragma unroll
@@ -395,10 +396,13 @@ __noinline__ __device__ void attend(
         pair[0] = expf(pair[0] - top);
         pair[1] = expf(pair[1] - top);
         sum += pair[0] + pair[1];
+      }
+      total[half] = total[half] * shrunk + sum;
+#pragma unroll
+      for (int n = 0; n < EIGHTS; n++) {
         mixed[n][half * 2] *= shrunk;
         mixed[n][half * 2 + 1] *= shrunk;
       }
-      total[half] = total[half] * shrunk + sum;
     }
 
     // A thread has the scores of keys 2 j and 2 j + 1 of every eight where the product wants

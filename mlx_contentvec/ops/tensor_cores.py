@@ -38,10 +38,10 @@ STAGES = 3
 #: numbers behind each row of a block, so that the rows of one load lie in different banks of
 #: the shared memory
 ROW_GAP, WEIGHT_GAP = 4, 8
-#: inputs of a product above which they are added up in parts: the largest error of sums of
-#: 1,536 is 12 instead of 22 ulp of their rms with two, that of sums of 3,072 12 instead of 27
-#: with four, and both take as long as in one (H200)
-LONG_SUM = 768
+#: inputs of a product above which they are added up in parts. The largest error, in 1e-7 of
+#: the rms, is 11 to 13 with parts of at most so many, and in one 14 to 17 of 1,024 inputs, 20
+#: to 22 of 1,536 and 25 to 27 of 3,072, in 2 to 5 % less time where rows are many (H200)
+LONGEST_PART = 768
 #: the fewest inputs of a part where more of them keep more of a GPU busy
 FEWEST_INPUTS = 256
 #: groups that an H100 or H200 has in work at once
@@ -50,7 +50,7 @@ GROUPS_AT_ONCE = 264
 COPIES = 4
 #: rows below which a linear layer is left to MLX, which then is as fast: 1 s has 49
 FEW_ROWS = 128
-#: width of the heads that attention is for, that of every HuBERT published
+#: width of the heads that attention is for: that of every HuBERT published but the largest
 HEAD_WIDTH = 64
 #: queries of a head, 16 for each warp, and keys that a group has in work
 QUERIES, KEYS = 64, 64
@@ -61,17 +61,19 @@ CAPABILITY = 8
 CLOSE = 1e-6
 
 #: what a group holds of a product: STAGES blocks of both operands; of attention: two blocks
-#: of keys and two of values
+#: of keys and two of values. Two groups fill all that an A100 has
 _SHARED_MEMORY = 4 * max(
     STAGES * BLOCK_ROWS * (BLOCK_INPUTS + ROW_GAP)
     + STAGES * BLOCK_INPUTS * (BLOCK_OUTPUTS + WEIGHT_GAP),
     4 * KEYS * (HEAD_WIDTH + ROW_GAP),
 )
-#: what the kernel is to do
+#: what the kernel is to do, the first number of its geometry
 _MULTIPLY, _ADD_UP, _ATTEND = range(3)
 
-#: one kernel for all of it: each would take MLX a second to compile, in every process
+#: one kernel for all of it: three take MLX two seconds more to compile, in every process
 _SOURCE = """
+  // geometry: what to do, parts, kernel, stride, and whether there is a bias, a GELU and a
+  // residual; attention's mask is its bias
   extern __shared__ float4 shared_memory[];
   const int parts = geometry[1];
   const Finish finish{
@@ -134,8 +136,8 @@ def are_here() -> bool:
 def works() -> bool:
     """Whether this GPU has such tensor cores, and MLX can compile for them here.
 
-    The answer is that of two trials, which take the two seconds of compiling that the first
-    product would take. Where there is no memory for them, that is raised, and the next call
+    The answer is that of two trials, which take the time of compiling that the first product
+    would take. Where there is no memory for them, that is raised, and the next call
     tries again.
     """
     if not are_here():
@@ -155,8 +157,8 @@ def _is_close(y: mx.array, true: npt.NDArray[np.float64]) -> bool:
 
 
 def _multiplies() -> bool:
-    # rows for both warps, the clips meeting within a block; more blocks than stages in
-    # either part
+    # rows for both warps, the clips meeting within a block; more blocks of inputs than stages
+    # in each part
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 210, 160)).astype(np.float32)
     weight = rng.standard_normal((800, BLOCK_OUTPUTS)).astype(np.float32)
@@ -189,7 +191,17 @@ def _nothing() -> mx.array:
 
 
 @functools.cache
-def _geometry(*numbers: int) -> mx.array:
+def _geometry(
+    what: int,
+    parts: int = 1,
+    kernel: int = 1,
+    stride: int = 1,
+    with_bias: bool = False,
+    then_gelu: bool = False,
+    with_residual: bool = False,
+) -> mx.array:
+    """What the kernel reads beside its operands (``_SOURCE``)."""
+    numbers = [what, parts, kernel, stride, with_bias, then_gelu, with_residual]
     geometry = mx.array(numbers, dtype=mx.int32)
     mx.eval(geometry)
     return geometry
@@ -213,7 +225,7 @@ def parts_of(rows: int, inputs: int, outputs: int) -> int:
     A long sum loses less in parts; and few rows are few groups, which leave most of a GPU
     idle.
     """
-    least = math.ceil(inputs / LONG_SUM)
+    least = math.ceil(inputs / LONGEST_PART)
     if least == 1:
         return 1
     return max(least, min(GROUPS_AT_ONCE // _groups(rows, outputs), inputs // FEWEST_INPUTS))
@@ -317,9 +329,8 @@ def _attention(with_mask: bool) -> Callable[..., mx.array]:
     def on_tensor_cores(qkv: mx.array, mask: mx.array) -> mx.array:
         batch, frames, row = qkv.shape
         heads = row // 3 // HEAD_WIDTH
-        geometry = _geometry(_ATTEND, 1, 1, 1, with_mask, False, False)
         return run(
-            inputs=[qkv, _nothing(), mask, _nothing(), geometry],
+            inputs=[qkv, _nothing(), mask, _nothing(), _geometry(_ATTEND, with_bias=with_mask)],
             grid=(batch * heads * math.ceil(frames / QUERIES) * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(batch, frames, row // 3)],
