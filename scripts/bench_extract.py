@@ -75,6 +75,21 @@ def run_model(weights: str, clips: str) -> dict[str, float]:
     return {"seconds": taken[1], "first": taken[0]}
 
 
+def loop_settings(
+    weights: str | Path, threads: int | None = None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """What ``contentvec_parity.bench.worker`` is told of a loop, but for its device."""
+    from contentvec_parity.compare.candidate import read_metadata
+    from mlx_contentvec.config import ModelConfig
+
+    config = ModelConfig.from_dict(json.loads(read_metadata(Path(weights))["config"]))
+    return {
+        "threads": threads or os.cpu_count(),
+        "dtype": dtype,
+        "normalize_eps": config.normalize_eps if config.normalize else None,
+    }
+
+
 def run_loop(engine: str, path: str, clips: str, given: str) -> dict[str, float]:
     import soundfile
     import soxr
@@ -154,12 +169,7 @@ def main() -> int:
             found.setdefault("extract, start included", []).append(audio / taken)
 
         def loop(engine: str, path: Path) -> None:
-            processor = json.loads((arguments.exported / "preprocessor_config.json").read_text())
-            settings = {
-                "threads": arguments.threads or os.cpu_count(),
-                "dtype": arguments.dtype,
-                "normalize": processor["do_normalize"],
-            }
+            settings = loop_settings(weights, arguments.threads, arguments.dtype)
             given = (engine, str(path), str(clips), json.dumps(settings))
             said, taken = in_a_process(OURS.format("run_loop"), *given, environment=environment)
             found.setdefault(engine, []).append(audio / said["seconds"])
