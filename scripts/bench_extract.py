@@ -75,30 +75,32 @@ def run_model(weights: str, clips: str) -> dict[str, float]:
     return {"seconds": taken[1], "first": taken[0]}
 
 
-def loop_settings(
-    weights: str | Path, threads: int | None = None, dtype: str = "float32"
-) -> dict[str, Any]:
-    """What ``contentvec_parity.bench.worker`` is told of a loop, but for its device."""
+def loop_of(
+    engine: str,
+    path: str | Path,
+    weights: str | Path,
+    threads: int | None = None,
+    dtype: str = "float32",
+) -> str:
+    """A loop as JSON: ``Engine.work`` but for its device."""
+    from contentvec_parity.bench.measure import Engine, Settings
     from contentvec_parity.compare.candidate import read_metadata
     from mlx_contentvec.config import ModelConfig
 
-    config = ModelConfig.from_dict(json.loads(read_metadata(Path(weights))["config"]))
-    return {
-        "threads": threads or os.cpu_count(),
-        "dtype": dtype,
-        "normalize_eps": config.normalize_eps if config.normalize else None,
-    }
+    config = ModelConfig.from_json(read_metadata(Path(weights))["config"])
+    settings = Settings(threads=threads or os.cpu_count() or 1).on_clips_of(config)
+    return json.dumps(Engine(engine, engine, Path(path), dtype).work(settings))
 
 
-def run_loop(engine: str, path: str, clips: str, given: str) -> dict[str, float]:
+def run_loop(given: str, clips: str) -> dict[str, float]:
     import soundfile
     import soxr
 
     from contentvec_parity.bench import worker
     from mlx_contentvec.backend import device_kind
 
-    device = "cpu" if device_kind() == "cpu" else "gpu"
-    run = worker.ENGINES[engine](path, {"device": device, **json.loads(given)})
+    work = {**json.loads(given), "device": "cpu" if device_kind() == "cpu" else "gpu"}
+    run = worker.ENGINES[work["engine"]](work["path"], work)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as output:
         for clip in sorted(Path(clips).iterdir()):
@@ -169,9 +171,10 @@ def main() -> int:
             found.setdefault("extract, start included", []).append(audio / taken)
 
         def loop(engine: str, path: Path) -> None:
-            settings = loop_settings(weights, arguments.threads, arguments.dtype)
-            given = (engine, str(path), str(clips), json.dumps(settings))
-            said, taken = in_a_process(OURS.format("run_loop"), *given, environment=environment)
+            given = loop_of(engine, path, weights, arguments.threads, arguments.dtype)
+            said, taken = in_a_process(
+                OURS.format("run_loop"), given, str(clips), environment=environment
+            )
             found.setdefault(engine, []).append(audio / said["seconds"])
             found.setdefault(f"{engine}, start included", []).append(audio / taken)
 

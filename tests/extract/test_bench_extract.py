@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -53,8 +52,8 @@ def test_a_loop_is_given_all_that_an_engine_asks_for(
         return run
 
     monkeypatch.setitem(worker.ENGINES, "recorded", engine)
-    settings = json.dumps(script.loop_settings("weights.safetensors", threads=1))
-    taken = script.run_loop("recorded", "model", str(tmp_path / "clips"), settings)
+    loop = script.loop_of("recorded", "model", "weights.safetensors", threads=1)
+    taken = script.run_loop(loop, str(tmp_path / "clips"))
     assert taken["seconds"] > 0
     (clip,) = given
     assert clip.shape == (1, 1600)

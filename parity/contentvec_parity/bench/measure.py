@@ -75,6 +75,17 @@ class Engine:
         files = [self.path] if self.path.is_file() else list(self.path.iterdir())
         return sum(file.stat().st_size for file in files)
 
+    def work(self, settings: Settings) -> dict[str, Any]:
+        """What ``bench.worker`` is told."""
+        return {
+            "engine": self.kind,
+            "path": str(self.path),
+            "dtype": self.dtype,
+            "threads": settings.threads,
+            "device": settings.device,
+            "normalize_eps": settings.normalize_eps,
+        }
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -95,6 +106,11 @@ class Settings:
     normalize_eps: float | None = None
     #: measure only blocks of ``model.live``, and the others on a window of its length
     live: bool = False
+
+    def on_clips_of(self, config: ModelConfig) -> Settings:
+        """The same, with clips normalised as a model wants them."""
+        eps = config.normalize_eps if config.normalize else None
+        return dataclasses.replace(self, normalize_eps=eps)
 
 
 def operations(config: ModelConfig, samples: int, batch: int) -> int:
@@ -141,19 +157,12 @@ class Worker:
             ),
             **(variables or {}),
         }
-        work = {
-            "engine": engine.kind,
-            "path": str(engine.path),
-            "dtype": engine.dtype,
-            "threads": settings.threads,
-            "device": settings.device,
-            "normalize_eps": settings.normalize_eps,
-        }
+        work = json.dumps(engine.work(settings))
         self.engine = engine
         self._complaints: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._began = time.perf_counter()
         self._process: Any = subprocess.Popen(
-            [sys.executable, "-m", "contentvec_parity.bench.worker", json.dumps(work)],
+            [sys.executable, "-m", "contentvec_parity.bench.worker", work],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
@@ -182,8 +191,7 @@ class Worker:
     ) -> dict[str, Any]:
         """One forward pass: wall and CPU seconds, and the memory it took above the model's.
 
-        twice: the second of two in a row, since on a GPU the first pays for having been away:
-            another process had it
+        twice: of two in a row the second; another process may have had the GPU before the first
         """
         request = {
             "seconds": seconds,
@@ -296,6 +304,7 @@ def _steady(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Times once warm, and the memory of the last pass of each."""
     rows, memory = [], []
+    twice = settings.device == "gpu"
     with contextlib.ExitStack() as stack:
         workers = {}
         for engine in engines:
@@ -309,7 +318,6 @@ def _steady(
                     for engine in _turns(engines, turn):
                         done = f"{turn + 1} of {settings.repeats}"
                         progress(f"{engine.label}, {batch} x {seconds:g} s, {done}")
-                        twice = settings.device == "gpu"
                         answer = workers[engine.label].run(seconds, batch, twice=twice)
                         if turn == settings.repeats - 1 and engine.kind != "floor":
                             memory.append(_memory_row(engine, seconds, batch, answer))
@@ -464,9 +472,8 @@ def bench(
     from .onnx_file import write_onnx
 
     _require_installed(beside)
-    config = ModelConfig.from_dict(json.loads(read_metadata(converted[0])["config"]))
-    if config.normalize:
-        settings = dataclasses.replace(settings, normalize_eps=config.normalize_eps)
+    config = ModelConfig.from_json(read_metadata(converted[0])["config"])
+    settings = settings.on_clips_of(config)
     if settings.live:
         from mlx_contentvec.live import BLOCK, CONTEXT, Window
 

@@ -435,7 +435,7 @@ def _show(draft: Path, address: str) -> None:
 def _config(evidence: Sequence[Evidence], license_id: str) -> dict[str, Any]:
     """config.json: what a program needs to know before it opens the weights."""
     main = evidence[0]
-    model = ModelConfig.from_dict(json.loads(main.metadata["config"]))
+    model = ModelConfig.from_json(main.metadata["config"])
     last = model.encoder_layers
     first = min(9, last)
     config: dict[str, Any] = {
