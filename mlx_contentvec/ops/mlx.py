@@ -20,9 +20,9 @@ from ..config import EPS
 from . import cpu, tensor_cores
 from .host_copy import to_numpy
 
-#: whether long float32 sums are taken in parts on a GPU, or products on tensor cores:
-#: MLX_CONTENTVEC_SUMS=plain turns both off. Errors of layers 9 and 12 are 0.93 and 0.90 times
-#: PyTorch's on a CPU with parts, 0.63 and 0.61 on tensor cores (H200), 1.51 and 1.38 times
+#: whether long float32 sums are taken in parts on a GPU, or products and attention on tensor
+#: cores: MLX_CONTENTVEC_SUMS=plain turns both off. Errors of layers 9 and 12 are 0.93 and 0.90
+#: times PyTorch's on a CPU with parts, 0.63 and 0.61 on tensor cores (H200), 1.51 and 1.38 times
 #: without either (H100); with parts a pass takes 3 to 8 % longer (1 to 60 s, H200, float32).
 #: On a device that adds one product after the other parts leave 0.5 instead of 1.3 (PyTorch on
 #: an EPYC of family 25, model 1)
