@@ -214,9 +214,11 @@ class ContentvecModel(Hubert):
         if quantized:
             self._placeholders = weights.Placeholders(self)
         arrays.clear()
-        # one by one, what was read is freed as soon as it is stored as the device reads it
-        for array in () if lazy else matched.values():
-            mx.eval(array)
+        computed = () if lazy else matched.values()
+        with ops.compiling_for(computed):
+            # one by one, what was read is freed as soon as it is stored as the device reads it
+            for array in computed:
+                mx.eval(array)
         super().update(tree_unflatten(list(matched.items())), strict=False)
         self._placeholders.given(matched)
         self._origin = weights.Origin.of(metadata)

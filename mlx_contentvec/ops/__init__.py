@@ -15,7 +15,7 @@ import numpy as np
 from ..backend import device_kind, memory_limit, mx, nn
 from .blas import data_pointer
 from .cpu_hubert import CpuHubert
-from .mlx import MlxHubert, compute_dtype
+from .mlx import MlxHubert, compiling_for, compute_dtype
 
 __all__ = [
     "CpuHubert",
@@ -24,6 +24,7 @@ __all__ = [
     "Pipeline",
     "Preparation",
     "Snapshot",
+    "compiling_for",
     "is_traced",
     "waits_between_stages",
 ]

@@ -6,10 +6,12 @@ Each form stands with the figure that earned it. A CPU uses these only for what
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,7 +121,7 @@ def gelu(x: mx.array) -> mx.array:
     return _in_one_pass(_gelu, x)
 
 
-def _may_use_tensor_cores(*arrays: mx.array | None) -> bool:
+def _is_for_tensor_cores(*arrays: mx.array | None) -> bool:
     """Whether these are all float32, which is computed on tensor cores where these can.
 
     Where TF32 products are asked for, one of MLX's takes less time than three.
@@ -129,8 +131,34 @@ def _may_use_tensor_cores(*arrays: mx.array | None) -> bool:
         and SHORT_SUMS
         and not tf32_enabled()
         and all(x is None or x.dtype == mx.float32 for x in arrays)
-        and tensor_cores.works()
     )
+
+
+def _may_use_tensor_cores(*arrays: mx.array | None) -> bool:
+    return _is_for_tensor_cores(*arrays) and tensor_cores.works()
+
+
+@contextlib.contextmanager
+def compiling_for(weights: Iterable[mx.array]) -> Iterator[None]:
+    """Compile what a pass with ``weights`` needs beside what is done within.
+
+    The kernel for tensor cores takes 1.4 s to compile (H200), for which the first pass would wait.
+    """
+    if not any(_is_for_tensor_cores(weight) for weight in weights):
+        yield
+        return
+
+    def compile_kernel() -> None:
+        # a device without memory for it says so again at the first pass
+        with contextlib.suppress(RuntimeError, MemoryError):
+            tensor_cores.works()
+
+    compiler = threading.Thread(target=compile_kernel, name="compile")
+    compiler.start()
+    try:
+        yield
+    finally:
+        compiler.join()
 
 
 def _on_tensor_cores(x: mx.array, weight: mx.array, *added: mx.array | None) -> bool:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
 
+from mlx_contentvec import ops as all_ops
 from mlx_contentvec.backend import device_kind, mx, nn
 from mlx_contentvec.hubert import EncoderLayer, Linear
+from mlx_contentvec.model import ContentvecModel
 from mlx_contentvec.ops import mlx as ops
 from mlx_contentvec.ops import tensor_cores
-from tests.small_models import TINY
+from tests.small_models import TINY, random_weights_file
 
 erf = np.vectorize(math.erf)
 on_tensor_cores = pytest.mark.skipif(
@@ -590,6 +594,69 @@ def test_an_application_packed_without_the_source_uses_mlx(monkeypatch):
     monkeypatch.setattr(tensor_cores, "_kernel", is_not_packed)
     forget()
     assert not tensor_cores.works.__wrapped__()
+
+
+class Compiler:
+    """In the place of the trial: in which threads it was asked, and where it ends."""
+
+    def __init__(self, error=None):
+        self.threads, self.error = [], error
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.threads.append(threading.current_thread())
+        self.begun.set()
+        assert self.may_end.wait(60)
+        if self.error:
+            raise self.error
+        return True
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), MemoryError()])
+def test_the_kernel_is_compiled_while_weights_are_loaded(recorder, monkeypatch, error):
+    compiler = Compiler(error)
+    monkeypatch.setattr(tensor_cores, "works", compiler)
+    with ops.compiling_for([mx.zeros(1, mx.float16), mx.zeros(1)]):
+        assert compiler.begun.wait(60)
+        assert compiler.threads[0] is not threading.current_thread()
+        compiler.may_end.set()
+    assert not compiler.threads[0].is_alive()
+
+
+def test_what_fails_to_load_is_no_other_error(recorder, monkeypatch):
+    compiler = Compiler()
+    monkeypatch.setattr(tensor_cores, "works", compiler)
+    with pytest.raises(KeyError), ops.compiling_for([mx.zeros(1)]):
+        compiler.may_end.set()
+        raise KeyError
+    assert not compiler.threads[0].is_alive()
+
+
+@pytest.mark.parametrize("change", [other_device, plain_sums, tf32_asked_for])
+def test_nothing_is_compiled_that_is_not_used(recorder, monkeypatch, change):
+    compiler = Compiler()
+    monkeypatch.setattr(tensor_cores, "works", compiler)
+    with ops.compiling_for([mx.zeros(1, mx.float16)]), ops.compiling_for([]):
+        pass
+    change(monkeypatch)
+    with ops.compiling_for([mx.zeros(1)]):
+        pass
+    assert compiler.threads == []
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_model_is_loaded_with_what_it_computes_by(monkeypatch, tmp_path, lazy):
+    given = []
+
+    @contextlib.contextmanager
+    def compiling_for(weights):
+        given.extend(weights)
+        yield
+
+    path = random_weights_file(tmp_path / "tiny.safetensors", TINY)
+    monkeypatch.setattr(all_ops, "compiling_for", compiling_for)
+    ContentvecModel.from_file(path, lazy=lazy)
+    assert bool(given) is not lazy
 
 
 def test_the_source_names_every_number_it_is_given(monkeypatch):
