@@ -19,6 +19,7 @@ from ..audio import AUDIO_SUFFIXES, require_decoders
 from ..errors import ConfigError, counted, printable
 from ..terminal import FiniteRange, Status, say
 from .applio import check_model_info, write_model_info
+from .decoding import Workers, worker_count
 from .manifest import Manifest, ignores_case, locked
 from .run import (
     DTYPES,
@@ -183,6 +184,7 @@ def _run(
     # since it started, and refuses every other once there were many: a folder of many
     # lengths must not end there. Source: mlx/backend/cuda/lru_cache.h
     os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
+    from ..backend import device_kind
     from ..features import default_batch_seconds, feature_kind
     from ..hub import sha256_of
     from ..loading import find_weights
@@ -197,7 +199,11 @@ def _run(
     shard = options["shard"]
     part = shard if isinstance(shard, Shard) else None
     name = None if part is None else f"shard-{part.index}-of-{part.count}"
-    with locked(folder, name) if ranks.rank == 0 else contextlib.nullcontext():
+    with (
+        locked(folder, name) if ranks.rank == 0 else contextlib.nullcontext(),
+        # they begin while the weights are loaded
+        Workers(worker_count(device_kind(), ranks.size)) as workers,
+    ):
         weights_file = find_weights(weights)
         with unchanged(weights_file):
             model = ContentvecModel.from_file(weights_file)
@@ -255,6 +261,7 @@ def _run(
                 if batch_seconds is None
                 else batch_seconds
             ),
+            workers=workers,
         )
         share = share_of_rank(pending, ranks)
         try:

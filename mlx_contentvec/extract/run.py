@@ -18,14 +18,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..audio import RESAMPLER, Clip, Waveform, guess_seconds, open_regular, read_audio
+from ..audio import RESAMPLER, Waveform, guess_seconds
 from ..errors import (
-    AudioError,
     ContentvecError,
     OutputError,
     WeightsError,
@@ -33,15 +31,14 @@ from ..errors import (
     name_list,
     printable,
 )
-from ..files import Draft, appeared, changed, is_file
+from ..files import Draft, appeared, is_file
+from .decoding import Decoded, Request, Workers, decode
 from .manifest import (
     Manifest,
     Record,
     State,
-    identity,
     prepared,
     require_files,
-    same_source,
 )
 from .sharding import Ranks, share_of
 from .sources import Source
@@ -54,8 +51,11 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16")
 #: seconds of audio that may be decoded ahead of the model
 DECODED_AHEAD = 120.0
-#: threads that decode for a GPU
+#: threads that decode for a GPU, where processes do not
 DECODERS = 8
+#: seconds of a clip above which it is decoded by a thread and not by a process, which would
+#: send it in one piece
+LONGEST_SENT = 60.0
 #: outputs that are flushed to the disk by one record, and are open at once: a Mac has
 #: 256 open files for a process
 KEPT_TOGETHER = 32
@@ -76,14 +76,6 @@ class Job:
     seconds: float
     #: whether something is there already, which may be replaced
     replaces: bool = False
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A clip, and what its file was known by when it was decoded."""
-
-    clip: Clip
-    source: Record
 
 
 #: a job that is computed: its clip and its features
@@ -212,12 +204,14 @@ class Extraction:
         *,
         max_memory: int | None = None,
         batch_seconds: float = 0.0,
+        workers: Workers | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
         self.manifest = manifest
         self.max_memory = max_memory
         self.batch_seconds = batch_seconds
+        self.workers = workers
         self.summary = Summary()
         #: what has got its name: the job, the bytes and the seconds of audio
         self._named: list[tuple[Job, int, float]] = []
@@ -268,6 +262,8 @@ class Extraction:
         stop = threading.Event()
         # a CPU decodes 800 times as fast as it computes, and its cores are busy
         threads = 1 if device_kind() == "cpu" else min(DECODERS, os.cpu_count() or 1)
+        if self.workers:
+            threads = len(self.workers)
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as decoder:
             try:
                 for batch in batched:
@@ -286,29 +282,12 @@ class Extraction:
 
     def _read(self, job: Job, stop: threading.Event) -> Decoded | ContentvecError:
         config = self.model.config
-        path = Path(job.source)
-        try:
-            # before anything waits for a pipe
-            with open_regular(path, printable(job.source)):
-                source = identity(path)
-            clip = read_audio(
-                path,
-                sample_rate=config.sample_rate,
-                min_samples=config.receptive_field,
-                max_memory=self.max_memory,
-                stopped=stop.is_set,
-            )
-            # what only has other times, by a tag or a second name, is as it was
-            now = same_source(source, path)
-            if now is None:
-                raise changed(path, AudioError)
-            return Decoded(clip, now)
-        except ContentvecError as error:
-            return error
-        except (OSError, RuntimeError, ValueError, MemoryError) as error:
-            return AudioError(
-                f"{printable(job.source)} cannot be decoded: {type(error).__name__}: {error}"
-            )
+        request = Request(job.source, config.sample_rate, config.receptive_field, self.max_memory)
+        if self.workers and job.seconds <= LONGEST_SENT:
+            decoded = self.workers.decode(request)
+            if decoded is not None:
+                return decoded
+        return decode(request, stop.is_set)
 
     def _computed(
         self, clips: Sequence[tuple[Job, Decoded]], progress: Callable[[Job, float], None]

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from mlx_contentvec.audio import Clip, read_audio
 from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import AudioError, ConfigError, OutputError, printable
+from mlx_contentvec.extract import decoding, packing
 from mlx_contentvec.extract import manifest as manifest_module
-from mlx_contentvec.extract import packing
 from mlx_contentvec.extract import run as run_module
 from mlx_contentvec.extract.applio import check_model_info, write_model_info
 from mlx_contentvec.extract.manifest import (
@@ -684,7 +684,7 @@ def test_an_interrupted_run_decodes_no_further(
         begun.wait(5)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_contentvec.extract.run.read_audio", read)
+    monkeypatch.setattr("mlx_contentvec.extract.decoding.read_audio", read)
     monkeypatch.setattr(Extraction, "_features", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "out", [tmp_path / "in"])
@@ -831,13 +831,13 @@ def test_audio_that_is_tagged_meanwhile_is_the_same(
 ) -> None:
     """A tag, a second name or another mode changes the time of its status, and nothing else."""
     clip = write_clip(tmp_path / "x.wav")
-    decode = run_module.read_audio
+    decode = decoding.read_audio
 
     def tagging(path: Path, **options: Any) -> Any:
         clip.chmod(0o600)
         return decode(path, **options)
 
-    monkeypatch.setattr(run_module, "read_audio", tagging)
+    monkeypatch.setattr(decoding, "read_audio", tagging)
     summary, _ = run(model, tmp_path / "out", [clip])
     assert summary.extracted == 1 and not summary.failed
 
@@ -890,13 +890,13 @@ def test_audio_that_changes_while_it_is_decoded_is_refused(
 ) -> None:
     """Its record would name one file, and its features be of another."""
     write_clip(tmp_path / "x.wav")
-    decode = run_module.read_audio
+    decode = decoding.read_audio
 
     def changing(path: Path, **options: Any) -> Any:
         change_in_place(path)
         return decode(path, **options)
 
-    monkeypatch.setattr(run_module, "read_audio", changing)
+    monkeypatch.setattr(decoding, "read_audio", changing)
     summary, _ = run(model, tmp_path / "out", [tmp_path / "x.wav"])
     assert "changed while it was being read" in summary.failed[0].reason
     assert not (tmp_path / "out/x.npy").exists()
