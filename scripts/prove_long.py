@@ -40,7 +40,7 @@ def once(engine: Engine, settings: Settings, seconds: float, save: Path) -> dict
     worker = Worker(engine, settings)
     try:
         worker.run(TO_SETTLE)
-        return worker.run(seconds, save=save)
+        return worker.run(seconds, save=save, memory=True)
     finally:
         worker.close()
 

@@ -451,14 +451,40 @@ def test_on_a_gpu_the_second_pass_of_a_turn_counts(
     settings = dataclasses.replace(SETTINGS, device=device, starts=1, repeats=2)
     bench.bench(tmp_path, [converted], settings, beside=["torch-compile"], with_errors=False)
     # a start from nothing is of one pass; behind them each of the steady process's
-    asked = [[request["twice"] for request in process.requests] for process in processes]
+    asked = [
+        [request["twice"] for request in process.requests if not request["memory"]]
+        for process in processes
+    ]
     starts, steady = asked[:3], asked[-3:]
     assert starts == [[False]] * 3
     assert {twice for process in steady for twice in process} == {device == "gpu"}
 
 
+@pytest.mark.parametrize(("device", "live"), [("cpu", False), ("gpu", False), ("cpu", True)])
+def test_a_pass_whose_memory_is_counted_is_not_timed(
+    device: str,
+    live: bool,
+    processes: list[Process],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    converted = random_weights_of(TINY, tmp_path, monkeypatch)
+    monkeypatch.setattr(bench, "_require_possible", lambda *_: None)
+    settings = dataclasses.replace(SETTINGS, device=device, live=live, starts=1, repeats=2)
+    found = bench.bench(tmp_path, [converted], settings, beside=["none"], with_errors=False)
+    asked = [[request["memory"] for request in process.requests] for process in processes]
+    # one to warm up, those that are timed, and on a GPU one more
+    apart = device == "cpu" and not live
+    # the last process is that of the floor
+    assert asked[-1] == [False] * (1 + settings.repeats)
+    assert asked[-2] == [False] * (1 + settings.repeats) + [True] * (not apart)
+    assert ([False, True] in asked) is apart
+    assert [row["above_the_model"] for row in found["memory"]] == [1]
+
+
 @pytest.mark.parametrize("twice", [False, True])
-def test_a_pass_that_counts_is_the_last_one(twice: bool) -> None:
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_pass_that_counts_is_the_last_one(twice: bool, counts: bool) -> None:
     counted: list[str] = []
 
     class Memory(bench_worker.ProcessMemory):
@@ -473,10 +499,10 @@ def test_a_pass_that_counts_is_the_last_one(twice: bool) -> None:
         counted.append("pass")
         return source
 
-    request = {"seconds": 0.1, "batch": 1, "save": None, "twice": twice}
+    request = {"seconds": 0.1, "batch": 1, "save": None, "twice": twice, "memory": counts}
     answer = bench_worker._answer(run, Memory(), request)
-    assert counted == ["pass"] * twice + ["held", "pass"]
-    assert answer["memory"] == 2
+    assert counted == ["pass"] * twice + ["held"] * counts + ["pass"]
+    assert answer["memory"] == (2 if counts else None)
 
 
 def test_the_engines_take_turns_at_being_first() -> None:

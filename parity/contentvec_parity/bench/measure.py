@@ -187,17 +187,26 @@ class Worker:
         return answer
 
     def run(
-        self, seconds: float, batch: int = 1, save: Path | None = None, twice: bool = False
+        self,
+        seconds: float,
+        batch: int = 1,
+        *,
+        save: Path | None = None,
+        twice: bool = False,
+        memory: bool = False,
     ) -> dict[str, Any]:
         """One forward pass: wall and CPU seconds, and the memory it took above the model's.
 
         twice: of two in a row the second; another process may have had the GPU before the first
+        memory: count memory, for which a process on a CPU first gives back what it keeps
+            for the next pass: such a pass is not timed
         """
         request = {
             "seconds": seconds,
             "batch": batch,
             "save": save and str(save),
             "twice": twice,
+            "memory": memory,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -219,13 +228,11 @@ def measure(
     engines: Sequence[Engine], settings: Settings, config: ModelConfig, progress: Progress
 ) -> dict[str, Any]:
     """Every figure but the errors: starts from nothing, memory, and the steady state."""
-    if settings.live:
-        steady, memory = _steady(engines, settings, config, progress)
-        return {"cold": [], "memory": memory, "steady": steady}
-    cold = _starts(engines, settings, progress)
-    memory = _memory(engines, settings, progress) if settings.device == "cpu" else []
-    steady, passing = _steady(engines, settings, config, progress)
-    return {"cold": cold, "memory": memory or passing, "steady": steady}
+    cold = [] if settings.live else _starts(engines, settings, progress)
+    apart = settings.device == "cpu" and not settings.live
+    memory = _memory(engines, settings, progress) if apart else []
+    steady, warm = _steady(engines, settings, config, progress, with_memory=not apart)
+    return {"cold": cold, "memory": memory or warm, "steady": steady}
 
 
 def _turns(engines: Sequence[Engine], turn: int) -> Sequence[Engine]:
@@ -281,7 +288,7 @@ def _memory(
                 progress(f"memory of {engine.label}, {batch} x {seconds:g} s")
                 worker = Worker(engine, settings)
                 worker.run(TO_SETTLE)
-                answer = worker.run(seconds, batch)
+                answer = worker.run(seconds, batch, memory=True)
                 worker.close()
                 rows.append(_memory_row(engine, seconds, batch, answer))
     return rows
@@ -300,9 +307,13 @@ def _memory_row(
 
 
 def _steady(
-    engines: Sequence[Engine], settings: Settings, config: ModelConfig, progress: Progress
+    engines: Sequence[Engine],
+    settings: Settings,
+    config: ModelConfig,
+    progress: Progress,
+    with_memory: bool,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Times once warm, and the memory of the last pass of each."""
+    """Times once warm, and if asked the memory of one more pass of each."""
     rows, memory = [], []
     twice = settings.device == "gpu"
     with contextlib.ExitStack() as stack:
@@ -319,8 +330,6 @@ def _steady(
                         done = f"{turn + 1} of {settings.repeats}"
                         progress(f"{engine.label}, {batch} x {seconds:g} s, {done}")
                         answer = workers[engine.label].run(seconds, batch, twice=twice)
-                        if turn == settings.repeats - 1 and engine.kind != "floor":
-                            memory.append(_memory_row(engine, seconds, batch, answer))
                         if engine.kind == "floor":
                             answer = _floor(answer, config, seconds, batch, settings.device)
                         if turn >= 0:  # the first is to warm up
@@ -328,6 +337,9 @@ def _steady(
                                 {key: answer[key] for key in ("wall", "cpu")}
                             )
                 for engine in engines:
+                    if with_memory and engine.kind != "floor":
+                        answer = workers[engine.label].run(seconds, batch, memory=True)
+                        memory.append(_memory_row(engine, seconds, batch, answer))
                     samples = found[engine.label]
                     row: dict[str, Any] = {
                         "engine": engine.label,

@@ -352,7 +352,7 @@ def _answer(
     if request["twice"]:
         run(source)
     peak_before = _most()
-    held = memory.held()
+    held = memory.held() if request["memory"] else None
     cpu, wall = time.process_time(), time.perf_counter()
     features = run(source)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
