@@ -150,6 +150,11 @@ class ModelConfig:
                 f"a width of {self.encoder_embed_dim}"
             )
 
+    @property
+    def head_width(self) -> int:
+        """Numbers of one head of attention."""
+        return self.encoder_embed_dim // self.encoder_attention_heads
+
     @functools.cached_property
     def hop(self) -> int:
         """Samples from one frame to the next (320 for every known model)."""

@@ -19,7 +19,6 @@ from .config import ModelConfig, require_layer
 from .errors import AudioError, BackendError, ConfigError, WeightsError
 from .memory import (
     bounded,
-    held_bytes,
     is_exhausted,
     limit_of,
     plans_in_turn,
@@ -56,9 +55,10 @@ Padding = Literal["exact", "fairseq"]
 MOST_PADDING = 0.25
 #: clips that :func:`extract_many` looks at together to find batches
 LOOK_AHEAD = 64
-#: seconds of audio in one batch, which fit into ``memory.GPU_ROOM``. On a CPU clips are
-#: stacked (``stacking``): from 16 s, 800 rows, on products are as fast as they get
-BATCH_SECONDS = {"cpu": 16.0, "metal": 30.0, "cuda": 30.0}
+#: seconds of audio in one batch, which fit into ``memory.GPU_ROOM``; on CUDA on tensor cores,
+#: without which a batch is halved. On a CPU clips are stacked (``stacking``): from 16 s, 800
+#: rows, on products are as fast as they get
+BATCH_SECONDS = {"cpu": 16.0, "metal": 30.0, "cuda": 60.0}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def extract_many(
     """Features of many clips, in their order, computed in batches where that pays.
 
     Clips share a batch of at most ``batch_seconds`` of audio: on a GPU those of like
-    length, by default 30 s; on a CPU neighbours of any length, 16 s, without padding.
+    length, by default 60 s on CUDA and 30 on Metal; on a CPU neighbours of any length, 16 s,
+    without padding.
     With ``padding="exact"`` every clip gets the features it gets alone, within
     float32 noise. ``padding="fairseq"`` is the original's own treatment: its
     group norm hears the padding, so features depend on the batch.
@@ -289,10 +290,10 @@ def features_of(
     if max_memory is not None and (not isinstance(max_memory, Real) or math.isnan(max_memory)):
         raise ConfigError(f"max_memory is {max_memory!r}", expected="bytes, a number")
     config = replace(model.config, normalize=False) if normalized else model.config
-    whole = whole_clip_bytes(config, len(waveform))
-    needed = held_bytes(whole, model.layer_norm.weight.dtype)
+    stored = model.layer_norm.weight.dtype
+    needed = whole_clip_bytes(config, len(waveform), stored=stored)
     said = ""
-    for plan, limit in plans_in_turn(config, len(waveform), max_memory):
+    for plan, limit in plans_in_turn(config, len(waveform), max_memory, stored):
         try:
             with bounded(limit, needed if plan is None else 0):
                 if plan is None:
@@ -330,7 +331,8 @@ def features_of_batch(
     if len(waveforms) == 1:
         return [features_of(model, waveforms[0], kind, max_memory, progress)]
     samples = [len(waveform) for waveform in waveforms]
-    together = whole_clip_bytes(model.config, max(samples), len(samples))
+    stored = model.layer_norm.weight.dtype
+    together = whole_clip_bytes(model.config, max(samples), len(samples), stored)
     stacked = stacks(model, padding)
     needed = stacked_bytes(model.config, samples) if stacked else together
     if needed > limit_of(max_memory):
@@ -341,7 +343,7 @@ def features_of_batch(
             for features in features_of_batch(model, half, kind, padding, max_memory, progress)
         ]
     try:
-        with bounded(max_memory, held_bytes(together, model.layer_norm.weight.dtype)):
+        with bounded(max_memory, together):
             return _in_one_go(model, waveforms, kind, padding)
     except (RuntimeError, MemoryError) as error:
         if not is_exhausted(error):
@@ -370,7 +372,8 @@ def _in_one_go(
     lengths = np.array([len(waveform) for waveform in waveforms])
     treatment: dict[str, Any] = {}
     # a mask, also where nothing is padded: without one each length would have its plan
-    if (lengths < longest).any() or plans_attention(model.layer_norm.weight.dtype):
+    planned = plans_attention(model.layer_norm.weight.dtype, model.config.head_width)
+    if planned or (lengths < longest).any():
         if padding == "exact":
             treatment = {"lengths": lengths}
         else:

@@ -19,6 +19,7 @@ from .backend import (
 from .config import ModelConfig
 from .errors import MORE_MEMORY, BackendError, ConfigError
 from .ops import cpu
+from .ops.mlx import compute_dtype, uses_tensor_cores
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,12 @@ QUERIES = (16, 64, 256, 1024)
 #: in tiles, so that most of its arrays are small. On a GPU the second convolution holds
 #: its input, in a batch also the windows of it as a copy, the 12 parts of its sums at half
 #: that size each, and their sum, while the next one is in work: 13.5 on an H100
-COPIES = {"cpu": 3, "metal": 14, "cuda": 14}
+COPIES = {"cpu": 3.0, "metal": 14.0, "cuda": 14.0}
 SCORES = {"cpu": 0.0, "metal": 2.25, "cuda": 2.25}
+#: the first of them where float32 convolutions run on tensor cores, which copy nothing: 5.3 of
+#: stages that wait for each other. Shorter passes hold up to 11.5 where memory is not nearly
+#: full (H200; ``ops.Pipeline``)
+COPIES_ON_TENSOR_CORES = 6.5
 #: numbers held of a row of stacked clips, by its width: queries, keys and values, what is
 #: attended, the residual and the rows before and after it
 STACKED_WIDTHS = 8
@@ -73,17 +78,24 @@ STACKED_WIDTHS = 8
 FUSED_HEAD_WIDTHS = {"metal": (64, 80, 128)}
 
 
-def whole_clip_bytes(config: ModelConfig, samples: int, batch: int = 1) -> int:
-    """About what a forward pass over whole clips takes beside the model, in bytes."""
+def whole_clip_bytes(
+    config: ModelConfig, samples: int, batch: int = 1, stored: mx.Dtype | None = None
+) -> int:
+    """About what a forward pass over whole clips takes beside the model, in bytes.
+
+    stored: what the weights are stored as; None for the most that it takes with any
+    """
     frames = config.frames(samples)
-    copies = 0.0 if _fused_attention(config) else SCORES[device_kind()]
-    scores = copies * config.encoder_attention_heads * frames * frames
-    return 4 * batch * max(_values_at_once(config, frames), int(scores))
-
-
-def held_bytes(whole_clips: int, dtype: mx.Dtype) -> int:
-    """``whole_clip_bytes`` of a pass that is computed in ``dtype`` on a GPU."""
-    return whole_clips * int(dtype.size) // 4
+    size, copies, scored = 4, COPIES[device_kind()], SCORES[device_kind()]
+    if stored is not None:
+        size = compute_dtype(stored).size
+        if uses_tensor_cores(stored, config.head_width):
+            scored = 0.0
+            copies = COPIES_ON_TENSOR_CORES if stored == mx.float32 else copies
+    if _fused_attention(config):
+        scored = 0.0
+    scores = 4 * scored * config.encoder_attention_heads * frames * frames
+    return batch * max(size * _values_at_once(config, frames, copies), int(scores))
 
 
 def stacked_bytes(config: ModelConfig, samples: Sequence[int]) -> int:
@@ -97,17 +109,17 @@ def stacked_bytes(config: ModelConfig, samples: Sequence[int]) -> int:
     )
 
 
-def _values_at_once(config: ModelConfig, frames: int) -> int:
+def _values_at_once(config: ModelConfig, frames: int, copies: float) -> int:
     """The most numbers held while ``frames`` frames go through front end or feed-forward."""
     channels, _, stride = config.conv_layers[0]
     front_end = frames * config.hop // stride * channels
-    return COPIES[device_kind()] * max(front_end, frames * config.encoder_ffn_embed_dim)
+    return int(copies * max(front_end, frames * config.encoder_ffn_embed_dim))
 
 
 def streamed_bytes(config: ModelConfig, samples: int, plan: ChunkPlan) -> int:
     """About what ``streaming.streamed`` takes beside the model and the waveform, in bytes."""
     frames = config.frames(samples)
-    head_width = _head_width(config)
+    head_width = config.head_width
     # keys and values, twice while their pieces are joined, and on a CPU rearranged
     keys_and_values = 4 * plan.heads * frames * head_width
     if device_kind() == "cpu":
@@ -117,31 +129,31 @@ def streamed_bytes(config: ModelConfig, samples: int, plan: ChunkPlan) -> int:
     else:
         scored = 2 * plan.heads * frames * plan.queries
     attention = keys_and_values + scored
-    return _buffers(config, frames) + 4 * max(_values_at_once(config, plan.frames), attention)
-
-
-def _head_width(config: ModelConfig) -> int:
-    return config.encoder_embed_dim // config.encoder_attention_heads
+    front_end = _values_at_once(config, plan.frames, COPIES[device_kind()])
+    return _buffers(config, frames) + 4 * max(front_end, attention)
 
 
 def _fused_attention(config: ModelConfig) -> bool:
-    return _head_width(config) in FUSED_HEAD_WIDTHS.get(device_kind(), ())
+    return config.head_width in FUSED_HEAD_WIDTHS.get(device_kind(), ())
 
 
 def _buffers(config: ModelConfig, frames: int) -> int:
     return 2 * 4 * frames * config.encoder_embed_dim
 
 
-def plan_chunks(config: ModelConfig, samples: int, max_memory: int | None) -> ChunkPlan | None:
+def plan_chunks(
+    config: ModelConfig, samples: int, max_memory: int | None, stored: mx.Dtype | None = None
+) -> ChunkPlan | None:
     """How to stream a clip of ``samples`` samples; None if it fits in one go.
 
     max_memory: bytes beside the model and the waveform; None for what suits the device
+    stored:     as of ``whole_clip_bytes``
 
     Raises ConfigError if ``max_memory`` is less than the clip needs.
     """
     device = device_kind()
     limit = limit_of(max_memory)
-    if whole_clip_bytes(config, samples) <= limit:
+    if whole_clip_bytes(config, samples, stored=stored) <= limit:
         return None
     plan = _least_plan()
     least = streamed_bytes(config, samples, plan)
@@ -169,7 +181,7 @@ def _least_plan() -> ChunkPlan:
 
 
 def plans_in_turn(
-    config: ModelConfig, samples: int, max_memory: int | None
+    config: ModelConfig, samples: int, max_memory: int | None, stored: mx.Dtype | None = None
 ) -> Iterator[tuple[ChunkPlan | None, int]]:
     """How to compute a clip, in turn, as long as the device has not enough for it.
 
@@ -178,13 +190,14 @@ def plans_in_turn(
 
     Yields the plan, None for one go, and the bytes that it may take.
     """
-    plan, limit = plan_chunks(config, samples, max_memory), limit_of(max_memory)
+    plan, limit = plan_chunks(config, samples, max_memory, stored), limit_of(max_memory)
     yield plan, limit
     yield plan, limit
     smallest = _least_plan()
     least = streamed_bytes(config, samples, smallest)
-    quarter = max(least, min(limit, whole_clip_bytes(config, samples)) // 4)
-    yield plan_chunks(config, samples, quarter) or smallest, quarter
+    whole = whole_clip_bytes(config, samples, stored=stored)
+    quarter = max(least, min(limit, whole) // 4)
+    yield plan_chunks(config, samples, quarter, stored) or smallest, quarter
     yield smallest, least
 
 

@@ -121,51 +121,59 @@ def gelu(x: mx.array) -> mx.array:
     return _in_one_pass(_gelu, x)
 
 
-def _is_for_tensor_cores(*arrays: mx.array | None) -> bool:
-    """Whether these are all float32, which is computed on tensor cores where these can.
+def _is_for_tensor_cores(dtype: mx.Dtype) -> bool:
+    """Whether numbers of this type are for a kernel of our own, where it can be had.
 
     Where TF32 products are asked for, one of MLX's takes less time than three.
     """
     return (
         device_kind() == "cuda"
         and SHORT_SUMS
-        and not tf32_enabled()
-        and all(x is None or x.dtype == mx.float32 for x in arrays)
+        and dtype in tensor_cores.CLOSE
+        and not (dtype == mx.float32 and tf32_enabled())
     )
 
 
-def _may_use_tensor_cores(*arrays: mx.array | None) -> bool:
-    return _is_for_tensor_cores(*arrays) and tensor_cores.works()
+def uses_tensor_cores(dtype: mx.Dtype, head_width: int = tensor_cores.HEAD_WIDTH) -> bool:
+    """Whether a kernel of our own computes attention of such heads, in float32 products too."""
+    fits = head_width == tensor_cores.HEAD_WIDTH
+    return fits and _is_for_tensor_cores(dtype) and tensor_cores.works(dtype)
 
 
 @contextlib.contextmanager
 def compiling_for(weights: Iterable[mx.array]) -> Iterator[None]:
     """Compile what a pass with ``weights`` needs beside what is done within.
 
-    The kernel for tensor cores takes 1.4 s to compile (H200), for which the first pass would wait.
+    The kernel for tensor cores takes 1.4 s to compile (float32, H200), for which the first pass
+    would wait. Whatever goes wrong here is met by that pass again.
     """
-    if not any(_is_for_tensor_cores(weight) for weight in weights):
+    dtypes = {dtype for dtype in (x.dtype for x in weights) if _is_for_tensor_cores(dtype)}
+    if not dtypes:
         yield
         return
 
-    def compile_kernel() -> None:
-        # a device without memory for it says so again at the first pass
-        with contextlib.suppress(RuntimeError, MemoryError):
-            tensor_cores.works()
+    def compile_kernels() -> None:
+        for dtype in dtypes:
+            with contextlib.suppress(Exception):
+                tensor_cores.works(dtype)
 
-    compiler = threading.Thread(target=compile_kernel, name="compile")
-    compiler.start()
+    compiler = threading.Thread(target=compile_kernels, name="compile")
+    with contextlib.suppress(RuntimeError):  # no more threads
+        compiler.start()
     try:
         yield
     finally:
-        compiler.join()
+        if compiler.ident is not None:
+            compiler.join()
 
 
 def _on_tensor_cores(x: mx.array, weight: mx.array, *added: mx.array | None) -> bool:
     """Whether ``tensor_cores.product`` computes a product, in windows of ``x``."""
     inputs, outputs = math.prod(weight.shape[1:]), len(weight)
-    return tensor_cores.is_block_product(inputs, outputs, x.shape[-1]) and _may_use_tensor_cores(
-        x, weight, *added
+    return (
+        all(part is None or part.dtype == mx.float32 for part in (x, weight, *added))
+        and tensor_cores.is_block_product(inputs, outputs, x.shape[-1])
+        and uses_tensor_cores(mx.float32)
     )
 
 
@@ -419,7 +427,8 @@ def self_attention(qkv: Sequence[mx.array], heads: int, mask: mx.array | None) -
     if (
         width == heads * tensor_cores.HEAD_WIDTH
         and batch * frames > 0
-        and _may_use_tensor_cores(*qkv)
+        and all(part.dtype == qkv[0].dtype for part in qkv)
+        and uses_tensor_cores(qkv[0].dtype)
     ):
         whole = qkv[0] if len(qkv) == 1 else mx.concatenate(qkv, axis=-1)
         if mask is not None:
@@ -432,8 +441,13 @@ def self_attention(qkv: Sequence[mx.array], heads: int, mask: mx.array | None) -
     return attention(queries, keys, values, mask)
 
 
-def plans_attention(dtype: mx.Dtype) -> bool:
-    """Whether the fused attention of this device makes a plan for every length."""
+def plans_attention(dtype: mx.Dtype, head_width: int) -> bool:
+    """Whether attention without a mask makes a plan for every length on this device."""
+    return _has_plans(dtype) and not uses_tensor_cores(dtype, head_width)
+
+
+def _has_plans(dtype: mx.Dtype) -> bool:
+    """Whether MLX's fused attention makes a plan for every length on this device."""
     return device_kind() == "cuda" and dtype != mx.float32
 
 
@@ -452,7 +466,7 @@ def attention(
     batches of many lengths, which have a mask, take the products.
     """
     batch, heads, frames, width = queries.shape
-    if mask is not None and plans_attention(queries.dtype):
+    if mask is not None and _has_plans(queries.dtype):
         # in float32, as within the fused kernel: a bfloat16 score of 32 may be off by 0.125
         exact = [part.astype(mx.float32) for part in (queries, keys)]
         scores = (exact[0] * width**-0.5) @ exact[1].swapaxes(-1, -2)

@@ -1,17 +1,20 @@
-"""float32 on the tensor cores of an NVIDIA GPU, as exact as float32: products and attention.
+"""What the tensor cores of an NVIDIA GPU compute by a kernel of our own.
 
-A tensor core multiplies numbers of 11 significant bits (TF32) and adds the products up in
-float32. A float32 number is the sum of two of them but for its last two or three bits, so
-three products, large by large and large by small both ways, give what one float32 product
-gives (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
-surpassing the FP32 theoretical peak performance", IJHPCA 36 (4), 2022; CUTLASS calls it
-3xTF32). A tensor core cuts off what it adds instead of rounding it, so 32 products at most are
-added up there, the small ones first, and these sums in float32, a long one in parts.
+In float32 that is products and attention, as exact as float32. A tensor core multiplies numbers
+of 11 significant bits (TF32) and adds the products up in float32. A float32 number is the sum
+of two of them but for its last two or three bits, so three products, large by large and large
+by small both ways, give what one float32 product gives (Ootomo and Yokota, "Recovering single
+precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance",
+IJHPCA 36 (4), 2022; CUTLASS calls it 3xTF32). A tensor core cuts off what it adds instead of
+rounding it, so 32 products at most are added up there, the small ones first, and these sums in
+float32, a long one in parts.
 
 Attention is one kernel, whose scores never leave a group of threads (Dao et al.,
 "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", arXiv:2205.14135;
 its softmax is that of Milakov and Gimelshein, "Online normalizer calculation for softmax",
-arXiv:1805.02867). What all of it is worth is in docs/measurements.md.
+arXiv:1805.02867). In half precision it is all that is computed here: MLX's own attention makes
+a plan for every length, and its products are as fast as they get. What all of it is worth is in
+docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ THREADS = 128
 BLOCK_ROWS, BLOCK_OUTPUTS, BLOCK_INPUTS = 128, 64, 32
 #: blocks of inputs that are held or on the way
 STAGES = 3
-#: numbers behind each row of a block, so that the rows of one load lie in different banks of
-#: the shared memory
-ROW_GAP, WEIGHT_GAP = 4, 8
+#: bytes behind each row of a block, and of a weight's, so that the rows of one load lie in
+#: different banks of the shared memory
+GAP, WEIGHT_GAP = 16, 32
 #: inputs of a product above which they are added up in parts. The largest error, in 1e-7 of
 #: the rms, is 11 to 13 with parts of at most so many, and in one 14 to 17 of 1,024 inputs, 20
 #: to 22 of 1,536 and 25 to 27 of 3,072, in 4 to 8 % less time from 6,000 rows on (H200)
@@ -54,64 +57,54 @@ FEW_ROWS = 128
 HEAD_WIDTH = 64
 #: queries of a head, 16 for each warp, and keys that a group has in work
 QUERIES, KEYS = 64, 64
-#: compute capability from which on tensor cores take TF32 (Ampere)
+#: compute capability from which on tensor cores take TF32 and bfloat16 (Ampere)
 CAPABILITY = 8
 #: largest difference of a trial from float64, in parts of the largest result. cuBLAS at
-#: TF32 precision has 3e-4
-CLOSE = 1e-6
+#: TF32 precision has 3e-4; half precision rounds results, and the weights before, to 11 or 8 bits
+CLOSE = {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 
-#: what a group holds of a product: STAGES blocks of both operands; of attention: two blocks
-#: of keys and two of values. Two groups fill all that an A100 has
-_SHARED_MEMORY = 4 * max(
-    STAGES * BLOCK_ROWS * (BLOCK_INPUTS + ROW_GAP)
-    + STAGES * BLOCK_INPUTS * (BLOCK_OUTPUTS + WEIGHT_GAP),
-    4 * KEYS * (HEAD_WIDTH + ROW_GAP),
-)
 #: what the kernel is to do, the first number of its geometry
 _MULTIPLY, _ADD_UP, _ATTEND = range(3)
 
-#: one kernel for all of it: three take MLX two seconds more to compile, in every process
-_SOURCE = """
-  // geometry: what to do, parts, kernel, stride, and whether there is a bias, a GELU and a
-  // residual; attention's mask is its bias
-  extern __shared__ float4 shared_memory[];
-  const int parts = geometry[1];
-  const Finish finish{
-      geometry[4] ? bias : nullptr, bool(geometry[5]), geometry[6] ? residual : nullptr};
-  if (geometry[0] == MULTIPLY) {
-    multiply(
-        x, x_shape[0], x_shape[1], x_shape[2], weight, weight_shape[0], weight_shape[1],
-        geometry[2], geometry[3], parts, finish, y, shared_memory);
-  } else if (geometry[0] == ADD_UP) {
-    const long long rows = (long long)x_shape[1] * x_shape[2];
-    add_up(x, parts, rows * x_shape[3], x_shape[3], finish, y);
-  } else {
-    attend(x, x_shape[1], x_shape[2], geometry[4] ? bias : nullptr, y, shared_memory);
-  }
-"""
+#: one kernel for all of a type: three take MLX two seconds more to compile, in every process
+_SOURCE = "run(x, x_shape, weight, weight_shape, bias, residual, geometry, y);"
 
 
-def _kernel() -> Callable[..., list[mx.array]]:
-    """The kernel; RuntimeError in MLX without CUDA, AttributeError in one that knows none."""
+def _kernel(dtype: mx.Dtype) -> Callable[..., list[mx.array]]:
+    """The kernel for a type of CLOSE.
+
+    RuntimeError in MLX without CUDA, AttributeError in one that knows no such kernels.
+    """
+    row_gap = GAP // dtype.size
+    # two blocks of keys and two of values
+    shared_memory = 4 * KEYS * (HEAD_WIDTH + row_gap) * dtype.size
     constants = {
         "THREADS": THREADS,
-        "BLOCK_ROWS": BLOCK_ROWS,
-        "BLOCK_OUTPUTS": BLOCK_OUTPUTS,
-        "BLOCK_INPUTS": BLOCK_INPUTS,
-        "STAGES": STAGES,
-        "ROW_GAP": ROW_GAP,
-        "WEIGHT_GAP": WEIGHT_GAP,
+        "ROW_GAP": row_gap,
         "HEAD_WIDTH": HEAD_WIDTH,
         "QUERIES": QUERIES,
         "KEYS": KEYS,
-        "COPIES": COPIES,
-        "MULTIPLY": _MULTIPLY,
-        "ADD_UP": _ADD_UP,
     }
+    if dtype == mx.float32:
+        constants |= {
+            "BLOCK_ROWS": BLOCK_ROWS,
+            "BLOCK_OUTPUTS": BLOCK_OUTPUTS,
+            "BLOCK_INPUTS": BLOCK_INPUTS,
+            "STAGES": STAGES,
+            "WEIGHT_GAP": WEIGHT_GAP // dtype.size,
+            "COPIES": COPIES,
+            "MULTIPLY": _MULTIPLY,
+            "ADD_UP": _ADD_UP,
+        }
+        # STAGES blocks of both operands. Two groups fill all that an A100 has
+        rows = BLOCK_ROWS * (4 * BLOCK_INPUTS + GAP)
+        columns = BLOCK_INPUTS * (4 * BLOCK_OUTPUTS + WEIGHT_GAP)
+        shared_memory = max(shared_memory, STAGES * (rows + columns))
     named = [f"constexpr int {name} = {value};" for name, value in constants.items()]
-    functions = importlib.resources.files(__package__).joinpath("tensor_cores.cuh")
+    own = "tensor_cores_single.cuh" if dtype == mx.float32 else "tensor_cores_half.cuh"
+    folder = importlib.resources.files(__package__)
+    text = "".join(folder.joinpath(file).read_text("utf-8") for file in ("tensor_cores.cuh", own))
     # MLX goes through all of it at each call: without comments and indents that is half
-    text = functions.read_text("utf-8")
     lines = [line.partition("//")[0].strip() for line in text.splitlines()]
     kernel: Callable[..., list[mx.array]] = mx.fast.cuda_kernel(
         name="contentvec",
@@ -119,7 +112,7 @@ def _kernel() -> Callable[..., list[mx.array]]:
         output_names=["y"],
         header="\n".join([*named, *filter(None, lines), ""]),
         source=_SOURCE,
-        shared_memory=_SHARED_MEMORY,
+        shared_memory=shared_memory,
     )
     return kernel
 
@@ -133,26 +126,27 @@ def are_here() -> bool:
 
 
 @functools.cache
-def works() -> bool:
+def works(dtype: mx.Dtype) -> bool:
     """Whether this GPU has such tensor cores, and MLX can compile for them here.
 
-    The answer is that of two trials, which take the time of compiling that the first product
-    would take. Where there is no memory for them, that is raised, and the next call tries again.
+    The answer is that of trials, which take the time of compiling that the first use would
+    take. Where there is no memory for them, that is raised, and the next call tries again.
     """
-    if not are_here():
+    if dtype not in CLOSE or not are_here():
         return False
     try:
-        return _multiplies() and _attends()
+        return (dtype != mx.float32 or _multiplies()) and _attends(dtype)
     except (AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
         # MLX without such kernels, or without CUDA; no compiler, no headers of CUDA, or an
-        # application that was packed without tensor_cores.cuh
+        # application that was packed without the .cuh files
         if is_out_of_memory(error):
             raise
         return False
 
 
 def _is_close(y: mx.array, true: npt.NDArray[np.float64]) -> bool:
-    return bool(np.abs(np.array(y) - true).max() <= CLOSE * np.abs(true).max())
+    error = np.abs(np.array(y.astype(mx.float32)) - true).max()
+    return bool(error <= CLOSE[y.dtype] * np.abs(true).max())
 
 
 def _multiplies() -> bool:
@@ -167,24 +161,26 @@ def _multiplies() -> bool:
     return _is_close(product(mx.array(x), mx.array(weight), mx.array(bias), 5, 3), true)
 
 
-def _attends() -> bool:
+def _attends(dtype: mx.Dtype) -> bool:
     # more keys than a block, rows for all warps; the second clip is a frame shorter
     rng = np.random.default_rng(0)
-    qkv = rng.standard_normal((2, 70, 3, 2, HEAD_WIDTH)).astype(np.float32)
+    qkv = mx.array(rng.standard_normal((2, 70, 3 * 2 * HEAD_WIDTH)).astype(np.float32))
+    qkv = qkv.astype(dtype)
     kept = np.ones((2, 70), bool)
     kept[1, 69] = False
-    queries, keys, values = qkv.astype(np.float64).transpose(2, 0, 3, 1, 4)
+    by_head = np.array(qkv.astype(mx.float32)).astype(np.float64).reshape(2, 70, 3, 2, HEAD_WIDTH)
+    queries, keys, values = by_head.transpose(2, 0, 3, 1, 4)
     weights = np.exp(queries @ keys.swapaxes(-1, -2) / math.sqrt(HEAD_WIDTH))
     weights *= kept[:, None, None]
     mixed = weights / weights.sum(axis=-1, keepdims=True) @ values
     true = mixed.transpose(0, 2, 1, 3).reshape(2, 70, -1)
-    return _is_close(attention(mx.array(qkv.reshape(2, 70, -1)), mx.array(kept)), true)
+    return _is_close(attention(qkv, mx.array(kept)), true)
 
 
 @functools.cache
-def _nothing() -> mx.array:
-    """What stands for an array that is not read."""
-    nothing = mx.zeros((1,))
+def _nothing(dtype: mx.Dtype) -> mx.array:
+    """What stands for an array that is not read: another type would be another kernel."""
+    nothing = mx.zeros((1,), dtype)
     mx.eval(nothing)
     return nothing
 
@@ -252,11 +248,12 @@ def product(
     ``jvp`` and no ``vmap``.
     """
     multiply = _product(kernel, stride, bias is not None, then_gelu, residual is not None)
+    nothing = _nothing(mx.float32)
     return multiply(
         x,
         weight,
-        _nothing() if bias is None else bias,
-        _nothing() if residual is None else residual,
+        nothing if bias is None else bias,
+        nothing if residual is None else residual,
     )
 
 
@@ -265,7 +262,7 @@ def _product(
     kernel: int, stride: int, with_bias: bool, then_gelu: bool, with_residual: bool
 ) -> Callable[..., mx.array]:
     """The function that ``product`` calls for one kind of product."""
-    run = _kernel()
+    run, nothing = _kernel(mx.float32), _nothing(mx.float32)
 
     def on_tensor_cores(
         x: mx.array, weight: mx.array, bias: mx.array, residual: mx.array
@@ -286,7 +283,7 @@ def _product(
         if parts == 1:
             return y
         return run(
-            inputs=[y, _nothing(), bias, residual, _geometry(_ADD_UP, *form)],
+            inputs=[y, nothing, bias, residual, _geometry(_ADD_UP, *form)],
             grid=(math.ceil(batch * frames * outputs / (4 * COPIES * THREADS)) * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[shape],
@@ -307,33 +304,32 @@ def _product(
 def attention(qkv: mx.array, mask: mx.array | None) -> mx.array:
     """Scaled dot-product attention of heads of HEAD_WIDTH.
 
-    qkv:     (batch, frames, 3 * width), float32: queries, keys and values beside each other,
-             and in each the heads
+    qkv:     (batch, frames, 3 * width), of a type in CLOSE: queries, keys and values beside
+             each other, and in each the heads
     mask:    (batch, frames), true where a key may be attended to, or None
     returns: (batch, frames, width)
 
     The gradient is that of MLX's own operations; there is no ``jvp`` and no ``vmap``.
     """
-    if mask is None:
-        return _attention(False)(qkv, _nothing())
+    attend = _attention(qkv.dtype, mask is not None)
     # a kernel of other types than the product's would be compiled for itself
-    return _attention(True)(qkv, mask.astype(mx.float32))
+    return attend(qkv, _nothing(qkv.dtype) if mask is None else mask.astype(qkv.dtype))
 
 
 @functools.cache
-def _attention(with_mask: bool) -> Callable[..., mx.array]:
+def _attention(dtype: mx.Dtype, with_mask: bool) -> Callable[..., mx.array]:
     """The function that ``attention`` calls with a mask, or without."""
-    run = _kernel()
+    run, nothing = _kernel(dtype), _nothing(dtype)
 
     def on_tensor_cores(qkv: mx.array, mask: mx.array) -> mx.array:
         batch, frames, row = qkv.shape
         heads = row // 3 // HEAD_WIDTH
         return run(
-            inputs=[qkv, _nothing(), mask, _nothing(), _geometry(_ATTEND, with_bias=with_mask)],
+            inputs=[qkv, nothing, mask, nothing, _geometry(_ATTEND, with_bias=with_mask)],
             grid=(batch * heads * math.ceil(frames / QUERIES) * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(batch, frames, row // 3)],
-            output_dtypes=[mx.float32],
+            output_dtypes=[dtype],
         )[0]
 
     def plain(qkv: mx.array, mask: mx.array) -> mx.array:

@@ -113,7 +113,7 @@ def _device() -> dict[str, Any]:
         kept = mx.set_cache_limit(0)
         mx.set_cache_limit(kept)
         found["memory"] = gpu_memory()
-        found["tensor_cores"] = found["kind"] == "cuda" and tensor_cores.works()
+        found["tensor_cores"] = found["kind"] == "cuda" and tensor_cores.works(mx.float32)
         found["mlx_limits"] = {"memory": memory_limit(), "cache": kept}
     return found
 

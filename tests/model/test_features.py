@@ -451,6 +451,7 @@ class FakeGpu:
         self.keeps = 1 << 60
         monkeypatch.setattr(memory, "device_kind", lambda: kind)
         monkeypatch.setattr("mlx_contentvec.features.device_kind", lambda: kind)
+        monkeypatch.setattr(memory, "compute_dtype", lambda stored: stored)
         monkeypatch.setattr(
             memory.mx, "device_info", lambda: {"memory_size": 16 << 30}, raising=False
         )
@@ -532,9 +533,39 @@ def test_without_a_cap_a_gpu_holds_less_than_four_gigabytes(
     extract(Measured(random_model(TINY), gpu), noise(8000), sample_rate=16000, layer=1)
     assert max(gpu.limits[:-1]) < 4 << 30
     assert gpu.limits[-1] == 1 << 60
-    # what is put into one batch fits: clips of 10 s
-    clips = int(BATCH_SECONDS["cuda"]) // 10
-    assert memory.whole_clip_bytes(ModelConfig(), 16000 * 10, clips) <= memory.limit_of(None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [("metal", mx.float32), ("cuda", mx.float32), ("cuda", mx.float16), ("cuda", mx.bfloat16)],
+)
+def test_what_is_put_into_one_batch_fits(
+    monkeypatch: pytest.MonkeyPatch, kind: str, stored: Any
+) -> None:
+    FakeGpu(monkeypatch, kind=kind)
+    monkeypatch.setattr(memory, "uses_tensor_cores", lambda *_: kind == "cuda")
+    for seconds in (2, 10, BATCH_SECONDS[kind]):
+        clips = int(BATCH_SECONDS[kind] // seconds)
+        samples = int(16000 * seconds)
+        needed = memory.whole_clip_bytes(ModelConfig(), samples, clips, stored)
+        assert needed <= memory.limit_of(None)
+        assert memory.plan_chunks(ModelConfig(), samples, None, stored) is None
+        # not so on CUDA without tensor cores
+        most = memory.whole_clip_bytes(ModelConfig(), samples, clips)
+        assert needed <= most
+        assert (most <= memory.limit_of(None)) is (kind == "metal")
+
+
+def test_attention_of_a_kernel_of_our_own_holds_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch, kind="cuda")
+    clip = ModelConfig(), 16000 * 600
+    for here in (False, True):
+        monkeypatch.setattr(memory, "uses_tensor_cores", lambda *_, here=here: here)
+        single, half = (memory.whole_clip_bytes(*clip, stored=d) for d in (mx.float32, mx.float16))
+        scores = 4 * 2.25 * 12 * ModelConfig().frames(16000 * 600) ** 2
+        # float32 scores also where the model is in half precision
+        assert (single == half == int(scores)) is not here
+        assert here is (max(single, half) < scores)
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""float32 on a GPU's tensor cores: what is computed there, and how exactly."""
+"""What is computed on a GPU's tensor cores, and how exactly."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ on_tensor_cores = pytest.mark.skipif(
     device_kind() != "cuda" or not tensor_cores.are_here(),
     reason="no NVIDIA GPU with tensor cores for TF32",
 )
+HALVES = pytest.mark.parametrize("half", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 
 
 def gelu(x):
@@ -78,7 +79,7 @@ CASES = [
 
 @on_tensor_cores
 def test_the_kernel_is_compiled_and_exact_where_the_hardware_is():
-    assert tensor_cores.works()
+    assert all(map(tensor_cores.works, tensor_cores.CLOSE))
 
 
 @on_tensor_cores
@@ -163,6 +164,41 @@ def test_attention_is_as_exact_as_float32(numbers, batch, frames, heads, size, w
 
 
 @on_tensor_cores
+@HALVES
+@pytest.mark.parametrize("with_mask", [False, True], ids=["", "mask"])
+@pytest.mark.parametrize(
+    "batch, frames, heads",
+    [(1, 1, 12), (2, 64, 1), (1, 65, 12), (3, 249, 12), (1, 1499, 2)],
+)
+def test_attention_in_half_precision_is_rounded_twice(
+    numbers, half, batch, frames, heads, with_mask
+):
+    qkv = mx.array(drawn(numbers, batch, frames, 3 * heads * 64)).astype(half)
+    mask = None
+    if with_mask:
+        mask = np.ones((batch, frames), bool)
+        mask[-1, : frames // 2] = False
+    y = tensor_cores.attention(qkv, None if mask is None else mx.array(mask))
+    assert y.dtype == half
+    exact = np.array(qkv.astype(mx.float32))
+    error = np.array(y.astype(mx.float32)) - (true := true_attention(exact, heads, mask))
+    # weights and results: half of the last of 11 or 8 bits each
+    bit = 2.0**-11 if half == mx.float16 else 2.0**-8
+    assert np.sqrt((error**2).mean()) <= bit * np.sqrt((true**2).mean())
+    assert np.abs(error).max() <= 2 * bit * np.abs(true).max()
+
+
+@on_tensor_cores
+@HALVES
+def test_attention_in_half_precision_of_an_array_that_is_not_aligned(numbers, half):
+    flat = mx.array(drawn(numbers, 1 + 70 * 192)).astype(half)
+    qkv = flat[1:].reshape(1, 70, 192)
+    true = true_attention(np.array(qkv.astype(mx.float32)), 1, None)
+    y = np.array(tensor_cores.attention(qkv, None).astype(mx.float32))
+    assert np.abs(y - true).max() <= tensor_cores.CLOSE[half] * np.abs(true).max()
+
+
+@on_tensor_cores
 def test_attention_of_an_array_that_is_not_aligned_or_not_contiguous(numbers):
     flat = drawn(numbers, 1 + 70 * 192)
     qkv = flat[1:].reshape(1, 70, 192)
@@ -198,13 +234,17 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, *, inputs, output_shapes, grid, threadgroup, **_):
+    def __call__(self, *, inputs, output_shapes, output_dtypes, grid, threadgroup):
         # of other types it would be another kernel, or none
-        assert [part.dtype for part in inputs] == [mx.float32] * 4 + [mx.int32]
-        x, weight, bias, residual, geometry = (np.array(part) for part in inputs)
+        dtype = inputs[0].dtype
+        assert [part.dtype for part in inputs] == [dtype] * 4 + [mx.int32]
+        assert output_dtypes == [dtype]
+        geometry = np.array(inputs[4])
+        x, weight, bias, residual = (np.array(part.astype(mx.float32)) for part in inputs[:4])
         mode, parts, kernel, stride, with_bias, then_gelu, with_residual = geometry.tolist()
         assert threadgroup == (tensor_cores.THREADS, 1, 1)
         self.calls.append((mode, parts, grid[0]))
+        assert dtype == mx.float32 or mode == tensor_cores._ATTEND
         if mode == tensor_cores._ATTEND:
             heads = x.shape[-1] // 3 // tensor_cores.HEAD_WIDTH
             y = true_attention(x, heads, bias != 0 if with_bias else None)
@@ -221,7 +261,7 @@ class Recorder:
             y = gelu(y) if then_gelu else y
             y = y + residual if with_residual else y
         assert output_shapes == [y.shape]
-        return [mx.array(y.astype(np.float32))]
+        return [mx.array(y.astype(np.float32)).astype(dtype)]
 
 
 def masked_product(x, weight, rows, kernel, stride):
@@ -234,8 +274,8 @@ def masked_product(x, weight, rows, kernel, stride):
 def recorder(monkeypatch):
     """A GPU with tensor cores, as far as it can be had without one."""
     recorder = Recorder()
-    monkeypatch.setattr(tensor_cores, "_kernel", lambda: recorder)
-    monkeypatch.setattr(tensor_cores, "works", lambda: True)
+    monkeypatch.setattr(tensor_cores, "_kernel", lambda dtype: recorder)
+    monkeypatch.setattr(tensor_cores, "works", lambda dtype: True)
     monkeypatch.setattr(ops, "device_kind", lambda: "cuda")
     forget()
     yield recorder
@@ -303,15 +343,37 @@ def test_a_long_sum_is_one_of_parts(rows, inputs, outputs, parts):
 
 @pytest.mark.parametrize("with_mask", [False, True], ids=["", "mask"])
 @pytest.mark.parametrize("beside", [False, True], ids=["three arrays", "one array"])
-def test_attention_runs_on_tensor_cores(recorder, numbers, beside, with_mask):
-    qkv = drawn(numbers, 2, 70, 3 * 128)
+@pytest.mark.parametrize("dtype", tensor_cores.CLOSE, ids=str)
+def test_attention_runs_on_tensor_cores(recorder, numbers, beside, with_mask, dtype):
+    qkv = mx.array(drawn(numbers, 2, 70, 3 * 128)).astype(dtype)
     mask = np.arange(70) < np.array([[70], [60]]) if with_mask else None
     given = None if mask is None else mx.array(mask)[:, None, None]
-    parts = [mx.array(qkv)] if beside else mx.split(mx.array(qkv), 3, axis=-1)
-    y = np.array(ops.self_attention(parts, 2, given))
+    y = ops.self_attention([qkv] if beside else mx.split(qkv, 3, axis=-1), 2, given)
+    assert y.dtype == dtype
     # of two clips and two heads two blocks of queries each
     assert recorder.calls == [(tensor_cores._ATTEND, 1, 8 * tensor_cores.THREADS)]
-    np.testing.assert_allclose(y, true_attention(qkv, 2, mask), rtol=1e-5, atol=1e-5)
+    true = true_attention(np.array(qkv.astype(mx.float32)), 2, mask)
+    error = np.abs(np.array(y.astype(mx.float32)) - true).max()
+    assert error <= 2 * tensor_cores.CLOSE[dtype] * np.abs(true).max()
+
+
+def test_queries_and_keys_of_two_types_are_left_to_mlx(recorder, numbers):
+    parts = mx.split(mx.array(drawn(numbers, 1, 9, 192)), 3, axis=-1)
+    parts[2] = parts[2].astype(mx.float16)
+    assert ops.self_attention(parts, 1, None).shape == (1, 9, 64)
+    assert recorder.calls == []
+
+
+@HALVES
+@pytest.mark.parametrize(
+    "head_width, here, planned", [(64, True, False), (64, False, True), (32, True, True)]
+)
+def test_a_plan_is_made_where_mlx_attends_in_half_precision(
+    recorder, monkeypatch, half, head_width, here, planned
+):
+    monkeypatch.setattr(tensor_cores, "works", lambda dtype: here)
+    assert ops.plans_attention(half, head_width) is planned
+    assert not ops.plans_attention(mx.float32, head_width)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +458,7 @@ def test_a_layer_takes_what_somebody_put_in_the_place_of_its_own(numbers, on_cpu
 
 
 def no_tensor_cores(monkeypatch):
-    monkeypatch.setattr(tensor_cores, "works", lambda: False)
+    monkeypatch.setattr(tensor_cores, "works", lambda dtype: False)
 
 
 def other_device(monkeypatch):
@@ -437,16 +499,10 @@ def test_mlx_multiplies_what_the_kernel_does_not(recorder, numbers, rows, inputs
     assert recorder.calls == []
 
 
-@pytest.mark.parametrize(
-    "heads, dtype",
-    [
-        pytest.param(2, mx.float32, id="heads of another width"),
-        pytest.param(1, mx.float16, id="half precision"),
-    ],
-)
-def test_mlx_attends_where_the_kernel_does_not(recorder, numbers, heads, dtype):
+@pytest.mark.parametrize("dtype", tensor_cores.CLOSE, ids=str)
+def test_mlx_attends_where_heads_are_of_another_width(recorder, numbers, dtype):
     qkv = mx.array(drawn(numbers, 1, 9, 192)).astype(dtype)
-    assert ops.self_attention([qkv], heads, None).shape == (1, 9, 64)
+    assert ops.self_attention([qkv], 2, None).shape == (1, 9, 64)
     assert recorder.calls == []
 
 
@@ -520,13 +576,13 @@ def test_gradients_reach_a_residual(recorder, numbers):
     assert recorder.calls
 
 
-def trial(monkeypatch, kernel, capability=9):
+def trial(monkeypatch, kernel, capability=9, dtype=mx.float32):
     info = {"compute_capability_major": capability}
     monkeypatch.setattr(mx, "device_info", lambda: info, raising=False)
-    monkeypatch.setattr(tensor_cores, "_kernel", lambda: kernel)
+    monkeypatch.setattr(tensor_cores, "_kernel", lambda _: kernel)
     forget()
     try:
-        return tensor_cores.works.__wrapped__()
+        return tensor_cores.works.__wrapped__(dtype)
     finally:
         forget()
 
@@ -545,10 +601,11 @@ def ignores_masks(**call):
 
 def attends_wrongly(**call):
     (y,) = Recorder()(**call)
-    return [y * (1 + 1e-5)] if call["inputs"][4][0] == tensor_cores._ATTEND else [y]
+    off = 1 + 10 * tensor_cores.CLOSE[y.dtype]
+    return [y * off] if call["inputs"][4][0] == tensor_cores._ATTEND else [y]
 
 
-def is_not_packed():
+def is_not_packed(_):
     raise FileNotFoundError("tensor_cores.cuh")
 
 
@@ -564,9 +621,9 @@ def test_a_trial_without_memory_is_no_answer(monkeypatch):
 
 def test_mlx_that_tells_no_capability_multiplies_itself(monkeypatch):
     monkeypatch.setattr(mx, "device_info", dict, raising=False)
-    assert not tensor_cores.works.__wrapped__()
+    assert not tensor_cores.works.__wrapped__(mx.float32)
     monkeypatch.delattr(mx, "device_info")
-    assert not tensor_cores.works.__wrapped__()
+    assert not tensor_cores.works.__wrapped__(mx.float32)
 
 
 def test_nothing_is_convolved_to_nothing(recorder):
@@ -581,6 +638,14 @@ def test_the_trial_asks_for_a_right_product(monkeypatch):
         assert not trial(monkeypatch, wrong)
 
 
+@HALVES
+def test_the_trial_asks_for_attention_in_half_precision(monkeypatch, half):
+    assert trial(monkeypatch, Recorder(), dtype=half)
+    assert not trial(monkeypatch, Recorder(), dtype=mx.int32)
+    for wrong in (attends_wrongly, ignores_masks):
+        assert not trial(monkeypatch, wrong, dtype=half)
+
+
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError, ValueError])
 def test_mlx_that_cannot_compile_for_them_multiplies_itself(monkeypatch, error):
     def refuses(**_):
@@ -593,17 +658,18 @@ def test_an_application_packed_without_the_source_uses_mlx(monkeypatch):
     monkeypatch.setattr(tensor_cores, "are_here", lambda: True)
     monkeypatch.setattr(tensor_cores, "_kernel", is_not_packed)
     forget()
-    assert not tensor_cores.works.__wrapped__()
+    assert not tensor_cores.works.__wrapped__(mx.float32)
 
 
 class Compiler:
-    """In the place of the trial: in which threads it was asked, and where it ends."""
+    """In the place of the trial: of what and in which threads it was asked, and where it ends."""
 
     def __init__(self, error=None):
-        self.threads, self.error = [], error
+        self.asked, self.threads, self.error = [], [], error
         self.begun, self.may_end = threading.Event(), threading.Event()
 
-    def __call__(self):
+    def __call__(self, dtype):
+        self.asked.append(dtype)
         self.threads.append(threading.current_thread())
         self.begun.set()
         assert self.may_end.wait(60)
@@ -612,15 +678,31 @@ class Compiler:
         return True
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), MemoryError()])
-def test_the_kernel_is_compiled_while_weights_are_loaded(recorder, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("out of memory"), OSError(12, "no memory"), MemoryError()]
+)
+@pytest.mark.filterwarnings("error")  # what is raised in a thread would be printed
+def test_a_kernel_is_compiled_while_weights_are_loaded(recorder, monkeypatch, error):
     compiler = Compiler(error)
     monkeypatch.setattr(tensor_cores, "works", compiler)
-    with ops.compiling_for([mx.zeros(1, mx.float16), mx.zeros(1)]):
+    weights = [mx.zeros(1, mx.float16), mx.zeros(1), mx.zeros(1), mx.zeros(1, mx.uint32)]
+    with ops.compiling_for(weights):
         assert compiler.begun.wait(60)
         assert compiler.threads[0] is not threading.current_thread()
         compiler.may_end.set()
     assert not compiler.threads[0].is_alive()
+    assert sorted(map(str, compiler.asked)) == ["mlx.core.float16", "mlx.core.float32"]
+
+
+def test_where_no_thread_can_be_had_the_first_pass_compiles(recorder, monkeypatch):
+    def refuses(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    done = False
+    with ops.compiling_for([mx.zeros(1)]):
+        done = True
+    assert done
 
 
 def test_what_fails_to_load_is_no_other_error(recorder, monkeypatch):
@@ -636,7 +718,7 @@ def test_what_fails_to_load_is_no_other_error(recorder, monkeypatch):
 def test_nothing_is_compiled_that_is_not_used(recorder, monkeypatch, change):
     compiler = Compiler()
     monkeypatch.setattr(tensor_cores, "works", compiler)
-    with ops.compiling_for([mx.zeros(1, mx.float16)]), ops.compiling_for([]):
+    with ops.compiling_for([mx.zeros(1, mx.uint32)]), ops.compiling_for([]):
         pass
     change(monkeypatch)
     with ops.compiling_for([mx.zeros(1)]):
@@ -659,12 +741,13 @@ def test_a_model_is_loaded_with_what_it_computes_by(monkeypatch, tmp_path, lazy)
     assert bool(given) is not lazy
 
 
-def test_the_source_names_every_number_it_is_given(monkeypatch):
+@pytest.mark.parametrize("dtype", tensor_cores.CLOSE, ids=str)
+def test_the_source_names_every_number_it_is_given(monkeypatch, dtype):
     given = {}
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: given.update(options))
-    tensor_cores._kernel()
+    tensor_cores._kernel(dtype)
     text = given["header"] + given["source"]
     named = re.findall(r"^constexpr int (\w+) = \d+;$", given["header"], re.MULTILINE)
-    assert "BLOCK_ROWS" in named
+    assert "HEAD_WIDTH" in named
     assert [name for name in named if len(re.findall(rf"\b{name}\b", text)) < 2] == []
     assert "//" not in given["header"]

@@ -67,7 +67,7 @@ def test_a_gpu_says_where_its_products_are(
     metal: None, monkeypatch: pytest.MonkeyPatch, works: bool, sums: str, said: str
 ) -> None:
     monkeypatch.setattr("mlx_contentvec.backend.device_kind", lambda: "cuda")
-    monkeypatch.setattr("mlx_contentvec.ops.tensor_cores.works", lambda: works)
+    monkeypatch.setattr("mlx_contentvec.ops.tensor_cores.works", lambda dtype: works)
     monkeypatch.setenv("MLX_CONTENTVEC_SUMS", sums)
     assert re.search(f"^sums +{said}$", run().stdout, re.MULTILINE)
 

@@ -112,7 +112,7 @@ def _mlx_on(settings: dict[str, Any]) -> Any:
 
 
 def _mlx(path: str, settings: dict[str, Any]) -> Run:
-    from mlx_contentvec.memory import bounded, held_bytes, limit_of, whole_clip_bytes
+    from mlx_contentvec.memory import bounded, limit_of, whole_clip_bytes
     from mlx_contentvec.model import ContentvecModel
     from mlx_contentvec.ops.host_copy import to_numpy
 
@@ -122,9 +122,8 @@ def _mlx(path: str, settings: dict[str, Any]) -> Run:
     def run(source: Waveform) -> NDArray[np.float32]:
         batch, samples = source.shape
         # in one go whatever it takes, but without the freed buffers of other lengths
-        needed = whole_clip_bytes(model.config, samples, batch)
-        limit = max(limit_of(None), needed)
-        with bounded(limit, held_bytes(needed, model.layer_norm.weight.dtype)):
+        needed = whole_clip_bytes(model.config, samples, batch, model.layer_norm.weight.dtype)
+        with bounded(max(limit_of(None), needed), needed):
             features: Any = model(source)["x"]
             return to_numpy(features.astype(mx.float32))
 
