@@ -69,7 +69,7 @@ SCORES = {"cpu": 0.0, "metal": 2.25, "cuda": 2.25}
 #: the first of them where float32 convolutions run on tensor cores, which copy nothing: 5.3 of
 #: stages that wait for each other. Shorter passes hold up to 11.5 where memory is not nearly
 #: full (H200; ``ops.Pipeline``)
-COPIES_ON_TENSOR_CORES = 6.5
+COPIES_ON_TENSOR_CORES = {mx.float32: 6.5, mx.float16: 14.0, mx.bfloat16: 14.0}
 #: numbers held of a row of stacked clips, by its width: queries, keys and values, what is
 #: attended, the residual and the rows before and after it
 STACKED_WIDTHS = 8
@@ -90,8 +90,7 @@ def whole_clip_bytes(
     if stored is not None:
         size = compute_dtype(stored).size
         if uses_tensor_cores(stored, config.head_width):
-            scored = 0.0
-            copies = COPIES_ON_TENSOR_CORES if stored == mx.float32 else copies
+            copies, scored = COPIES_ON_TENSOR_CORES[stored], 0.0
     if _fused_attention(config):
         scored = 0.0
     scores = 4 * scored * config.encoder_attention_heads * frames * frames
