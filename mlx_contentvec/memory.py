@@ -19,7 +19,7 @@ from .backend import (
 from .config import ModelConfig
 from .errors import MORE_MEMORY, BackendError, ConfigError
 from .ops import cpu
-from .ops.mlx import compute_dtype, uses_tensor_cores
+from .ops.mlx import attends_on_tensor_cores, compute_dtype, convolves_on_tensor_cores
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ SCORES = {"cpu": 0.0, "metal": 2.25, "cuda": 2.25}
 #: the first of them where float32 convolutions run on tensor cores, which copy nothing: 5.3 of
 #: stages that wait for each other. Shorter passes hold up to 11.5 where memory is not nearly
 #: full (H200; ``ops.Pipeline``)
-COPIES_ON_TENSOR_CORES = {mx.float32: 6.5, mx.float16: 14.0, mx.bfloat16: 14.0}
+COPIES_ON_TENSOR_CORES = 6.5
 #: numbers held of a row of stacked clips, by its width: queries, keys and values, what is
 #: attended, the residual and the rows before and after it
 STACKED_WIDTHS = 8
@@ -88,9 +88,15 @@ def whole_clip_bytes(
     frames = config.frames(samples)
     size, copies, scored = 4, COPIES[device_kind()], SCORES[device_kind()]
     if stored is not None:
+        # a kernel may be tried
+        require_no_fork()
         size = compute_dtype(stored).size
-        if uses_tensor_cores(stored, config.head_width):
-            copies, scored = COPIES_ON_TENSOR_CORES[stored], 0.0
+        # without memory for the trial the pass will not have it either, and say so
+        with contextlib.suppress(RuntimeError, MemoryError):
+            if convolves_on_tensor_cores(stored, config.conv_layers):
+                copies = COPIES_ON_TENSOR_CORES
+            if attends_on_tensor_cores(stored, config.head_width):
+                scored = 0.0
     if _fused_attention(config):
         scored = 0.0
     scores = 4 * scored * config.encoder_attention_heads * frames * frames

@@ -215,7 +215,7 @@ class ContentvecModel(Hubert):
             self._placeholders = weights.Placeholders(self)
         arrays.clear()
         computed = () if lazy else matched.values()
-        with ops.compiling_for(computed):
+        with ops.compiling_for(computed, self.config.head_width):
             # one by one, what was read is freed as soon as it is stored as the device reads it
             for array in computed:
                 mx.eval(array)

@@ -134,20 +134,45 @@ def _is_for_tensor_cores(dtype: mx.Dtype) -> bool:
     )
 
 
-def uses_tensor_cores(dtype: mx.Dtype, head_width: int = tensor_cores.HEAD_WIDTH) -> bool:
-    """Whether a kernel of our own computes attention of such heads, in float32 products too."""
+def _multiplies_on_tensor_cores() -> bool:
+    return _is_for_tensor_cores(mx.float32) and tensor_cores.works(mx.float32)
+
+
+def attends_on_tensor_cores(dtype: mx.Dtype, head_width: int) -> bool:
+    """Whether a kernel of our own computes attention of such heads."""
     fits = head_width == tensor_cores.HEAD_WIDTH
     return fits and _is_for_tensor_cores(dtype) and tensor_cores.works(dtype)
 
 
+def convolves_on_tensor_cores(dtype: mx.Dtype, layers: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether a kernel of our own computes all convolutions but the first.
+
+    layers: channels, kernel and stride of each
+    """
+    windows = zip(layers, layers[1:], strict=False)
+    return (
+        dtype == mx.float32
+        and all(
+            tensor_cores.is_block_product(kernel * channels_in, channels, channels_in)
+            for (channels_in, _, _), (channels, kernel, _) in windows
+        )
+        and _multiplies_on_tensor_cores()
+    )
+
+
 @contextlib.contextmanager
-def compiling_for(weights: Iterable[mx.array]) -> Iterator[None]:
-    """Compile what a pass with ``weights`` needs beside what is done within.
+def compiling_for(weights: Iterable[mx.array], head_width: int) -> Iterator[None]:
+    """Compile what a pass with ``weights`` and such heads needs beside what is done within.
 
     The kernel for tensor cores takes 1.4 s to compile (float32, H200), for which the first pass
     would wait. Whatever goes wrong here is met by that pass again.
     """
-    dtypes = {dtype for dtype in (x.dtype for x in weights) if _is_for_tensor_cores(dtype)}
+    attends = head_width == tensor_cores.HEAD_WIDTH
+    dtypes = {
+        dtype
+        for dtype in (x.dtype for x in weights)
+        if _is_for_tensor_cores(dtype) and (attends or dtype == mx.float32)
+    }
     if not dtypes:
         yield
         return
@@ -173,7 +198,7 @@ def _on_tensor_cores(x: mx.array, weight: mx.array, *added: mx.array | None) -> 
     return (
         all(part is None or part.dtype == mx.float32 for part in (x, weight, *added))
         and tensor_cores.is_block_product(inputs, outputs, x.shape[-1])
-        and uses_tensor_cores(mx.float32)
+        and _multiplies_on_tensor_cores()
     )
 
 
@@ -425,10 +450,9 @@ def self_attention(qkv: Sequence[mx.array], heads: int, mask: mx.array | None) -
     batch, frames, row = qkv[0].shape
     width = row * len(qkv) // 3
     if (
-        width == heads * tensor_cores.HEAD_WIDTH
-        and batch * frames > 0
+        batch * frames > 0
         and all(part.dtype == qkv[0].dtype for part in qkv)
-        and uses_tensor_cores(qkv[0].dtype)
+        and attends_on_tensor_cores(qkv[0].dtype, width // heads)
     ):
         whole = qkv[0] if len(qkv) == 1 else mx.concatenate(qkv, axis=-1)
         if mask is not None:
@@ -443,7 +467,7 @@ def self_attention(qkv: Sequence[mx.array], heads: int, mask: mx.array | None) -
 
 def plans_attention(dtype: mx.Dtype, head_width: int) -> bool:
     """Whether attention without a mask makes a plan for every length on this device."""
-    return _has_plans(dtype) and not uses_tensor_cores(dtype, head_width)
+    return _has_plans(dtype) and not attends_on_tensor_cores(dtype, head_width)
 
 
 def _has_plans(dtype: mx.Dtype) -> bool:
@@ -463,7 +487,8 @@ def attention(
     In half precision on CUDA the fused kernel needs a plan for every length, which takes
     some 70 ms to make, and MLX keeps 256. With a mask it is 4 to 10 % faster than two
     products are up to 15 s of audio, 20 % at 30 s and 30 % at 60 s (a whole pass, H200):
-    batches of many lengths, which have a mask, take the products.
+    batches of many lengths, which have a mask, take the products where no kernel of our own
+    attends.
     """
     batch, heads, frames, width = queries.shape
     if mask is not None and _has_plans(queries.dtype):

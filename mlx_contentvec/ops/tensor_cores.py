@@ -107,7 +107,8 @@ def _kernel(dtype: mx.Dtype) -> Callable[..., list[mx.array]]:
     # MLX goes through all of it at each call: without comments and indents that is half
     lines = [line.partition("//")[0].strip() for line in text.splitlines()]
     kernel: Callable[..., list[mx.array]] = mx.fast.cuda_kernel(
-        name="contentvec",
+        # MLX before 0.32.1 goes by the name alone: a kernel of the same one is the first of them
+        name="contentvec_" + str(dtype).rpartition(".")[2],
         input_names=["x", "weight", "bias", "residual", "geometry"],
         output_names=["y"],
         header="\n".join([*named, *filter(None, lines), ""]),

@@ -535,37 +535,120 @@ def test_without_a_cap_a_gpu_holds_less_than_four_gigabytes(
     assert gpu.limits[-1] == 1 << 60
 
 
+def have_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with kernels of our own, as far as memory is reckoned."""
+    FakeGpu(monkeypatch, kind="cuda")
+    monkeypatch.setattr(memory, "convolves_on_tensor_cores", lambda d, layers: d == mx.float32)
+    monkeypatch.setattr(memory, "attends_on_tensor_cores", lambda d, width: width == 64)
+
+
+@pytest.mark.parametrize("stored", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_what_is_put_into_one_batch_fits(monkeypatch: pytest.MonkeyPatch, stored: Any) -> None:
+    base = ModelConfig()
+    for kind in ("metal", "cuda"):
+        FakeGpu(monkeypatch, kind=kind)
+        if kind == "cuda":
+            have_tensor_cores(monkeypatch)
+        for seconds in (2.0, 10.0, BATCH_SECONDS[kind]):
+            clips, samples = int(BATCH_SECONDS[kind] // seconds), int(16000 * seconds)
+            needed = memory.whole_clip_bytes(base, samples, clips, stored)
+            assert needed <= memory.limit_of(None)
+            assert memory.plan_chunks(base, samples, None, stored) is None
+            # not so on CUDA without tensor cores
+            most = memory.whole_clip_bytes(base, samples, clips)
+            assert needed <= most
+            assert (most <= memory.limit_of(None)) is (kind == "metal")
+
+
 @pytest.mark.parametrize(
-    ("kind", "stored"),
-    [("metal", mx.float32), ("cuda", mx.float32), ("cuda", mx.float16), ("cuda", mx.bfloat16)],
+    ("stored", "clips", "seconds", "held"),
+    [
+        (mx.float32, 1, 60, 1534),
+        (mx.float32, 12, 5, 1649),
+        (mx.float32, 5, 15, 2050),
+        (mx.float16, 1, 60, 1807),
+        (mx.float16, 6, 10, 2504),
+    ],
 )
-def test_what_is_put_into_one_batch_fits(
-    monkeypatch: pytest.MonkeyPatch, kind: str, stored: Any
+def test_a_pass_is_reckoned_to_take_what_an_h200_held(
+    monkeypatch: pytest.MonkeyPatch, stored: Any, clips: int, seconds: int, held: int
 ) -> None:
-    FakeGpu(monkeypatch, kind=kind)
-    monkeypatch.setattr(memory, "uses_tensor_cores", lambda *_: kind == "cuda")
-    for seconds in (2, 10, BATCH_SECONDS[kind]):
-        clips = int(BATCH_SECONDS[kind] // seconds)
-        samples = int(16000 * seconds)
-        needed = memory.whole_clip_bytes(ModelConfig(), samples, clips, stored)
-        assert needed <= memory.limit_of(None)
-        assert memory.plan_chunks(ModelConfig(), samples, None, stored) is None
-        # not so on CUDA without tensor cores
-        most = memory.whole_clip_bytes(ModelConfig(), samples, clips)
-        assert needed <= most
-        assert (most <= memory.limit_of(None)) is (kind == "metal")
+    """MiB, 30 November 2026, MLX 0.32.4; each clip of a batch 20 ms shorter than the one before."""
+    have_tensor_cores(monkeypatch)
+    needed = memory.whole_clip_bytes(ModelConfig(), 16000 * seconds, clips, stored) / 2**20
+    assert held <= needed <= 2 * held
 
 
 def test_attention_of_a_kernel_of_our_own_holds_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeGpu(monkeypatch, kind="cuda")
-    clip = ModelConfig(), 16000 * 600
-    for here in (False, True):
-        monkeypatch.setattr(memory, "uses_tensor_cores", lambda *_, here=here: here)
-        single, half = (memory.whole_clip_bytes(*clip, stored=d) for d in (mx.float32, mx.float16))
-        scores = 4 * 2.25 * 12 * ModelConfig().frames(16000 * 600) ** 2
-        # float32 scores also where the model is in half precision
-        assert (single == half == int(scores)) is not here
-        assert here is (max(single, half) < scores)
+    have_tensor_cores(monkeypatch)
+    samples = 16000 * 600
+    for heads, here in ((12, True), (24, False)):
+        config = replace(ModelConfig(), encoder_attention_heads=heads)
+        scores = int(4 * 2.25 * heads * config.frames(samples) ** 2)
+        for stored in (mx.float32, mx.float16):
+            # float32 scores also where the model is in half precision
+            needed = memory.whole_clip_bytes(config, samples, stored=stored)
+            assert needed < scores if here else needed == scores
+
+
+@on_a_cpu
+def test_a_cpu_computes_half_precision_in_single() -> None:
+    single, half = (
+        memory.whole_clip_bytes(TINY, 16000, stored=stored) for stored in (mx.float32, mx.float16)
+    )
+    assert single == half == memory.whole_clip_bytes(TINY, 16000)
+
+
+@pytest.mark.parametrize("exhausted", [0, 1, 2])
+def test_a_clip_that_fits_on_tensor_cores_is_not_streamed(
+    monkeypatch: pytest.MonkeyPatch, exhausted: int
+) -> None:
+    have_tensor_cores(monkeypatch)
+    tried: list[tuple[int, ...]] = []
+
+    def fails(shape: tuple[int, ...]) -> None:
+        tried.append(shape)
+        if len(tried) <= exhausted:
+            raise RuntimeError("out of memory")
+
+    model = Measured(random_model(TINY), FakeGpu(monkeypatch, kind="cuda"), fails)
+    limit = memory.whole_clip_bytes(TINY, 8000, stored=mx.float32)
+    assert limit < memory.whole_clip_bytes(TINY, 8000)
+    extract(model, noise(8000), sample_rate=16000, layer=1, max_memory=limit)
+    # whole, and whole again; the third time in pieces
+    assert tried == [(1, 8000)] * min(1 + exhausted, 2)
+
+
+@pytest.mark.parametrize("clips", [1, 3])
+def test_a_kernel_without_memory_for_its_trial_is_no_error_of_the_reckoning(
+    monkeypatch: pytest.MonkeyPatch, clips: int
+) -> None:
+    have_tensor_cores(monkeypatch)
+
+    def has_no_memory(*_: Any) -> bool:
+        raise RuntimeError("cudaMallocAsync failed: out of memory")
+
+    known = memory.whole_clip_bytes(TINY, 8000)
+    monkeypatch.setattr(memory, "convolves_on_tensor_cores", has_no_memory)
+    assert memory.whole_clip_bytes(TINY, 8000, stored=mx.float32) == known
+    model = Measured(random_model(TINY), FakeGpu(monkeypatch, kind="cuda"))
+    sources = [noise(8000, seed) for seed in range(clips)]
+    assert len(list(extract_many(model, sources, sample_rate=16000, layer=1))) == clips
+
+
+def test_nothing_is_tried_in_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    have_tensor_cores(monkeypatch)
+    tried: list[Any] = []
+
+    def refuses() -> None:
+        raise BackendError("a fork")
+
+    monkeypatch.setattr(memory, "convolves_on_tensor_cores", lambda *given: tried.append(given))
+    monkeypatch.setattr(memory, "require_no_fork", refuses)
+    model = Measured(random_model(TINY), FakeGpu(monkeypatch, kind="cuda"))
+    with pytest.raises(BackendError, match="a fork"):
+        extract(model, noise(8000), sample_rate=16000, layer=1)
+    assert tried == []
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ class Worker:
 
         twice: of two in a row the second; another process may have had the GPU before the first
         memory: count memory, for which a process on a CPU first gives back what it keeps
-            for the next pass: such a pass is not timed
+            for the next pass: ``measure`` does not time such a pass
         """
         request = {
             "seconds": seconds,
