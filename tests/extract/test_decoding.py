@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from mlx_contentvec.cli import main
 from mlx_contentvec.errors import AudioError
+from mlx_contentvec.extract import decoding
 from mlx_contentvec.extract.decoding import Decoded, Request, Workers, decode, worker_count
 from mlx_contentvec.extract.manifest import Manifest
 from mlx_contentvec.extract.run import LONGEST_SENT, Extraction, Job, Settings
@@ -108,6 +109,47 @@ def test_a_process_says_the_same_of_what_it_cannot_decode(tmp_path: Path, worker
             ours.expected,
             ours.hint,
         )
+
+
+def test_a_file_that_changes_while_it_is_decoded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_clip(tmp_path / "a.wav")
+    read = decoding.read_audio
+
+    def read_and_change(*of: Any, **how: Any) -> Any:
+        clip = read(*of, **how)
+        write_clip(path, seed=1)
+        return clip
+
+    monkeypatch.setattr(decoding, "read_audio", read_and_change)
+    answer = decode(request(path))
+    assert isinstance(answer, AudioError) and "changed while it was" in str(answer)
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError, ValueError, MemoryError])
+def test_whatever_a_library_raises_is_said_of_the_file(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error("of the library")
+
+    monkeypatch.setattr(decoding, "read_audio", fails)
+    answer = decode(request(write_clip(tmp_path / "a.wav")))
+    assert isinstance(answer, AudioError)
+    assert f"a.wav cannot be decoded: {error.__name__}: of the library" in str(answer)
+
+
+def test_what_waits_in_a_pipe_is_left_to_who_it_is_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    pipe = os.open(tmp_path / "pipe.wav", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        os.write(pipe, b"RIFF")
+        answer = decode(request(tmp_path / "pipe.wav"))
+        assert isinstance(answer, AudioError) and answer.found == "a named pipe"
+        assert os.read(pipe, 10) == b"RIFF"
+    finally:
+        os.close(pipe)
 
 
 def test_nothing_is_taken_from_the_current_folder(
