@@ -227,8 +227,8 @@ class Workers:
 
 def worker_count(device: str, ranks: int = 1) -> int:
     """How many processes decode for a model on ``device``, beside those of other ``ranks``."""
-    packed = getattr(sys, "frozen", False) or not sys.executable
-    if device != "cuda" or packed or os.name != "posix":
+    is_packed = getattr(sys, "frozen", False)
+    if device != "cuda" or is_packed:
         return 0
     return min(PROCESSES, (os.cpu_count() or 1) // (2 * ranks))
 

@@ -444,6 +444,15 @@ def test_a_system_that_starts_no_process_has_threads_decode(
         assert len(started) == 0
 
 
+@pytest.mark.parametrize("executable", [None, ""])
+def test_an_interpreter_that_does_not_know_its_own_file_has_threads_decode(
+    executable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    with Workers(1) as started:
+        assert len(started) == 0
+
+
 def test_nothing_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def warned(act: Callable[[], None]) -> list[str]:
         gc.collect()
