@@ -284,7 +284,7 @@ class Extraction:
         config = self.model.config
         request = Request(job.source, config.sample_rate, config.receptive_field, self.max_memory)
         if self.workers and job.seconds <= LONGEST_SENT:
-            decoded = self.workers.decode(request)
+            decoded = self.workers.decode(request, stop.is_set)
             if decoded is not None:
                 return decoded
         return decode(request, stop.is_set)
