@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import threading
@@ -149,7 +150,7 @@ def convolves_on_tensor_cores(dtype: mx.Dtype, layers: Sequence[tuple[int, int, 
 
     layers: channels, kernel and stride of each
     """
-    windows = zip(layers, layers[1:], strict=False)
+    windows = itertools.pairwise(layers)
     return (
         dtype == mx.float32
         and all(
