@@ -295,7 +295,7 @@ def features_of(
     said = ""
     for plan, limit in plans_in_turn(config, len(waveform), max_memory, stored):
         try:
-            with bounded(limit, needed if plan is None else 0):
+            with bounded(limit, needed if plan is None else 0, stored):
                 if plan is None:
                     return _in_one_go(model, [waveform], kind, normalized=normalized)[0]
                 walk = model.walk()
@@ -343,7 +343,7 @@ def features_of_batch(
             for features in features_of_batch(model, half, kind, padding, max_memory, progress)
         ]
     try:
-        with bounded(max_memory, together):
+        with bounded(max_memory, together, stored):
             return _in_one_go(model, waveforms, kind, padding)
     except (RuntimeError, MemoryError) as error:
         if not is_exhausted(error):

@@ -44,9 +44,10 @@ GPU_ROOM = 3 << 30
 GPU_PART = 1 / 4
 #: on CUDA a pass that takes more than this part of its limit keeps few freed buffers: MLX
 #: lets go of the oldest first, which is what the next pass asks for, and the driver, which
-#: has them back, gives any size out of them. 30 s take 24.6 instead of 27.9 ms, 60 s 51.8
-#: instead of 56.4 and 16 clips of 5 s 44.4 instead of 51.3; a float16 pass of 30 s, which
-#: takes less than half of the limit, is 17 % slower that way (H200)
+#: has them back, gives any size out of them. On tensor cores 60 s take 32.1 instead of 32.8 ms
+#: and 12 clips of 5 s 24.3 instead of 26.1, but 30 s, which is less than the part, 16.9 instead
+#: of 15.7. Half precision keeps all: 11.9 instead of 9.9 ms for 60 s, 11.4 instead of 9.0 for
+#: the 12 clips. Batches of many lengths take as long either way (float32 and float16, H200)
 KEEPS_ALL = 2 / 3
 FEW_KEPT = 256 << 20
 #: a GPU's memory where MLX does not tell
@@ -264,10 +265,13 @@ _LEAVINGS = 1 << 20
 
 
 @contextlib.contextmanager
-def bounded(max_memory: int | None = None, needed: int = 0) -> Iterator[None]:
+def bounded(
+    max_memory: int | None = None, needed: int = 0, stored: mx.Dtype = mx.float32
+) -> Iterator[None]:
     """Have MLX hold at most ``max_memory`` bytes of a GPU above the live arrays of now.
 
-    needed: bytes that the work takes, where that is known (KEEPS_ALL)
+    needed: bytes that the work takes, where that is known, of weights that are ``stored`` so
+        (KEEPS_ALL)
 
     MLX keeps freed buffers and uses them again for arrays of about their size only: every
     new length of a clip adds some. 64 clips of 5 to 25 s left 72 GB of them on an 80 GB
@@ -296,7 +300,8 @@ def bounded(max_memory: int | None = None, needed: int = 0) -> Iterator[None]:
             live = _settled = mx.get_active_memory()
         _settled = min(_settled, live)
         mx.set_memory_limit(min(_limit_before, live + limit))
-        if device_kind() == "cuda" and needed > KEEPS_ALL * limit and _kept_before is None:
+        keeps_few = device_kind() == "cuda" and stored == mx.float32
+        if keeps_few and needed > KEEPS_ALL * limit and _kept_before is None:
             _kept_before = mx.set_cache_limit(FEW_KEPT)
             if _kept_before < FEW_KEPT:
                 mx.set_cache_limit(_kept_before)

@@ -729,7 +729,7 @@ def test_work_that_fills_its_limit_keeps_few_buffers(
     ("dtype", "few"), [(mx.float32, True), (mx.float16, False), (mx.bfloat16, False)]
 )
 @pytest.mark.parametrize("clips", [1, 3])
-def test_half_precision_takes_half_of_what_single_takes(
+def test_half_precision_keeps_all_freed_buffers(
     dtype: mx.Dtype, few: bool, clips: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = FakeGpu(monkeypatch, kind="cuda")
@@ -737,7 +737,8 @@ def test_half_precision_takes_half_of_what_single_takes(
     model = Measured(random_model(TINY), gpu, lambda shape: seen.append(gpu.keeps))
     model.layer_norm = random_model(TINY).layer_norm
     model.layer_norm.set_dtype(dtype)
-    limit = memory.whole_clip_bytes(TINY, 8000, clips)
+    limit = memory.whole_clip_bytes(TINY, 8000, clips, dtype)
+    assert (limit == memory.whole_clip_bytes(TINY, 8000, clips)) is few
     sources = [noise(8000, seed) for seed in range(clips)]
     list(extract_many(model, sources, sample_rate=16000, layer=1, max_memory=limit))
     assert seen == [256 << 20 if few else 1 << 60]

@@ -122,8 +122,9 @@ def _mlx(path: str, settings: dict[str, Any]) -> Run:
     def run(source: Waveform) -> NDArray[np.float32]:
         batch, samples = source.shape
         # in one go whatever it takes, but without the freed buffers of other lengths
-        needed = whole_clip_bytes(model.config, samples, batch, model.layer_norm.weight.dtype)
-        with bounded(max(limit_of(None), needed), needed):
+        stored = model.layer_norm.weight.dtype
+        needed = whole_clip_bytes(model.config, samples, batch, stored)
+        with bounded(max(limit_of(None), needed), needed, stored):
             features: Any = model(source)["x"]
             return to_numpy(features.astype(mx.float32))
 
