@@ -39,7 +39,7 @@ ANSWER_SECONDS = 60.0
 #: clip is decoded again by a thread
 LARGEST_ANSWER = 1 << 25
 #: seconds after which a thread that waits asks again whether it is to stop
-_TURN = 0.1
+TURN = 0.1
 #: seconds to wait for the end of a killed process, which a drive that hangs may hold
 _END_SECONDS = 1.0
 _LENGTH_BYTES = 8
@@ -103,7 +103,7 @@ class _Worker:
     def __init__(self) -> None:
         """Raises OSError, or whatever else keeps the system from starting a process."""
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(_TURN)
+        self._socket.settimeout(TURN)
         self._has_greeted = False
         # what else is in the path is ignored by imports
         path = [entry for entry in sys.path if isinstance(entry, str)]
@@ -149,7 +149,7 @@ class _Worker:
         received = bytearray(count)
         missing = memoryview(received)
         # counted, as a clock goes on while Ctrl-Z holds this process
-        turns = seconds / _TURN
+        turns = seconds / TURN
         while missing:
             if stopped() or turns <= 0:
                 raise TimeoutError

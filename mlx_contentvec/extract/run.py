@@ -16,9 +16,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from ..errors import (
     printable,
 )
 from ..files import Draft, appeared, is_file
-from .decoding import Decoded, Request, Workers, decode
+from .decoding import TURN, Decoded, Request, Workers, decode
 from .manifest import (
     Manifest,
     Record,
@@ -80,6 +80,8 @@ class Job:
 
 #: a job that is computed: its clip and its features
 Made = tuple[Job, Decoded, "Features"]
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -352,11 +354,11 @@ class Extraction:
                     part = made[start : start + KEPT_TOGETHER]
                     waiting.append(writer.submit(self._keep, part))
                 while len(waiting) > WRITTEN_BEHIND:
-                    waiting.pop(0).result()
+                    _result(waiting.pop(0))
 
             yield write
             while waiting:
-                waiting.pop(0).result()
+                _result(waiting.pop(0))
 
     def _keep(self, made: Sequence[Made]) -> None:
         """Write outputs: all of them, then their records, then their names.
@@ -456,7 +458,17 @@ class Extraction:
 def _results(
     waiting: tuple[list[Job], list[Future[Decoded | ContentvecError]]],
 ) -> list[tuple[Job, Decoded | ContentvecError]]:
-    return [(job, future.result()) for job, future in zip(*waiting, strict=True)]
+    return [(job, _result(future)) for job, future in zip(*waiting, strict=True)]
+
+
+def _result(future: Future[_Result]) -> _Result:
+    """A future's result, waited for in turns: Ctrl-C is heeded between two at the latest.
+
+    A wait without end goes on after a signal on some systems: on an NVIDIA H200 it does.
+    """
+    while not future.done():
+        wait([future], TURN)
+    return future.result()
 
 
 def npy_parts(array: np.ndarray[Any, Any]) -> list[bytes | memoryview]:

@@ -591,6 +591,8 @@ import mlx_contentvec.extract.command as command
 import mlx_contentvec.extract.decoding as decoding
 from mlx_contentvec.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# the system goes on with what a signal interrupts, as it does where CUDA is loaded
+signal.siginterrupt(signal.SIGINT, False)
 command.worker_count = lambda *_: 1
 decoding._PROGRAM, decoding.ANSWER_SECONDS = arguments[0], 200.0
 sys.argv[:] = ["mlx-contentvec", *arguments[1:]]
