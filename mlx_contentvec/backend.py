@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BackendError, import_hint, install_hint, is_out_of_memory, printable
+from .files import signals_held
 
 #: shared library names of OpenBLAS on the common Linux distributions
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -130,13 +131,37 @@ def _import_mlx() -> tuple[Any, Any, str | None]:
         # once MLX is there its products are bound to its own BLAS
         openblas = _load_openblas() if "mlx.core" not in sys.modules else None
     try:
-        import mlx.core as core
-        import mlx.nn as layers
+        # what a signal's handler raises within is lost, or becomes an ImportError
+        with signals_held():
+            import mlx.core as core
+            import mlx.nn as layers
+
+            _start_compiler()
     except ImportError as error:
         raise BackendError(
             f"MLX cannot be imported: {error}", hint=_mlx_import_hint(error)
         ) from error
     return core, layers, openblas
+
+
+def _start_compiler() -> None:
+    """Have NVRTC, CUDA's compiler, take the signals and give them back, where MLX has loaded it.
+
+    For a process's first compilation it takes SIGINT and SIGTERM, and one that comes ends the
+    process with status 4. It gives them back by signal(2): system calls go on after a signal,
+    and a wait for another thread does not end by Ctrl-C. An empty program takes milliseconds,
+    MLX's first kernel longer, and :func:`signals_held` then sets handlers as Python does. Seen
+    with NVRTC 13.0.88.
+    """
+    if sys.platform != "linux":
+        return
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
+        with contextlib.suppress(OSError, AttributeError):
+            nvrtc = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            program = ctypes.c_void_p()
+            if not nvrtc.nvrtcCreateProgram(ctypes.byref(program), b"", None, 0, None, None):
+                nvrtc.nvrtcCompileProgram(program, 0, None)
+                nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def _mlx_import_hint(error: ImportError) -> str:

@@ -464,7 +464,9 @@ def _results(
 def _result(future: Future[_Result]) -> _Result:
     """A future's result, waited for in turns: Ctrl-C is heeded between two at the latest.
 
-    A wait without end goes on after a signal on some systems: on an NVIDIA H200 it does.
+    A wait without end goes on after a signal whose handler was set by signal(2), as NVRTC sets
+    it after its first compilation. ``backend`` meets that where MLX is imported by the main
+    thread; another library may do the same at any time.
     """
     while not future.done():
         wait([future], TURN)

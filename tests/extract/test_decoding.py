@@ -587,11 +587,13 @@ def test_a_run_goes_on_without_its_processes(
 
 
 INTERRUPTED = """
+import mlx_contentvec.backend  # sets how signals are handled
 import mlx_contentvec.extract.command as command
 import mlx_contentvec.extract.decoding as decoding
 from mlx_contentvec.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# the system goes on with what a signal interrupts, as it does where CUDA is loaded
+# the system goes on with what a signal interrupts, as it does where a library has set the
+# handler by signal(2)
 signal.siginterrupt(signal.SIGINT, False)
 command.worker_count = lambda *_: 1
 decoding._PROGRAM, decoding.ANSWER_SECONDS = arguments[0], 200.0

@@ -263,6 +263,138 @@ def test_mlx_without_a_backend_is_one_line_that_says_which_to_add() -> None:
     assert "mlx-contentvec[cpu]" in python(code).stdout
 
 
+@pytest.mark.parametrize("becomes", ["pass", "raise ImportError from error"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_while_mlx_is_imported_is_heeded(
+    number: str, becomes: str, tmp_path: Path
+) -> None:
+    stand_in = {
+        "__init__": "",
+        "nn": "",
+        "core": (
+            "import signal, types\n"
+            f"try:\n    signal.raise_signal(signal.{number})\n"
+            f"except BaseException as error:\n    {becomes}\n"
+            "DeviceType = types.SimpleNamespace(cpu=0)\n"
+            "def default_device(): return types.SimpleNamespace(type=0)\n"
+        ),
+    }
+    (tmp_path / "mlx").mkdir()
+    for name, text in stand_in.items():
+        (tmp_path / "mlx" / f"{name}.py").write_text(text, encoding="utf-8")
+    code = (
+        f"import signal, sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        f"signal.signal(signal.{number}, signal.default_int_handler)\n"
+        "from mlx_contentvec.errors import BackendError\n"
+        "try:\n    import mlx_contentvec.backend\n    print('lost')\n"
+        "except BackendError as error:\n    print('an error')\n"
+        "except KeyboardInterrupt:\n    print('heeded', 'mlx.nn' in sys.modules)\n"
+    )
+    done = python(code)
+    assert (done.stdout, done.stderr) == ("heeded True\n", "")
+
+
+class Nvrtc:
+    """CUDA's compiler as a shared library; its calls and their program are noted."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.calls: list[tuple[str, int | None]] = []
+        self._status = status
+
+    def nvrtcCreateProgram(self, program: Any, source: bytes, *_: Any) -> int:  # noqa: N802
+        assert source == b""
+        if not self._status:
+            program._obj.value = 77
+        self.calls.append(("create", program._obj.value))
+        return self._status
+
+    def nvrtcCompileProgram(self, program: Any, *_: Any) -> int:  # noqa: N802
+        self.calls.append(("compile", program.value))
+        return 0
+
+    def nvrtcDestroyProgram(self, program: Any) -> int:  # noqa: N802
+        self.calls.append(("destroy", program._obj.value))
+        return 0
+
+
+def start_compiler(
+    monkeypatch: pytest.MonkeyPatch, libraries: dict[str, Any], system: str = "linux"
+) -> list[str]:
+    """Start the compiler where ``libraries`` are loaded; the names that were asked for."""
+    asked = []
+
+    def loaded(name: str, mode: int) -> Any:
+        assert mode & os.RTLD_NOLOAD
+        asked.append(name)
+        if name not in libraries:
+            raise OSError("not loaded")
+        return libraries[name]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", system)
+        patch.setattr(ctypes, "CDLL", loaded)
+        backend._start_compiler()
+    return asked
+
+
+NVRTC = ["libnvrtc.so.13", "libnvrtc.so.12"]
+
+
+@pytest.mark.parametrize("name", NVRTC)
+def test_cudas_compiler_compiles_an_empty_program_where_it_is_loaded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Nvrtc()
+    assert start_compiler(monkeypatch, {name: library}) == NVRTC
+    assert library.calls == [("create", 77), ("compile", 77), ("destroy", 77)]
+
+
+def test_without_cudas_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start_compiler(monkeypatch, {}) == NVRTC
+    # a library of that name without these functions
+    assert start_compiler(monkeypatch, dict.fromkeys(NVRTC, object())) == NVRTC
+    refuses = Nvrtc(status=1)
+    start_compiler(monkeypatch, {NVRTC[0]: refuses})
+    assert refuses.calls == [("create", None)]
+    assert start_compiler(monkeypatch, {NVRTC[0]: refuses}, "darwin") == []
+
+
+TAKES_SIGNALS = """
+import ctypes, os, signal, threading, time
+own, libc = ctypes.CDLL, ctypes.CDLL(None)
+libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+class Nvrtc:
+    def nvrtcCreateProgram(*_): return 0
+    def nvrtcCompileProgram(*_):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            libc.signal(number, libc.signal(number, None))
+        print("taken")
+    def nvrtcDestroyProgram(*_): pass
+def loaded(name, *a, **k):
+    return Nvrtc() if name == "libnvrtc.so.13" else own(name, *a, **k)
+ctypes.CDLL = loaded
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.default_int_handler)
+import mlx_contentvec.backend
+for number in (signal.SIGINT, signal.SIGTERM):
+    main, ended = threading.main_thread().ident, threading.Event()
+    others = [threading.Timer(0.2, signal.pthread_kill, (main, number))]
+    others.append(threading.Timer(4, ended.set))
+    for other in others: other.start()
+    try:
+        ended.wait()  # the system ends one with a limit in any case
+    except KeyboardInterrupt:
+        print("late" if ended.is_set() else "at once")
+    for other in others: other.cancel()
+"""
+
+
+@linux
+def test_ctrl_c_ends_a_wait_after_cudas_compiler_has_had_the_signals() -> None:
+    done = python(TAKES_SIGNALS)
+    assert (done.stdout, done.stderr) == ("taken\nat once\nat once\n", "")
+
+
 def test_an_mlx_that_cannot_tell_its_memory_limit_is_asked_by_setting_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
