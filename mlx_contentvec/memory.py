@@ -18,7 +18,7 @@ from .backend import (
 )
 from .config import ModelConfig
 from .errors import MORE_MEMORY, BackendError, ConfigError
-from .ops import cpu
+from .ops import kernels_numpy
 from .ops.mlx import attends_on_tensor_cores, compute_dtype, convolves_on_tensor_cores
 
 
@@ -129,7 +129,7 @@ def streamed_bytes(config: ModelConfig, samples: int, plan: ChunkPlan) -> int:
     # keys and values, twice while their pieces are joined, and on a CPU rearranged
     keys_and_values = 4 * plan.heads * frames * head_width
     if device_kind() == "cpu":
-        scored = 2 * min(cpu.SCORES_PER_THREAD, plan.queries * frames)
+        scored = 2 * min(kernels_numpy.SCORES_PER_THREAD, plan.queries * frames)
     elif _fused_attention(config):
         scored = 2 * plan.heads * plan.queries * head_width
     else:

@@ -7,15 +7,18 @@ over the same parameters computes with numpy arrays (``ops.cpu_hubert``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..backend import device_kind, memory_limit, mx, nn
+from . import kernels
 from .blas import data_pointer
 from .cpu_hubert import CpuHubert
-from .mlx import MlxHubert, compiling_for, compute_dtype
+from .mlx import MlxHubert, compute_dtype, kernels_for
 
 __all__ = [
     "CpuHubert",
@@ -78,6 +81,27 @@ def pointer(weight: mx.array) -> int | None:
             return None
         weight = weight.view(mx.uint16)
     return data_pointer(np.asarray(weight))
+
+
+@contextlib.contextmanager
+def compiling_for(weights: Iterable[mx.array], head_width: int) -> Iterator[None]:
+    """Compile what a pass with ``weights`` and such heads needs beside what is done within.
+
+    The first pass would wait for it. Whatever goes wrong here is met by that pass again.
+    """
+    dtypes = [x.dtype for x in weights]
+    work = kernels.chosen if device_kind() == "cpu" else kernels_for(dtypes, head_width)
+    if not dtypes or work is None:
+        yield
+        return
+    compiler = threading.Thread(target=work, name="compile")
+    with contextlib.suppress(RuntimeError):  # no more threads
+        compiler.start()
+    try:
+        yield
+    finally:
+        if compiler.ident is not None:
+            compiler.join()
 
 
 class Snapshot:

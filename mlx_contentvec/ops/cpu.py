@@ -1,11 +1,9 @@
-"""What a CPU computes: by numpy and OpenBLAS, in place, on MLX's own memory.
+"""What a CPU computes: on MLX's own memory, divided among threads.
 
-The ``mlx[cpu]`` wheel for Linux is built for plain x86-64, copies whatever part
-of a matrix it is to multiply, and each of its operations walks over memory on
-its own. numpy takes AVX2 or AVX-512 where they are, and a block of numbers stays
-in the cache from a product to the last step of what follows it: an exponential
-takes 0.4 ns instead of 18, a GELU 1.3 instead of 3.5 to 14 (AMD EPYC with
-AVX-512, one core). Each thread does all of that for rows of its own.
+The ``mlx[cpu]`` wheel for Linux is built for plain x86-64, copies whatever part of
+a matrix it is to multiply, and each of its operations walks over memory on its own.
+Here each thread takes all that follows a product for rows of its own, while they
+are in its cache. What one thread does is in ``kernels``.
 
 Nothing here can be traced: a function that ``mx.compile`` or a gradient traces is
 computed by MLX's own operations (``mlx_contentvec.ops``).
@@ -24,15 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import EPS
-from . import blas
+from . import blas, kernels
+from .kernels_numpy import Buffer, Mask
 
-Buffer = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
 Exact = npt.NDArray[np.float64]
 Spectrum = npt.NDArray[np.complex64]
 
-#: numbers in work at once on each thread, half a megabyte
-VALUES_PER_BLOCK = 1 << 17
 #: rows of a convolution or a feed-forward in work at once on each thread
 ROWS_PER_TILE = 512
 #: inputs of a linear layer that are summed in a row. OpenBLAS adds up to 384 products in a
@@ -51,30 +46,11 @@ MIN_MACS_PER_THREAD = 1 << 24
 #: outputs of a product that a thread takes at least. It reads their weights alone, of
 #: which a product of few rows is mostly made: 1 s of audio takes 14 % longer by rows
 MIN_OUTPUTS_PER_THREAD = 128
-#: attention scores in work at once on each thread, and keys that they are of at most
-SCORES_PER_THREAD = 1 << 19
-KEYS_PER_BLOCK = 4096
+#: numbers that a thread normalises, or takes the GELU of, in one step
+VALUES_PER_STEP = 1 << 17
 #: samples that moments are summed over at once: numpy's BLAS shares larger products among
 #: threads of its own, which then wait in a loop for the next
 SAMPLES_PER_BLOCK = 1 << 13
-
-# erf(x / sqrt(2)) ~ tanh(x R(x^2)). R is the polynomial whose largest error of a GELU,
-# relative to x, is least on [0, 6.2]: 2.9e-8, half a float32 ulp (Lawson's iteration on
-# atanh(erf(x / sqrt(2))) / x in float64). Its last coefficient is positive and so is R
-# everywhere: beyond, the tanh is 1
-_GELU = tuple(
-    np.float32(coefficient)
-    for coefficient in (
-        1.7561698026037676e-09,
-        -1.322633090175129e-07,
-        3.96474407327272e-06,
-        -5.5306192048452935e-05,
-        -3.25949790068765e-05,
-        0.0363330845765848,
-        0.797884941459876,
-    )
-)
-
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _pools_lock = threading.Lock()
@@ -129,17 +105,23 @@ def linear(
     threads = min(blas.threads(), -(-count * matrix.size // MIN_MACS_PER_THREAD))
     stripes = min(threads, max(1, outputs // MIN_OUTPUTS_PER_THREAD))
     blocks = -(-threads // stripes)
+    step = kernels.chosen()
+
+    def edge(stripe: int) -> int:
+        end: int = min(outputs, _up(outputs * stripe // stripes, step.columns))
+        return end
 
     def work(parts: slice) -> None:
         for part in range(parts.start, parts.stop):
             block, stripe = divmod(part, stripes)
             rows = slice(count * block // blocks, count * (block + 1) // blocks)
-            cols = slice(outputs * stripe // stripes, outputs * (stripe + 1) // stripes)
-            tile = out[rows, cols]
-            tile[:] = np.float32(0) if bias is None else bias[cols]
-            blas.multiply(flat[rows], matrix[:, cols], tile, add=True, k_block=K_BLOCK)
-            if then_gelu:
-                gelu_in_place(tile)
+            cols = slice(edge(stripe), edge(stripe + 1))
+            step.product(
+                *(flat[rows], matrix[:, cols], out[rows, cols]),
+                run=K_BLOCK,
+                bias=None if bias is None else bias[cols],
+                then_gelu=then_gelu,
+            )
 
     parallel_for(work, blocks * stripes, 1)
     return result
@@ -162,21 +144,24 @@ def conv1d(
     kernel, _, channels = taps.shape
     count = (x.shape[1] - kernel) // stride + 1
     result = np.empty((len(x), count, channels), np.float32)
+    step = kernels.chosen()
 
     def work(clip: Buffer, out: Buffer, rows: slice) -> None:
-        tile = out[rows]
-        tile[:] = np.float32(0) if bias is None else bias
-        first, last = rows.start * stride, (rows.stop - 1) * stride
-        for tap in range(kernel):
-            window = clip[first + tap : last + tap + 1 : stride]
-            blas.multiply(window, taps[tap], tile, add=True, k_block=CONV_K_BLOCK)
+        part = clip[rows.start * stride : (rows.stop - 1) * stride + kernel]
+        tile, is_plain = out[rows], norm is None
+        step.convolve(part, taps, tile, stride, run=CONV_K_BLOCK, bias=bias, then_gelu=is_plain)
         if norm is not None:
-            _layer_norm(tile, tile, *norm)
-        gelu_in_place(tile)
+            step.layer_norm(tile, tile, *norm)
+            step.gelu_in_place(tile)
 
     for clip, out in zip(x, result, strict=True):
         parallel_for(partial(work, clip, out), count, _tile(count, taps.size))
     return result
+
+
+def _up(count: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple
 
 
 def _tile(rows: int, multiplications: int) -> int:
@@ -269,14 +254,15 @@ def normalised_conv1d(
     kernel, matrix = weight.shape[1], np.ascontiguousarray(weight.T)
     count = (waveform.shape[1] - kernel) // stride + 1
     result = np.empty((len(waveform), count, len(weight)), np.float32)
+    step = kernels.chosen()
 
     def work(windows: Buffer, mean: Buffer, factor: Buffer, out: Buffer, rows: slice) -> None:
-        tile = out[rows]
-        blas.multiply(np.ascontiguousarray(windows[rows]), matrix, tile)
-        tile -= mean
-        tile *= factor
-        tile += shift
-        gelu_in_place(tile)
+        step.product(
+            *(np.ascontiguousarray(windows[rows]), matrix, out[rows]),
+            run=kernel,
+            scaling=(mean, factor, shift),
+            then_gelu=True,
+        )
 
     for clip, moment, out in zip(waveform, moments, result, strict=True):
         mean, variance = moment.of_channels(weight)
@@ -353,52 +339,22 @@ def layer_norm(x: Buffer, weight: Buffer, bias: Buffer) -> Buffer:
     result = np.empty(x.shape, np.float32)
     rows, normalised = x.reshape(-1, width), result.reshape(-1, width)
 
+    step = kernels.chosen()
+
     def work(part: slice) -> None:
-        _layer_norm(rows[part], normalised[part], weight, bias)
+        step.layer_norm(rows[part], normalised[part], weight, bias)
 
-    parallel_for(work, len(rows), max(1, VALUES_PER_BLOCK // width))
+    parallel_for(work, len(rows), max(1, VALUES_PER_STEP // width))
     return result
-
-
-def _layer_norm(x: Buffer, out: Buffer, scale: Buffer, shift: Buffer) -> None:
-    np.subtract(x, x.mean(axis=-1, keepdims=True), out=out)
-    deviation = (out * out).mean(axis=-1, keepdims=True)
-    deviation += np.float32(EPS)
-    np.sqrt(deviation, out=deviation)
-    out /= deviation
-    out *= scale
-    out += shift
 
 
 def gelu(x: Buffer) -> Buffer:
     """The exact (erf) GELU."""
     result = np.array(x, np.float32, order="C")
     values = result.reshape(-1)
-    parallel_for(lambda block: gelu_in_place(values[block]), len(values), VALUES_PER_BLOCK)
+    step = kernels.chosen()
+    parallel_for(lambda block: step.gelu_in_place(values[block]), len(values), VALUES_PER_STEP)
     return result
-
-
-def gelu_in_place(x: Buffer) -> None:
-    """The same of a vector or matrix on this thread alone, a block at a time."""
-    step = max(1, VALUES_PER_BLOCK // max(1, x[:1].size))
-    square, inner = (np.empty_like(x[:step], order="C") for _ in range(2))
-    for start in range(0, len(x), step):
-        part = x[start : start + step]
-        _gelu(part, square[: len(part)], inner[: len(part)])
-
-
-def _gelu(x: Buffer, square: Buffer, inner: Buffer) -> None:
-    np.multiply(x, x, out=square)
-    np.multiply(square, _GELU[0], out=inner)
-    inner += _GELU[1]
-    for coefficient in _GELU[2:]:
-        inner *= square
-        inner += coefficient
-    inner *= x
-    np.tanh(inner, out=inner)
-    x *= np.float32(0.5)
-    inner *= x
-    x += inner
 
 
 def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) -> Buffer:
@@ -410,72 +366,33 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
     returns: (batch, frames, heads * head width)
     """
     batch, heads, frames, width = queries.shape
-    longest = min(KEYS_PER_BLOCK, keys.shape[2])
+    count, step = keys.shape[2], kernels.chosen()
     fair = -(-batch * heads * frames // blas.threads())
-    worthwhile = -(-MIN_MACS_PER_THREAD // (2 * longest * width))
-    step = min(frames, max(16, SCORES_PER_THREAD // longest), max(fair, worthwhile))
-    starts = range(0, frames, step)
+    worthwhile = -(-MIN_MACS_PER_THREAD // (2 * count * width))
+    rows_per_piece = min(step.most_queries(count), max(fair, worthwhile))
+    rows_per_piece = min(frames, _up(rows_per_piece, step.columns))
+    starts = range(0, frames, rows_per_piece)
     result = np.empty((batch, frames, heads * width), np.float32)
     mixed = result.reshape(batch, frames, heads, width).transpose(0, 2, 1, 3)
 
     hidden = None if mask is None else ~mask[:, 0, 0]
 
     def work(parts: slice) -> None:
-        scratch = np.empty(step * longest, np.float32)
         for part in range(parts.start, parts.stop):
             rest, piece = divmod(part, len(starts))
             clip, head = divmod(rest, heads)
-            rows = slice(starts[piece], min(starts[piece] + step, frames))
-            _attend(
+            rows = slice(starts[piece], min(starts[piece] + rows_per_piece, frames))
+            step.attend(
                 queries[clip, head, rows],
                 keys[clip, head],
                 values[clip, head],
                 None if hidden is None else hidden[clip],
                 mixed[clip, head, rows],
-                scratch,
             )
 
     parts = batch * heads * len(starts)
     # heads of a short clip are many small steps, which wait for each other's turn in Python
-    multiplications = 2 * batch * heads * frames * keys.shape[2] * width
+    multiplications = 2 * batch * heads * frames * count * width
     threads = max(1, min(blas.threads(), multiplications // MIN_MACS_PER_THREAD))
     parallel_for(work, parts, -(-parts // threads))
     return result
-
-
-def _attend(
-    queries: Buffer,
-    keys: Buffer,
-    values: Buffer,
-    hidden: Mask | None,
-    out: Buffer,
-    scratch: Buffer,
-) -> None:
-    """The values mixed by the softmax of their scores, a span of the keys at a time.
-
-    queries: (rows, width)    keys, values: (keys, width)    hidden: (keys,) or None
-    out: (rows, width)    scratch: for the scores
-    Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv:1805.02867).
-    """
-    rows, width = queries.shape
-    highest: Buffer | None = None
-    total: Any = None
-    for start in range(0, len(keys), KEYS_PER_BLOCK):
-        span = slice(start, min(start + KEYS_PER_BLOCK, len(keys)))
-        weights = scratch[: rows * (span.stop - start)].reshape(rows, -1)
-        blas.multiply(queries, keys[span].T, weights, factor=width**-0.5)
-        if hidden is not None:
-            weights[:, hidden[span]] = -1e9
-        top = weights.max(axis=-1, keepdims=True)
-        if highest is not None:
-            np.maximum(top, highest, out=top)
-        weights -= top
-        np.exp(weights, out=weights)
-        weight = weights.sum(axis=-1, keepdims=True)
-        if highest is not None:
-            shrunk = np.exp(highest - top)
-            weight += total * shrunk
-            out *= shrunk
-        blas.multiply(weights, values[span], out, add=start > 0)
-        highest, total = top, weight
-    out /= total

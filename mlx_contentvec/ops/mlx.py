@@ -11,8 +11,7 @@ import functools
 import itertools
 import math
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -161,36 +160,24 @@ def convolves_on_tensor_cores(dtype: mx.Dtype, layers: Sequence[tuple[int, int, 
     )
 
 
-@contextlib.contextmanager
-def compiling_for(weights: Iterable[mx.array], head_width: int) -> Iterator[None]:
-    """Compile what a pass with ``weights`` and such heads needs beside what is done within.
+def kernels_for(dtypes: Iterable[mx.Dtype], head_width: int) -> Callable[[], None] | None:
+    """What compiles the kernels that a pass with such weights and heads needs; None if none.
 
-    The kernel for tensor cores takes 1.4 s to compile (float32, H200), for which the first pass
-    would wait. Whatever goes wrong here is met by that pass again.
+    That for tensor cores takes 1.4 s (float32, H200).
     """
     attends = head_width == tensor_cores.HEAD_WIDTH
-    dtypes = {
+    needed = {
         dtype
-        for dtype in (x.dtype for x in weights)
+        for dtype in dtypes
         if _is_for_tensor_cores(dtype) and (attends or dtype == mx.float32)
     }
-    if not dtypes:
-        yield
-        return
 
     def compile_kernels() -> None:
-        for dtype in dtypes:
+        for dtype in needed:
             with contextlib.suppress(Exception):
                 tensor_cores.works(dtype)
 
-    compiler = threading.Thread(target=compile_kernels, name="compile")
-    with contextlib.suppress(RuntimeError):  # no more threads
-        compiler.start()
-    try:
-        yield
-    finally:
-        if compiler.ident is not None:
-            compiler.join()
+    return compile_kernels if needed else None
 
 
 def _on_tensor_cores(x: mx.array, weight: mx.array, *added: mx.array | None) -> bool:

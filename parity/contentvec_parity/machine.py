@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 #: packages whose versions a report names
-PACKAGES = ("mlx-contentvec", "mlx", "numpy", "torch", "transformers", "fairseq-fixed", "fairseq")
+PACKAGES = (
+    *("mlx-contentvec", "mlx", "numpy", "llvmlite"),
+    *("torch", "transformers", "fairseq-fixed", "fairseq"),
+)
 
 #: environment variables that change results or timings
-VARIABLES = ("MLX_ENABLE_TF32", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+VARIABLES = (
+    *("MLX_ENABLE_TF32", "MLX_CONTENTVEC_KERNELS"),
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+)
 
 
 def chip() -> str:
@@ -56,7 +62,7 @@ def _memory_gib() -> float | None:
 def describe() -> dict[str, Any]:
     """The machine and, once MLX is loaded, the device it computes on."""
     from mlx_contentvec import backend
-    from mlx_contentvec.ops import blas
+    from mlx_contentvec.ops import kernels
 
     mx = backend.mx
     kind = backend.device_kind()
@@ -65,7 +71,7 @@ def describe() -> dict[str, Any]:
         info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
         device |= {key: info[key] for key in ("device_name", "architecture") if key in info}
     else:
-        device["blas"] = blas.name()
+        device["blas"] = kernels.chosen().name
     return {
         "chip": chip(),
         "architecture": platform.machine(),

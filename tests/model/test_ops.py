@@ -14,9 +14,10 @@ import pytest
 from mlx_contentvec import ops
 from mlx_contentvec.backend import mx
 from mlx_contentvec.backend import nn as mlx_nn
-from mlx_contentvec.ops import blas, cpu, cpu_hubert
+from mlx_contentvec.ops import blas, cpu, cpu_hubert, kernels, kernels_numpy
 from mlx_contentvec.ops import mlx as mlx_ops
 from tests.forks import run_python
+from tests.kernel_forms import kernels_of
 from tests.small_models import TINY, noise, random_model
 from tests.sources import PROJECT
 
@@ -369,23 +370,47 @@ class TestOnACpu:
     @pytest.fixture(
         params=[
             {},
-            {"threads": 1},
+            {"threads": 1, "kernels": "numpy"},
             {"threads": 2, "MIN_MACS_PER_THREAD": 1},
             {
                 "threads": 3,
+                "kernels": "numpy",
                 "VALUES_PER_BLOCK": 50,
+                "VALUES_PER_STEP": 50,
                 "ROWS_PER_TILE": 7,
                 "MIN_MACS_PER_THREAD": 1,
                 "SAMPLES_PER_BLOCK": 60,
             },
-            {"threads": 5, "MIN_MACS_PER_THREAD": 300, "MIN_OUTPUTS_PER_THREAD": 5},
+            {
+                "threads": 5,
+                "kernels": "numpy",
+                "MIN_MACS_PER_THREAD": 300,
+                "MIN_OUTPUTS_PER_THREAD": 5,
+            },
             {
                 "threads": 2,
+                "kernels": "numpy",
                 "VALUES_PER_BLOCK": 50,
                 "ROWS_PER_TILE": 7,
                 "SCORES_PER_THREAD": 200,
                 "KEYS_PER_BLOCK": 7,
                 "own": False,
+            },
+            {"threads": 1, "kernels": "compiled"},
+            {
+                "threads": 3,
+                "kernels": "compiled",
+                "VALUES_PER_STEP": 50,
+                "ROWS_PER_TILE": 7,
+                "MIN_MACS_PER_THREAD": 1,
+            },
+            {"threads": 1, "kernels": "compiled with products"},
+            {
+                "threads": 3,
+                "kernels": "compiled with products",
+                "ROWS_PER_TILE": 7,
+                "MIN_MACS_PER_THREAD": 1,
+                "MIN_OUTPUTS_PER_THREAD": 5,
             },
         ],
         ids=str,
@@ -393,13 +418,15 @@ class TestOnACpu:
     )
     def division(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = dict(request.param)
-        threads = sizes.pop("threads", None)
+        threads, form = sizes.pop("threads", None), sizes.pop("kernels", None)
         if not sizes.pop("own", True):
             monkeypatch.setattr(blas, "_openblas", lambda: None)
         if threads is not None:
             monkeypatch.setattr(blas, "_stated", lambda: threads)
+        if form is not None:
+            monkeypatch.setattr(kernels, "chosen", lambda: kernels_of(form))
         for name, size in sizes.items():
-            monkeypatch.setattr(cpu, name, size)
+            monkeypatch.setattr(cpu if hasattr(cpu, name) else kernels_numpy, name, size)
 
     @pytest.mark.parametrize("k_block", [0, 1, 4, 6])
     @pytest.mark.parametrize("rows", [1, 5])

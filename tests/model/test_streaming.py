@@ -11,7 +11,7 @@ from mlx_contentvec.config import ModelConfig
 from mlx_contentvec.errors import ConfigError
 from mlx_contentvec.memory import ChunkPlan, plan_chunks, streamed_bytes, whole_clip_bytes
 from mlx_contentvec.model import ContentvecModel
-from mlx_contentvec.ops import cpu
+from mlx_contentvec.ops import cpu, kernels, kernels_numpy
 from mlx_contentvec.ops.mlx import compute_dtype
 from mlx_contentvec.streaming import streamed as streamed_by
 from tests.small_models import CONFIGS, QUANTISABLE, TINY, in_one_go, noise, random_model
@@ -85,8 +85,9 @@ def test_the_size_of_the_pieces_changes_nothing(heads: int, queries: int) -> Non
 def test_scoring_some_keys_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(TINY)
     waveform = noise(50000)
+    monkeypatch.setattr(kernels, "chosen", kernels_numpy.NumpyKernels)
     reference = streamed(model, waveform, 3, False, PLAN)
-    monkeypatch.setattr(cpu, "KEYS_PER_BLOCK", 37)
+    monkeypatch.setattr(kernels_numpy, "KEYS_PER_BLOCK", 37)
     parts = streamed(model, waveform, 3, False, PLAN)
     assert np.abs(parts - reference).max() > 0 or memory.device_kind() != "cpu"
     np.testing.assert_allclose(parts, reference, atol=2e-5, rtol=0)

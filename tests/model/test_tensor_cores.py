@@ -300,7 +300,8 @@ def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(tensor_cores, "_kernel", recorder.of)
     monkeypatch.setattr(tensor_cores, "works", lambda dtype: True)
-    monkeypatch.setattr(ops, "device_kind", lambda: "cuda")
+    for module in (ops, all_ops):
+        monkeypatch.setattr(module, "device_kind", lambda: "cuda")
     forget()
     yield recorder
     forget()
@@ -750,7 +751,7 @@ def test_a_kernel_is_compiled_while_weights_are_loaded(recorder, monkeypatch, er
     compiler = Compiler(error)
     monkeypatch.setattr(tensor_cores, "works", compiler)
     weights = [mx.zeros(1, mx.float16), mx.zeros(1), mx.zeros(1), mx.zeros(1, mx.uint32)]
-    with ops.compiling_for(weights, 64):
+    with all_ops.compiling_for(weights, 64):
         assert compiler.begun.wait(60)
         assert compiler.threads[0] is not threading.current_thread()
         compiler.may_end.set()
@@ -764,7 +765,7 @@ def test_where_no_thread_can_be_had_the_first_pass_compiles(recorder, monkeypatc
 
     monkeypatch.setattr(threading.Thread, "start", refuses)
     done = False
-    with ops.compiling_for([mx.zeros(1)], 64):
+    with all_ops.compiling_for([mx.zeros(1)], 64):
         done = True
     assert done
 
@@ -772,7 +773,7 @@ def test_where_no_thread_can_be_had_the_first_pass_compiles(recorder, monkeypatc
 def test_what_fails_to_load_is_no_other_error(recorder, monkeypatch):
     compiler = Compiler()
     monkeypatch.setattr(tensor_cores, "works", compiler)
-    with pytest.raises(KeyError), ops.compiling_for([mx.zeros(1)], 64):
+    with pytest.raises(KeyError), all_ops.compiling_for([mx.zeros(1)], 64):
         compiler.may_end.set()
         raise KeyError
     assert not compiler.threads[0].is_alive()
@@ -784,10 +785,10 @@ def test_nothing_is_compiled_that_is_not_used(recorder, monkeypatch, change):
     monkeypatch.setattr(tensor_cores, "works", compiler)
     weights = [mx.zeros(1, mx.uint32)], [], [mx.zeros(1, mx.float16), mx.zeros(1, mx.bfloat16)]
     for given in weights:
-        with ops.compiling_for(given, 80):
+        with all_ops.compiling_for(given, 80):
             pass
     change(monkeypatch)
-    with ops.compiling_for([mx.zeros(1)], 64):
+    with all_ops.compiling_for([mx.zeros(1)], 64):
         pass
     assert compiler.threads == []
 
@@ -796,7 +797,7 @@ def test_products_of_float32_are_compiled_for_heads_of_any_width(recorder, monke
     compiler = Compiler()
     compiler.may_end.set()
     monkeypatch.setattr(tensor_cores, "works", compiler)
-    with ops.compiling_for([mx.zeros(1)], 80):
+    with all_ops.compiling_for([mx.zeros(1)], 80):
         pass
     assert compiler.asked == [mx.float32]
 
