@@ -162,6 +162,8 @@ def test_running_the_model_needs_mlx_and_numpy_only(module: Path) -> None:
     allowed = {"mlx", "numpy", "mlx_contentvec", *sys.stdlib_module_names}
     if module.stem in ("cli", "command", "terminal") or module.parent.name == "commands":
         allowed.add("click")
+    if module.stem == "kernels_llvm":  # which numpy's form stands in for
+        allowed.add("llvmlite")
     tree = ast.parse(module.read_text(encoding="utf-8"))
     assert set(imported(tree)) <= allowed
 

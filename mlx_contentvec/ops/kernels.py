@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
+import mmap
 import os
 import sys
 import threading
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 #: the environment variable that chooses: "numpy", or "llvm" as where it is not set
 VARIABLE = "MLX_CONTENTVEC_KERNELS"
-#: address space below which nothing is compiled: LLVM ends the process when it gets none
+#: address space below which nothing is compiled
 ROOM = 1 << 30
 
 _compiling = threading.Lock()
@@ -35,11 +37,28 @@ def _chosen() -> NumpyKernels | LlvmKernels:
     return _compiled() or NumpyKernels()
 
 
+def may_compile() -> bool:
+    """Whether there is room, and what was written may be executed: LLVM ends the process if not.
+
+    A service may be kept from the latter (systemd's ``MemoryDenyWriteExecute``, SELinux).
+    """
+    if address_space_left() < ROOM:
+        return False
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    held = ctypes.c_char.from_buffer(page)
+    place = ctypes.c_void_p(ctypes.addressof(held))
+    size = ctypes.c_size_t(mmap.PAGESIZE)
+    allowed = not ctypes.CDLL(None).mprotect(place, size, mmap.PROT_READ | mmap.PROT_EXEC)
+    del held
+    page.close()
+    return allowed
+
+
 def _compiled() -> LlvmKernels | None:
     # numpy's products are faster on a Mac, whose processors have a unit for matrices
     if not sys.platform.startswith("linux") or os.environ.get(VARIABLE) == "numpy":
         return None
-    if importlib.util.find_spec("llvmlite") is None or address_space_left() < ROOM:
+    if importlib.util.find_spec("llvmlite") is None or not may_compile():
         return None
     # a release of llvmlite that is not known must not keep anybody from features
     with contextlib.suppress(Exception):

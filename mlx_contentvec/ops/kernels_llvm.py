@@ -852,9 +852,9 @@ def is_right(kernels: LlvmKernels) -> bool:
     kernels.attend(rows, keys, keys, hidden, out)
     right &= _close(out, scores @ keys / scores.sum(axis=1, keepdims=True), 1e-5)
 
-    out = np.empty((13, 77), np.float32)
-    kernels.layer_norm(out_of := a[:, :77], out, factor, shift)
-    centred = out_of - out_of.mean(axis=1, keepdims=True, dtype=np.float64)
+    x, out = a[:, :77], np.empty((13, 77), np.float32)
+    kernels.layer_norm(x, out, factor, shift)
+    centred = x - x.mean(axis=1, keepdims=True, dtype=np.float64)
     deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + EPS)
     return right and _close(out, centred / deviation * factor + shift, 1e-5)
 

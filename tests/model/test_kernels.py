@@ -292,6 +292,8 @@ def test_steps_are_compiled_where_they_can_be() -> None:
         "import sys; sys.modules['llvmlite'] = None",
         "import sys; sys.modules['llvmlite.binding'] = None",
         "import sys; sys.platform = 'darwin'",
+        # what systemd's MemoryDenyWriteExecute asks of the kernel: PR_SET_MDWE
+        "import ctypes; assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0",
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (900 << 20,) * 2)",
         "import llvmlite.binding as llvm; llvm.get_host_cpu_features = lambda: {'sse2': True}",
         "import llvmlite.binding as llvm; llvm.parse_assembly = None",
