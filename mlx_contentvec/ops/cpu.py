@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ..config import EPS
 from . import blas, kernels
-from .kernels_numpy import Buffer, Mask
+from .kernels_numpy import Buffer, Mask, Then
 
 Exact = npt.NDArray[np.float64]
 Spectrum = npt.NDArray[np.complex64]
@@ -105,10 +105,10 @@ def linear(
     threads = min(blas.threads(), -(-count * matrix.size // MIN_MACS_PER_THREAD))
     stripes = min(threads, max(1, outputs // MIN_OUTPUTS_PER_THREAD))
     blocks = -(-threads // stripes)
-    step = kernels.chosen()
+    steps = kernels.chosen()
 
     def edge(stripe: int) -> int:
-        end: int = min(outputs, _up(outputs * stripe // stripes, step.columns))
+        end: int = min(outputs, _up(outputs * stripe // stripes, steps.columns))
         return end
 
     def work(parts: slice) -> None:
@@ -116,11 +116,9 @@ def linear(
             block, stripe = divmod(part, stripes)
             rows = slice(count * block // blocks, count * (block + 1) // blocks)
             cols = slice(edge(stripe), edge(stripe + 1))
-            step.product(
-                *(flat[rows], matrix[:, cols], out[rows, cols]),
-                run=K_BLOCK,
-                bias=None if bias is None else bias[cols],
-                then_gelu=then_gelu,
+            steps.product(
+                *(flat[rows], matrix[:, cols], out[rows, cols], K_BLOCK),
+                Then(None if bias is None else bias[cols], gelu=then_gelu),
             )
 
     parallel_for(work, blocks * stripes, 1)
@@ -144,15 +142,15 @@ def conv1d(
     kernel, _, channels = taps.shape
     count = (x.shape[1] - kernel) // stride + 1
     result = np.empty((len(x), count, channels), np.float32)
-    step = kernels.chosen()
+    steps = kernels.chosen()
 
     def work(clip: Buffer, out: Buffer, rows: slice) -> None:
         part = clip[rows.start * stride : (rows.stop - 1) * stride + kernel]
-        tile, is_plain = out[rows], norm is None
-        step.convolve(part, taps, tile, stride, run=CONV_K_BLOCK, bias=bias, then_gelu=is_plain)
+        tile = out[rows]
+        steps.convolve(part, taps, tile, stride, CONV_K_BLOCK, Then(bias, gelu=norm is None))
         if norm is not None:
-            step.layer_norm(tile, tile, *norm)
-            step.gelu_in_place(tile)
+            steps.layer_norm(tile, tile, *norm)
+            steps.gelu_in_place(tile)
 
     for clip, out in zip(x, result, strict=True):
         parallel_for(partial(work, clip, out), count, _tile(count, taps.size))
@@ -254,14 +252,12 @@ def normalised_conv1d(
     kernel, matrix = weight.shape[1], np.ascontiguousarray(weight.T)
     count = (waveform.shape[1] - kernel) // stride + 1
     result = np.empty((len(waveform), count, len(weight)), np.float32)
-    step = kernels.chosen()
+    steps = kernels.chosen()
 
     def work(windows: Buffer, mean: Buffer, factor: Buffer, out: Buffer, rows: slice) -> None:
-        step.product(
-            *(np.ascontiguousarray(windows[rows]), matrix, out[rows]),
-            run=kernel,
-            scaling=(mean, factor, shift),
-            then_gelu=True,
+        steps.product(
+            *(np.ascontiguousarray(windows[rows]), matrix, out[rows], kernel),
+            Then(scaling=(mean, factor, shift), gelu=True),
         )
 
     for clip, moment, out in zip(waveform, moments, result, strict=True):
@@ -339,10 +335,10 @@ def layer_norm(x: Buffer, weight: Buffer, bias: Buffer) -> Buffer:
     result = np.empty(x.shape, np.float32)
     rows, normalised = x.reshape(-1, width), result.reshape(-1, width)
 
-    step = kernels.chosen()
+    steps = kernels.chosen()
 
     def work(part: slice) -> None:
-        step.layer_norm(rows[part], normalised[part], weight, bias)
+        steps.layer_norm(rows[part], normalised[part], weight, bias)
 
     parallel_for(work, len(rows), max(1, VALUES_PER_STEP // width))
     return result
@@ -352,8 +348,8 @@ def gelu(x: Buffer) -> Buffer:
     """The exact (erf) GELU."""
     result = np.array(x, np.float32, order="C")
     values = result.reshape(-1)
-    step = kernels.chosen()
-    parallel_for(lambda block: step.gelu_in_place(values[block]), len(values), VALUES_PER_STEP)
+    steps = kernels.chosen()
+    parallel_for(lambda block: steps.gelu_in_place(values[block]), len(values), VALUES_PER_STEP)
     return result
 
 
@@ -366,11 +362,11 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
     returns: (batch, frames, heads * head width)
     """
     batch, heads, frames, width = queries.shape
-    count, step = keys.shape[2], kernels.chosen()
+    count, steps = keys.shape[2], kernels.chosen()
     fair = -(-batch * heads * frames // blas.threads())
     worthwhile = -(-MIN_MACS_PER_THREAD // (2 * count * width))
-    rows_per_piece = min(step.most_queries(count), max(fair, worthwhile))
-    rows_per_piece = min(frames, _up(rows_per_piece, step.columns))
+    rows_per_piece = min(steps.most_queries(count), max(fair, worthwhile))
+    rows_per_piece = min(frames, _up(rows_per_piece, steps.columns))
     starts = range(0, frames, rows_per_piece)
     result = np.empty((batch, frames, heads * width), np.float32)
     mixed = result.reshape(batch, frames, heads, width).transpose(0, 2, 1, 3)
@@ -382,7 +378,7 @@ def attention(queries: Buffer, keys: Buffer, values: Buffer, mask: Mask | None) 
             rest, piece = divmod(part, len(starts))
             clip, head = divmod(rest, heads)
             rows = slice(starts[piece], min(starts[piece] + rows_per_piece, frames))
-            step.attend(
+            steps.attend(
                 queries[clip, head, rows],
                 keys[clip, head],
                 values[clip, head],

@@ -10,13 +10,9 @@ import mmap
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING
 
 from ..backend import address_space_left
 from .kernels_numpy import NumpyKernels
-
-if TYPE_CHECKING:
-    from .kernels_llvm import LlvmKernels
 
 #: the environment variable that chooses: "numpy", or "llvm" as where it is not set
 VARIABLE = "MLX_CONTENTVEC_KERNELS"
@@ -26,14 +22,14 @@ ROOM = 1 << 30
 _compiling = threading.Lock()
 
 
-def chosen() -> NumpyKernels | LlvmKernels:
+def chosen() -> NumpyKernels:
     """The compiled steps where they can be had and are right, else those of numpy."""
     with _compiling:
         return _chosen()
 
 
 @functools.cache
-def _chosen() -> NumpyKernels | LlvmKernels:
+def _chosen() -> NumpyKernels:
     return _compiled() or NumpyKernels()
 
 
@@ -54,8 +50,8 @@ def may_compile() -> bool:
     return allowed
 
 
-def _compiled() -> LlvmKernels | None:
-    # numpy's products are faster on a Mac, whose processors have a unit for matrices
+def _compiled() -> NumpyKernels | None:
+    # a Mac's processors have a unit for matrices, which numpy's products take
     if not sys.platform.startswith("linux") or os.environ.get(VARIABLE) == "numpy":
         return None
     if importlib.util.find_spec("llvmlite") is None or not may_compile():

@@ -9,7 +9,7 @@ of the 18 that the ``mlx[cpu]`` wheel for Linux takes, a GELU 1.3 instead of 3.5
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,13 @@ from . import blas
 
 Buffer = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
-#: mean, factor and shift of each column
-Scaling = tuple[Buffer, Buffer, Buffer]
-
 #: numbers in work at once, half a megabyte
 VALUES_PER_BLOCK = 1 << 17
 #: attention scores in work at once, and keys that they are of at most
 SCORES_PER_THREAD = 1 << 19
 KEYS_PER_BLOCK = 4096
+#: score of a key that may not be attended to
+HIDDEN_SCORE = -1e9
 
 # erf(x / sqrt(2)) ~ tanh(x R(x^2)). R is the polynomial whose largest error of a GELU,
 # relative to x, is least on [0, 6.2]: 2.9e-8, half a float32 ulp (Lawson's iteration on
@@ -42,6 +41,36 @@ GELU = (
     0.797884941459876,
 )
 _GELU = tuple(np.float32(coefficient) for coefficient in GELU)
+
+
+def require(fits: bool, *arrays: npt.NDArray[Any] | None) -> None:
+    """Raise ValueError unless arrays fit together."""
+    if not fits:
+        shapes = ", ".join(str(x.shape) for x in arrays if x is not None)
+        raise ValueError(f"do not fit together: {shapes}")
+
+
+def require_windows(clip: Buffer, taps: Buffer, out: Buffer, stride: int) -> None:
+    """Raise ValueError unless ``clip`` has the windows of ``taps`` for all rows of ``out``."""
+    require(clip.shape[1] == taps.shape[1], clip, taps, out)
+    require(len(clip) >= (len(out) - 1) * stride + len(taps), clip, taps, out)
+
+
+class Then(NamedTuple):
+    """What follows a product of matrices, in this order; each of its vectors has ``outputs``."""
+
+    bias: Buffer | None = None
+    #: mean, factor and shift: ``(out - mean) * factor + shift``
+    scaling: tuple[Buffer, Buffer, Buffer] | None = None
+    gelu: bool = False
+
+    def require(self, outputs: int) -> None:
+        """Raise ValueError unless each of its vectors has so many numbers."""
+        for row in (self.bias, *(self.scaling or ())):
+            require(row is None or row.shape == (outputs,), row)
+
+
+PLAIN = Then()
 
 
 class Scratch(threading.local):
@@ -76,58 +105,48 @@ class NumpyKernels:
         """Whose products these are: ``blas.name``."""
         return blas.name()
 
-    def product(
-        self,
-        a: Buffer,
-        b: Buffer,
-        out: Buffer,
-        *,
-        run: int,
-        bias: Buffer | None = None,
-        scaling: Scaling | None = None,
-        then_gelu: bool = False,
-    ) -> None:
-        """``out = a @ b + bias``, scaled as ``(out - mean) * factor + shift``, then its GELU.
+    def product(self, a: Buffer, b: Buffer, out: Buffer, run: int, then: Then = PLAIN) -> None:
+        """``out = a @ b``, and what is to be done ``then``.
 
         a: (rows, inputs)    b: (inputs, outputs)    out: (rows, outputs), its rows contiguous
         run: how many products are added in a row
 
         Raises ValueError if the matrices do not fit together.
         """
-        out[:] = np.float32(0) if bias is None else bias
-        blas.multiply(a, b, out, add=True, k_block=run)
-        self._finish(out, scaling, then_gelu)
+        then.require(out.shape[1])
+        if then.bias is not None:
+            out[:] = then.bias
+        blas.multiply(a, b, out, add=then.bias is not None, k_block=run)
+        self._finish(out, then)
 
-    def _finish(self, out: Buffer, scaling: Scaling | None, then_gelu: bool) -> None:
-        if scaling is not None:
-            mean, factor, shift = scaling
+    def _finish(self, out: Buffer, then: Then) -> None:
+        """What is to be done but for the bias."""
+        if then.scaling is not None:
+            mean, factor, shift = then.scaling
             out -= mean
             out *= factor
             out += shift
-        if then_gelu:
+        if then.gelu:
             self.gelu_in_place(out)
 
     def convolve(
-        self,
-        clip: Buffer,
-        taps: Buffer,
-        out: Buffer,
-        stride: int,
-        *,
-        run: int,
-        bias: Buffer | None = None,
-        then_gelu: bool = False,
+        self, clip: Buffer, taps: Buffer, out: Buffer, stride: int, run: int, then: Then = PLAIN
     ) -> None:
-        """A convolution without padding, and its GELU.
+        """A convolution without padding, and what is to be done ``then``.
 
         clip: (time, in)    taps: (kernel, in, out)    out: (rows, out), its rows contiguous
         run: how many products are added in a row
+
+        Raises ValueError if they do not fit together.
         """
-        out[:] = np.float32(0) if bias is None else bias
+        then.require(out.shape[1])
+        require_windows(clip, taps, out, stride)
+        if then.bias is not None:
+            out[:] = then.bias
         for tap, matrix in enumerate(taps):
             window = clip[tap : tap + (len(out) - 1) * stride + 1 : stride]
-            blas.multiply(window, matrix, out, add=True, k_block=run)
-        self._finish(out, None, then_gelu)
+            blas.multiply(window, matrix, out, add=tap > 0 or then.bias is not None, k_block=run)
+        self._finish(out, then)
 
     def most_queries(self, keys: int) -> int:
         """How many queries one step of attention should take, of so many keys."""
@@ -151,7 +170,7 @@ class NumpyKernels:
             weights = scratch[: rows * (span.stop - start)].reshape(rows, -1)
             blas.multiply(queries, keys[span].T, weights, factor=width**-0.5)
             if hidden is not None:
-                weights[:, hidden[span]] = -1e9
+                weights[:, hidden[span]] = HIDDEN_SCORE
             top = weights.max(axis=-1, keepdims=True)
             if highest is not None:
                 np.maximum(top, highest, out=top)

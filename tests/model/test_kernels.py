@@ -14,7 +14,7 @@ import pytest
 from mlx_contentvec import ops
 from mlx_contentvec.backend import mx
 from mlx_contentvec.ops import cpu, kernels
-from mlx_contentvec.ops.kernels_numpy import NumpyKernels, Scratch
+from mlx_contentvec.ops.kernels_numpy import NumpyKernels, Scratch, Then
 from tests.forks import run_python
 from tests.kernel_forms import FORMS, kernels_of
 from tests.optional import optional
@@ -68,9 +68,9 @@ def test_a_product_of_any_size(
     for run in (1, 40, 96):
         form.product(a, b, out, run=run)
         np.testing.assert_allclose(out, summed, atol=1e-5 * inputs)
-        form.product(a, b, out, run=run, bias=bias, then_gelu=True)
+        form.product(a, b, out, run, Then(bias=bias, gelu=True))
         np.testing.assert_allclose(out, exact_gelu(summed + bias), atol=1e-5 * inputs)
-        form.product(a, b, out, run=run, scaling=(mean, factor, shift))
+        form.product(a, b, out, run, Then(scaling=(mean, factor, shift)))
         expected = (summed - mean) * factor + shift
         np.testing.assert_allclose(out, expected, atol=3e-5 * inputs)
     out[:] = 7
@@ -117,9 +117,9 @@ def test_a_convolution(form: NumpyKernels, stride: int, rng: np.random.Generator
         clip[tap : tap + (count - 1) * stride + 1 : stride].astype(np.float64) @ taps[tap]
         for tap in range(3)
     )
-    form.convolve(clip, taps, out, stride, run=64, bias=bias)
+    form.convolve(clip, taps, out, stride, 64, Then(bias=bias))
     np.testing.assert_allclose(out, expected, atol=1e-5)
-    form.convolve(clip, taps, out, stride, run=64, bias=bias, then_gelu=True)
+    form.convolve(clip, taps, out, stride, 64, Then(bias=bias, gelu=True))
     np.testing.assert_allclose(out, exact_gelu(expected), atol=1e-5)
     out[:] = 7
     assert (around == 7).all()
@@ -185,7 +185,7 @@ def test_what_is_no_number_stays_in_its_rows(
     a, b, out = drawn(rng, 9, 30), drawn(rng, 30, 40), np.empty((9, 40), np.float32)
     a[4, 7] = bad
     with np.errstate(all="ignore"):
-        form.product(a, b, out, run=16, then_gelu=True)
+        form.product(a, b, out, 16, Then(gelu=True))
         spoilt = ~np.isfinite(out)
         assert spoilt[4].any() and not spoilt[[0, 1, 2, 3, 5, 6, 7, 8]].any()
         queries, keys, out = drawn(rng, 9, 8), drawn(rng, 20, 8), np.empty((9, 8), np.float32)
@@ -206,8 +206,8 @@ def test_what_does_not_fit_together_is_refused(compiled: NumpyKernels) -> None:
         lambda: product(ones(3, 4), ones(4, 6), out, run=96),
         lambda: product(ones(3, 4), ones(4, 5), out.astype(np.float64), run=96),
         lambda: product(ones(3, 4), ones(4, 5), np.ones((5, 3), "f").T, run=96),
-        lambda: product(ones(3, 4), ones(4, 5), out, run=96, bias=ones(4)),
-        lambda: product(ones(3, 4), ones(4, 5), out, run=96, scaling=(vector, ones(4), vector)),
+        lambda: product(ones(3, 4), ones(4, 5), out, 96, Then(bias=ones(4))),
+        lambda: product(ones(3, 4), ones(4, 5), out, 96, Then(scaling=(vector, ones(4), vector))),
         lambda: compiled.convolve(ones(6, 4), ones(3, 4, 5), out, 2, run=64),
         lambda: compiled.convolve(ones(7, 3), ones(3, 4, 5), out, 2, run=64),
         lambda: attend(ones(3, 5), ones(4, 4), ones(4, 4), None, out),
